@@ -1,0 +1,230 @@
+"""The command line: each command parses its options, builds one configuration and makes one call.
+
+TensorFlow is imported inside the commands that need it, so that ``--help`` answers at once.
+"""
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from job import __version__, config, log
+from job.config import DataConfig, DeviceRequest, ExitCode, JobError, TrainConfig
+
+
+class _DevicesType(click.ParamType):
+    name = "auto|cpu:N|gpu:N"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> DeviceRequest:
+        try:
+            return value if isinstance(value, DeviceRequest) else DeviceRequest.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _option(name: str, **settings: Any) -> Callable[[Any], Any]:
+    """An option that is also the environment variable ``JOB_<NAME>``."""
+    variable = "JOB_" + name.removeprefix("--").replace("-", "_").upper()
+    return click.option(name, envvar=variable, show_envvar=True, show_default=True, **settings)
+
+
+_FOLDER = click.Path(path_type=Path)
+_POSITIVE = click.IntRange(min=1)
+_POSITIVE_FLOAT = click.FloatRange(min=0, min_open=True, max=1e9)
+
+_output_dir = _option(
+    "--output-dir", type=_FOLDER, default="output", help="Folder that receives the artifacts."
+)
+_devices = _option(
+    "--devices",
+    type=_DevicesType(),
+    default="auto",
+    help="Replicas to use; auto takes every visible GPU, or the CPU where there is none.",
+)
+_require_gpus = _option(
+    "--require-gpus",
+    type=click.IntRange(min=0),
+    default=0,
+    help="End with exit code 3 unless this many GPUs are visible.",
+)
+_log_format = _option(
+    "--log-format",
+    type=click.Choice(log.LOG_FORMATS),
+    default="auto",
+    help="auto is text on a terminal and JSON lines elsewhere.",
+)
+
+
+def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say where the examples come from."""
+    for option in (
+        _option(
+            "--cifar10-url",
+            default=config.CIFAR10_URL,
+            help="Where to download CIFAR-10 from if --data-dir holds none.",
+        ),
+        _option(
+            "--seed",
+            type=click.IntRange(0, 2**31 - 1),
+            default=42,
+            help="The one seed of everything random.",
+        ),
+        _option(
+            "--dataset",
+            type=click.Choice(config.DATASETS),
+            default="cifar10",
+            help="synthetic is drawn from the seed and needs no files.",
+        ),
+        _option(
+            "--data-dir", type=_FOLDER, default="data", help="Folder that holds the data set."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"max_content_width": 100})
+@click.version_option(__version__, prog_name="cifar10-job")
+def cli() -> None:
+    """Train CIFAR-10 data-parallel on every visible GPU, as a batch job.
+
+    Every option is also an environment variable. Exit codes: 0 done, 1 a defect, 2 you must change
+    something, 3 a GPU is missing.
+    """
+
+
+@cli.command()
+@_output_dir
+@_data_options
+@_option(
+    "--recipe",
+    type=click.Choice(config.RECIPES),
+    default="classic",
+    help="Network, optimizer and augmentation.",
+)
+@_option("--epochs", type=_POSITIVE, default=50, help="Passes over the training set.")
+@_option(
+    "--batch-size", type=_POSITIVE, default=256, help="Images a step, over all replicas together."
+)
+@_option("--learning-rate", type=_POSITIVE_FLOAT, default=1e-4, help="Of the optimizer.")
+@_option("--limit", type=_POSITIVE, help="Use only the first N training images.")
+@_option(
+    "--precision",
+    type=click.Choice(config.PRECISIONS),
+    default="auto",
+    help="auto is bfloat16 where the hardware computes it.",
+)
+@_option(
+    "--jit",
+    type=click.Choice(config.JIT_MODES),
+    default="auto",
+    help="XLA: auto compiles the network on GPUs, and augmentation and optimizer everywhere.",
+)
+@_devices
+@_require_gpus
+@_option(
+    "--stall-timeout",
+    type=_POSITIVE_FLOAT,
+    default=600.0,
+    help="Seconds after which a call that does not return ends the run with exit code 1.",
+)
+@_log_format
+def train(log_format: log.LogFormat, **options: Any) -> None:
+    """Train, and leave model, evaluation and prediction picture in the output folder."""
+    log.configure(log_format)
+    run_config = _train_config(options)
+    _load_tensorflow()
+    from job.train import train_and_evaluate
+
+    train_and_evaluate(run_config)
+
+
+@cli.command()
+@_output_dir
+@_data_options
+@_option(
+    "--recipe",
+    type=click.Choice(config.RECIPES),
+    default="classic",
+    help="The recipe that the model was trained with.",
+)
+@_devices
+@_require_gpus
+@_log_format
+def evaluate(log_format: log.LogFormat, **options: Any) -> None:
+    """Evaluate the model of an output folder again, and draw its prediction picture again."""
+    log.configure(log_format)
+    run_config = _train_config(options)
+    _load_tensorflow()
+    from job.train import evaluate_output_dir
+
+    evaluate_output_dir(run_config)
+
+
+@cli.command()
+@_output_dir
+@_option("--data-dir", type=_FOLDER, default="data", help="Folder that holds the data set.")
+@_require_gpus
+@_log_format
+def doctor(
+    log_format: log.LogFormat, output_dir: Path, data_dir: Path, require_gpus: int
+) -> None:
+    """Examine this machine: versions, GPUs, a test computation, folders."""
+    log.configure(log_format)
+    startup_lines = _load_tensorflow()
+    from job.doctor import as_text, examine
+
+    folders = [("--output-dir", output_dir), ("--data-dir", data_dir)]
+    report, exit_code = examine(folders, require_gpus, startup_lines)
+    click.echo(json.dumps(report) if log.is_json() else as_text(report))
+    sys.exit(exit_code)
+
+
+def _train_config(options: dict[str, Any]) -> TrainConfig:
+    """Build the configuration from options under their command line's names."""
+    renamed = {"batch_size": "global_batch_size", "stall_timeout": "stall_timeout_seconds"}
+    options = {renamed.get(name, name): value for name, value in options.items()}
+    data = {
+        name: options.pop(name)
+        for name in ("dataset", "data_dir", "cifar10_url", "limit")
+        if name in options
+    }
+    return TrainConfig(data=DataConfig(**data, seed=options["seed"]), **options)
+
+
+def _load_tensorflow() -> list[str]:
+    from job.startup import load_tensorflow
+
+    return load_tensorflow()
+
+
+def main() -> NoReturn:
+    """Run the command line and end the process with one of the job's exit codes."""
+    try:
+        cli.main(prog_name="cifar10-job", standalone_mode=False)
+    except click.ClickException as error:
+        _report(error.format_message(), ExitCode.USER_ERROR)
+    except JobError as error:
+        _report(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _report("interrupted; run again to train from the start", ExitCode.DEFECT)
+    except Exception:
+        traceback.print_exc()
+        _report("this is a defect of the job: please report the trace above", ExitCode.DEFECT)
+    sys.exit(ExitCode.DONE)
+
+
+def _report(message: str, exit_code: ExitCode) -> NoReturn:
+    """Report the end of the run in one line and end the process."""
+    line = " ".join(message.split())
+    click.echo(f"cifar10-job: error: {line}", err=True)
+    if log.is_json():
+        log.event("error", logging.ERROR, message=line, exit_code=int(exit_code))
+    sys.exit(exit_code)

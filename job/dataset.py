@@ -1,0 +1,75 @@
+"""The arrays that a run trains and evaluates on, whatever data set they come from."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from job.config import DataConfig, UserError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One data set in memory.
+
+    Attributes:
+        name: Its name on the command line.
+        class_names: Name of each label, in the order of the labels.
+        train_images: [train_examples, height, width, channels] uint8, 0 to 255.
+        train_labels: [train_examples] int32, 0 to len(class_names) - 1.
+        test_images: [test_examples, height, width, channels] uint8, 0 to 255.
+        test_labels: [test_examples] int32, 0 to len(class_names) - 1.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train_images: npt.NDArray[np.uint8]
+    train_labels: npt.NDArray[np.int32]
+    test_images: npt.NDArray[np.uint8]
+    test_labels: npt.NDArray[np.int32]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of the shapes and bytes of the four arrays."""
+        digest = hashlib.sha256()
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(repr((array.shape, array.dtype.str)).encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def limited_to(self, train_examples: int) -> "Dataset":
+        """This data set with only its first training images; the test images stay complete.
+
+        Raises:
+            UserError: If there are fewer training images than asked for.
+        """
+        available = len(self.train_images)
+        if train_examples > available:
+            raise UserError(
+                f"--limit received {train_examples}, expected at most the {available} training "
+                f"images of {self.name}; lower --limit or leave it out"
+            )
+        return replace(
+            self,
+            train_images=self.train_images[:train_examples],
+            train_labels=self.train_labels[:train_examples],
+        )
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """Read, download or draw the data set that the configuration names.
+
+    Raises:
+        UserError: If its files are missing, damaged or not what they should be.
+    """
+    if config.dataset == "synthetic":
+        from job import synthetic
+
+        dataset = synthetic.make_dataset(config.seed)
+    else:
+        from job import cifar10
+
+        dataset = cifar10.load(config.data_dir, config.cifar10_url)
+    return dataset if config.limit is None else dataset.limited_to(config.limit)

@@ -1,0 +1,265 @@
+"""Visible devices, and the distribution strategy, precision and compilation that suit them.
+
+The only module that picks a `tf.distribute` strategy.
+"""
+
+import ctypes
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tensorflow as tf
+
+from job.config import DeviceRequest, GpuMissingError, Jit, Precision, UserError
+
+
+# What TensorFlow 2.21, built for CUDA 12.5 and cuDNN 9, opens at start-up; libcuda is the driver's.
+_CUDA_LIBRARIES = (
+    "libcuda.so.1",
+    "libcudart.so.12",
+    "libcublas.so.12",
+    "libcublasLt.so.12",
+    "libcufft.so.11",
+    "libcusolver.so.11",
+    "libcusparse.so.12",
+    "libcudnn.so.9",
+    "libnccl.so.2",
+)
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What XLA compiles.
+
+    Attributes:
+        network: The forward and backward passes. XLA's CPU convolutions take ten times as long as
+            oneDNN's, so this is for GPUs.
+        elementwise: Augmentation and optimizer update, chains of small ops that become one kernel.
+    """
+
+    network: bool
+    elementwise: bool
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The replicas of a run and how they compute.
+
+    Attributes:
+        strategy: Distributes over them; in sync after each step.
+        kind: "cpu" or "gpu".
+        descriptions: For each replica its name, and on GPUs model, memory and compute capability.
+        precision: "float32" or "bfloat16".
+        compilation: What XLA compiles.
+    """
+
+    strategy: tf.distribute.Strategy
+    kind: Literal["cpu", "gpu"]
+    descriptions: tuple[dict[str, Any], ...]
+    precision: Literal["float32", "bfloat16"]
+    compilation: Compilation
+
+    @property
+    def replicas(self) -> int:
+        """Number of replicas that train in parallel."""
+        return int(self.strategy.num_replicas_in_sync)
+
+    def rows_per_replica(self, global_batch_size: int) -> int:
+        """Rows of the global batch that each replica takes.
+
+        Raises:
+            UserError: If the batch does not divide.
+        """
+        rows, rest = divmod(global_batch_size, self.replicas)
+        if rest:
+            raise UserError(
+                f"--batch-size received {global_batch_size}, expected a multiple of the "
+                f"{self.replicas} replicas; use {(rows + 1) * self.replicas} or another multiple"
+            )
+        return rows
+
+
+@dataclass(frozen=True)
+class Promise:
+    """How many GPUs the environment says this process has, and where it says so."""
+
+    count: int
+    source: str
+
+
+def promised_gpus(environ: Mapping[str, str], dev: Path = Path("/dev")) -> Promise:
+    """Find out how many GPUs the machine or scheduler promises to this process.
+
+    ``CUDA_VISIBLE_DEVICES`` speaks for the process and so comes first, then Slurm's count for the
+    node, then the device nodes. ``NVIDIA_VISIBLE_DEVICES`` is no promise: CUDA images set it to
+    "all" even without a GPU.
+
+    Args:
+        environ: Environment variables.
+        dev: The folder of device nodes.
+
+    Raises:
+        UserError: If Slurm's variable is not a number.
+    """
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        # CUDA ignores everything from the first invalid entry on.
+        entries = [entry.strip() for entry in visible.split(",")]
+        valid = 0
+        while valid < len(entries) and re.fullmatch(r"\d+|GPU-.+|MIG-.+", entries[valid]):
+            valid += 1
+        if valid:
+            return Promise(valid, f"CUDA_VISIBLE_DEVICES={visible}")
+    slurm = environ.get("SLURM_GPUS_ON_NODE")
+    if slurm:
+        if not slurm.isdecimal():
+            raise UserError(
+                f"SLURM_GPUS_ON_NODE received {slurm!r}, expected a number; unset or correct it"
+            )
+        if int(slurm):
+            return Promise(int(slurm), f"SLURM_GPUS_ON_NODE={slurm}")
+    if visible is not None:
+        return Promise(0, f"CUDA_VISIBLE_DEVICES={visible!r} hides all GPUs")
+    nodes = [node.name for node in dev.glob("nvidia*") if re.fullmatch(r"nvidia\d+", node.name)]
+    return Promise(len(nodes), f"{len(nodes)} device nodes {dev}/nvidia*")
+
+
+def check_promised_gpus(promise: Promise, visible: int, required: int) -> None:
+    """Refuse to train without the GPUs that were promised or required.
+
+    Args:
+        promise: What the environment promises.
+        visible: GPUs that TensorFlow sees.
+        required: What ``--require-gpus`` asks for.
+
+    Raises:
+        GpuMissingError: If fewer are visible.
+    """
+    if visible < required:
+        raise GpuMissingError(
+            f"--require-gpus expected {required} GPUs, TensorFlow sees {visible}{_why()}; give the "
+            f"job its GPUs, or lower --require-gpus (0 permits the CPU)"
+        )
+    if visible < promise.count:
+        raise GpuMissingError(
+            f"{promise.source} promises {promise.count} GPUs, TensorFlow sees {visible}{_why()}; "
+            f"run 'python -m job doctor', or ask for --devices cpu:1 to train without a GPU"
+        )
+
+
+def _why() -> str:
+    missing = [library.name for library in cuda_libraries() if library.path is None]
+    return f" (cannot find {', '.join(missing)})" if missing else ""
+
+
+@dataclass(frozen=True)
+class CudaLibrary:
+    """A shared library that TensorFlow opens before it uses a GPU, and where it was found."""
+
+    name: str
+    path: str | None
+
+
+def cuda_libraries() -> list[CudaLibrary]:
+    """Look for the libraries that this build of TensorFlow needs for GPUs.
+
+    They come from the driver and the system, or from the ``nvidia-*`` wheels, which TensorFlow
+    finds beside itself without the system's loader knowing them.
+    """
+    site_packages = Path(tf.__file__).parent.parent
+    found = []
+    for name in _CUDA_LIBRARIES:
+        wheels = sorted(site_packages.glob(f"nvidia/*/lib/{name}"))
+        path: str | None = str(wheels[0]) if wheels else name
+        try:
+            ctypes.CDLL(str(path))
+        except OSError:
+            path = None
+        found.append(CudaLibrary(name, path))
+    return found
+
+
+def visible_gpus() -> list[tf.config.PhysicalDevice]:
+    """The GPUs that TensorFlow can use."""
+    return list(tf.config.list_physical_devices("GPU"))
+
+
+def open_devices(request: DeviceRequest, precision: Precision, jit: Jit) -> Devices:
+    """Set the requested devices up for one run; once in a process, before any computation.
+
+    Args:
+        request: Which replicas.
+        precision: "auto" takes bfloat16 where all of them compute it in hardware.
+        jit: "auto" compiles the network on GPUs only.
+
+    Raises:
+        UserError: If more GPUs are asked for than there are.
+    """
+    gpus = visible_gpus()
+    if request.kind == "gpu" and request.count > len(gpus):
+        raise UserError(
+            f"--devices received gpu:{request.count}, expected at most the {len(gpus)} visible "
+            f"GPUs; ask for fewer, or --devices auto or cpu:N"
+        )
+    if request.kind == "gpu" or (request.kind == "auto" and gpus):
+        used = gpus[: request.count or len(gpus)]
+        tf.config.set_visible_devices(used, "GPU")
+        for gpu in used:
+            tf.config.experimental.set_memory_growth(gpu, True)
+        kind: Literal["cpu", "gpu"] = "gpu"
+        names = [f"GPU:{index}" for index in range(len(used))]
+        descriptions = tuple(_describe_gpu(gpu) for gpu in used)
+    else:
+        kind = "cpu"
+        tf.config.set_visible_devices([], "GPU")
+        count = max(request.count, 1)
+        names = [f"CPU:{index}" for index in range(count)]
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0],
+            [tf.config.LogicalDeviceConfiguration()] * count,
+        )
+        descriptions = tuple({"name": name, "model": _cpu_model()} for name in names)
+    if precision == "auto":
+        precision = "bfloat16" if _computes_bfloat16(kind, descriptions) else "float32"
+    return Devices(
+        strategy=tf.distribute.MirroredStrategy(names),
+        kind=kind,
+        descriptions=descriptions,
+        precision=precision,
+        compilation=Compilation(
+            network=jit == "on" or (jit == "auto" and kind == "gpu"), elementwise=jit != "off"
+        ),
+    )
+
+
+def _describe_gpu(gpu: tf.config.PhysicalDevice) -> dict[str, Any]:
+    details = tf.config.experimental.get_device_details(gpu)
+    name = gpu.name.removeprefix("/physical_device:")
+    return {
+        "name": name,
+        "model": details.get("device_name", "unknown"),
+        "compute_capability": list(details.get("compute_capability", ())),
+    }
+
+
+def _computes_bfloat16(kind: str, descriptions: tuple[dict[str, Any], ...]) -> bool:
+    if kind == "gpu":
+        return all(gpu["compute_capability"] >= [8, 0] for gpu in descriptions)
+    return bool({"avx512_bf16", "amx_bf16"} & set(_cpuinfo("flags").split()))
+
+
+def _cpu_model() -> str:
+    return _cpuinfo("model name") or os.uname().machine
+
+
+def _cpuinfo(key: str) -> str:
+    """A field of the first processor in /proc/cpuinfo; empty where there is none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+    match = re.search(rf"^{key}\s*: (.*)$", text, re.MULTILINE)
+    return match[1] if match else ""

@@ -1,0 +1,172 @@
+"""Examine a machine before a run does: versions, GPUs, a test computation, folders."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from job import artifacts
+from job.config import DeviceRequest, ExitCode, GpuMissingError
+from job.devices import (
+    Devices,
+    Promise,
+    check_promised_gpus,
+    cuda_libraries,
+    open_devices,
+    promised_gpus,
+    visible_gpus,
+)
+
+Report = dict[str, Any]
+
+
+def examine(
+    folders: Iterable[tuple[str, Path]], require_gpus: int, startup_lines: list[str]
+) -> tuple[Report, ExitCode]:
+    """Examine this machine.
+
+    Args:
+        folders: Pairs of option name and folder to check.
+        require_gpus: GPUs that must be visible.
+        startup_lines: What TensorFlow printed while it looked for GPUs.
+
+    Returns:
+        The report, a JSON object, and GPU_MISSING if a promised or required GPU cannot be used,
+        else DONE.
+    """
+    promise, visible = promised_gpus(os.environ), len(visible_gpus())
+    findings = []
+    try:
+        check_promised_gpus(promise, visible, require_gpus)
+    except GpuMissingError as error:
+        findings.append(str(error))
+    devices = open_devices(DeviceRequest("auto", 0), "auto", "auto")
+    computations = [*_convolve_everywhere(devices), _all_reduce(devices)]
+    findings += [result["problem"] for result in computations if result["problem"]]
+    build = tf.sysconfig.get_build_info()
+    report = {
+        "versions": artifacts.versions()
+        | {key: str(build[key]) for key in ("cuda_version", "cudnn_version") if key in build},
+        "gpus": {
+            "promised": promise.count,
+            "promised_by": promise.source,
+            "required": require_gpus,
+            "visible": visible,
+            "libraries": [asdict(library) for library in cuda_libraries()],
+            "tensorflow_says": startup_lines if visible < _expected(promise, require_gpus) else [],
+        },
+        "devices": _describe_devices(devices),
+        "precision": devices.precision,
+        "computations": computations,
+        "folders": [_describe_folder(option, folder) for option, folder in folders],
+        "findings": findings,
+    }
+    return report, ExitCode.GPU_MISSING if findings else ExitCode.DONE
+
+
+def as_text(report: Report) -> str:
+    """Lay a report out for a person to read."""
+    gpus = report["gpus"]
+    lines = [
+        "Versions     " + ", ".join(f"{name} {text}" for name, text in report["versions"].items()),
+        f"GPUs         {gpus['visible']} visible, {gpus['promised']} promised "
+        f"({gpus['promised_by']}), {gpus['required']} required",
+    ]
+    for library in gpus["libraries"]:
+        lines.append(f"  library    {library['name']}: {library['path'] or 'not found'}")
+    for said in gpus["tensorflow_says"]:
+        lines.append(f"  TensorFlow {said}")
+    for device in report["devices"]:
+        details = ", ".join(f"{key} {value}" for key, value in device.items() if key != "name")
+        lines.append(f"Device       {device['name']}: {details}")
+    lines.append(f"Precision    {report['precision']} with --precision auto")
+    for result in report["computations"]:
+        lines.append(f"Test         {result['what']}: {result['problem'] or 'ok'}")
+    for folder in report["folders"]:
+        free = f", {folder['free_gib']} GiB free" if folder["free_gib"] is not None else ""
+        state = folder["problem"] or f"writable{free}"
+        lines.append(f"Folder       {folder['option']} {folder['path']}: {state}")
+    verdict = [f"Problem      {finding}" for finding in report["findings"]]
+    return "\n".join([*lines, *(verdict or ["Result       ready to train"])])
+
+
+def _expected(promise: Promise, require_gpus: int) -> int:
+    return max(promise.count, require_gpus)
+
+
+def _describe_devices(devices: Devices) -> list[dict[str, Any]]:
+    described = []
+    for index, description in enumerate(devices.descriptions):
+        memory = (
+            _gpu_memory_gib(index)
+            if devices.kind == "gpu"
+            else round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+        )
+        described.append({**description, "memory_gib": memory})
+    return described
+
+
+def _gpu_memory_gib(index: int) -> float | None:
+    """A GPU's whole memory as the driver tells it; None where its tool is not installed."""
+    import subprocess
+
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        return round(float(answer.stdout.splitlines()[index]) / 1024, 1)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def _convolve_everywhere(devices: Devices) -> list[dict[str, Any]]:
+    results = []
+    for description in devices.descriptions:
+        name = description["name"]
+        try:
+            with tf.device(f"/{name}"):
+                # Summing 3x3 ones over 3 channels of ones: each output is 27.
+                outputs = tf.nn.conv2d(tf.ones([1, 8, 8, 3]), tf.ones([3, 3, 3, 4]), 1, "VALID")
+            right = bool(np.all(outputs.numpy() == 27.0))
+            problem = None if right else f"{name} computes a convolution wrongly"
+        except tf.errors.OpError as error:
+            problem = f"{name} cannot run a convolution: {error.message}"
+        results.append({"what": f"convolution on {name}", "problem": problem})
+    return results
+
+
+def _all_reduce(devices: Devices) -> dict[str, Any]:
+    expected = float(sum(range(1, devices.replicas + 1)))
+
+    @tf.function
+    def total() -> tf.Tensor:
+        def contribute() -> tf.Tensor:
+            context = tf.distribute.get_replica_context()
+            share = tf.cast(context.replica_id_in_sync_group + 1, tf.float32)
+            return context.all_reduce("SUM", share)
+
+        return devices.strategy.reduce("MEAN", devices.strategy.run(contribute), axis=None)
+
+    try:
+        received = float(total())
+        problem = None if received == expected else f"all-reduce gave {received}, not {expected}"
+    except tf.errors.OpError as error:
+        problem = f"the devices cannot all-reduce: {error.message}"
+    return {"what": f"all-reduce over {devices.replicas} replica(s)", "problem": problem}
+
+
+def _describe_folder(option: str, folder: Path) -> dict[str, Any]:
+    """Whether a folder, or the nearest one above it that exists, can be written."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    problem, free_gib = None, None
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            free_gib = round(shutil.disk_usage(existing).free / 2**30, 1)
+    except OSError as error:
+        problem = f"cannot be written: {error.strerror or error}"
+    return {"option": option, "path": str(folder), "free_gib": free_gib, "problem": problem}

@@ -1,0 +1,295 @@
+"""The compiled training loop: many steps a call, on every replica, with all data on the device.
+
+Keras builds the network and the optimizer; the loop is this module's. Each replica owns its
+variables and updates them by itself from the summed gradients, so that nothing but the gradients
+crosses between replicas and one compiled function does a whole update.
+"""
+
+import math
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+from keras.src.optimizers.base_optimizer import BaseOptimizer
+
+from job.augment import resample_by_gather, resample_by_op
+from job.dataset import Dataset
+from job.devices import Devices
+from job.network import training_network
+from job.recipe import Recipe
+
+STEPS_PER_SPAN = 15
+"""Steps a compiled call. Fixed: what happens between two calls is part of a run's result."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of one run.
+
+    Attributes:
+        global_batch_size: Images a step over all replicas.
+        steps_per_epoch: Whole batches in the training set; the rest of an epoch's images is left
+            out, other images each time.
+        epochs: Passes over the training set.
+        seed: The run's seed.
+    """
+
+    global_batch_size: int
+    steps_per_epoch: int
+    epochs: int
+    seed: int
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps_per_epoch * self.epochs
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Sums over the steps of an epoch so far.
+
+    Attributes:
+        steps: Steps done.
+        loss: Sum over examples of the loss.
+        correct: Examples predicted correctly.
+    """
+
+    steps: int = 0
+    loss: float = 0.0
+    correct: int = 0
+
+
+class Engine:
+    """A recipe's training on a set of devices.
+
+    Args:
+        recipe: What to train.
+        devices: Where to train it.
+        dataset: The training images go to every device.
+        plan: How long, in which batches and from which seed.
+        learning_rate: The optimizer's.
+
+    Attributes:
+        original: The recipe's stock network in float32, for files; `export` brings it up to date.
+        model: The network in training, one set of variables a replica.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        devices: Devices,
+        dataset: Dataset,
+        plan: Plan,
+        learning_rate: float,
+    ) -> None:
+        self.recipe, self.plan = recipe, plan
+        self._strategy = devices.strategy
+        self._replicas = devices.replicas
+        self._rows = devices.rows_per_replica(plan.global_batch_size)
+        self._classes = len(dataset.class_names)
+        self._image_shape = dataset.train_images.shape[1:]
+        self._examples = len(dataset.train_images)
+        compilation = devices.compilation
+        self._resample = resample_by_gather if compilation.elementwise else resample_by_op
+        self._prepare = tf.function(self._prepare_rows, jit_compile=compilation.elementwise)
+        self._gradients = tf.function(self._compute_gradients, jit_compile=compilation.network)
+        self._update = tf.function(self._apply_gradients, jit_compile=compilation.elementwise)
+
+        self.original = recipe.build_model(plan.seed, self._classes)
+        recipe.compile(self.original, learning_rate, plan.total_steps)
+        with self._strategy.scope(), tf.variable_creator_scope(_replica_local):
+            self.model = training_network(self.original, devices.precision)
+            self._optimizer = recipe.build_optimizer(learning_rate, plan.total_steps)
+            self._optimizer.build(self.model.trainable_variables)
+            # One copy on each device: a captured constant would be copied there at every call.
+            self._images = tf.Variable(
+                dataset.train_images.reshape(self._examples, -1), trainable=False, name="images"
+            )
+            self._labels = tf.Variable(
+                dataset.train_labels.astype(np.int64), trainable=False, name="labels"
+            )
+        # Keras's TensorFlow optimizers reduce gradients and leave the replica's context to assign.
+        # Here gradients come summed and each replica assigns its own variables.
+        for method in ("_backend_update_step", "_apply_weight_decay"):
+            plain = types.MethodType(getattr(BaseOptimizer, method), self._optimizer)
+            setattr(self._optimizer, method, plain)
+        self._statistics = [
+            variable
+            for variable in self.model.non_trainable_variables
+            if tf.as_dtype(variable.dtype).is_floating
+        ]
+        self._random_states = [
+            variable
+            for variable in self.model.non_trainable_variables
+            if variable.path.endswith("seed_generator_state")
+        ]
+        self._random_keys = _random_keys(plan.seed, len(self._random_states), self._replicas)
+
+    @property
+    def learning_rate(self) -> float:
+        """The optimizer's learning rate at this point of its schedule."""
+        return float(keras.ops.convert_to_numpy(self._optimizer.learning_rate))
+
+    def train_epoch(self, epoch: int) -> Iterator[Progress]:
+        """Train one epoch, handing control back after each span of steps.
+
+        Args:
+            epoch: From 0.
+
+        Yields:
+            The epoch's progress so far.
+        """
+        plan = self.plan
+        order = epoch_order(plan.seed, epoch, self._examples)
+        order = order[: plan.steps_per_epoch * plan.global_batch_size]
+        batches = tf.constant(order.reshape(plan.steps_per_epoch, plan.global_batch_size))
+        draws = self._draw(tf.constant(epoch))
+        first_step = epoch * plan.steps_per_epoch
+        done = Progress()
+        for start in range(0, plan.steps_per_epoch, STEPS_PER_SPAN):
+            end = min(start + STEPS_PER_SPAN, plan.steps_per_epoch)
+            loss, correct = self._span(
+                batches, draws, tf.constant(start), tf.constant(end), tf.constant(first_step)
+            )
+            # Reading the sums waits for the devices: the span is over.
+            done = Progress(end, done.loss + float(loss), done.correct + int(correct))
+            yield done
+
+    def export(self) -> keras.Model:
+        """Bring `original` up to date with the network in training, optimizer state included."""
+        self.original.set_weights(self.model.get_weights())
+        for target, source in zip(
+            self.original.optimizer.variables, self._optimizer.variables, strict=True
+        ):
+            target.assign(keras.ops.convert_to_numpy(source))
+        return self.original
+
+    @tf.function
+    def _draw(self, epoch: tf.Tensor) -> tf.Tensor:
+        plan = self.plan
+        return self.recipe.draw_augmentation(
+            plan.seed, epoch, plan.steps_per_epoch, plan.global_batch_size
+        )
+
+    @tf.function
+    def _span(
+        self,
+        batches: tf.Tensor,
+        draws: tf.Tensor,
+        start: tf.Tensor,
+        end: tf.Tensor,
+        first_step: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Run the steps from start to end of an epoch whose first step is first_step of the run."""
+        loss, correct = tf.constant(0.0), tf.constant(0, tf.int64)
+        for step in tf.range(start, end):
+            replica_loss, replica_correct = self._strategy.run(
+                self._replica_step, (batches[step], draws[step], first_step + step)
+            )
+            loss += self._strategy.reduce("SUM", replica_loss, axis=None)
+            correct += self._strategy.reduce("SUM", replica_correct, axis=None)
+        if self._replicas > 1 and self._statistics:
+            self._strategy.run(self._average_statistics)
+        return loss, correct
+
+    def _replica_step(
+        self, batch: tf.Tensor, draws: tf.Tensor, step: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """One replica's part of a step.
+
+        Args:
+            batch: [global_batch_size] int64 rows of the training set.
+            draws: [global_batch_size, ...] what augments them.
+            step: Scalar int32, global step of the run.
+
+        Returns:
+            Sum of the losses and number of correct predictions over this replica's rows.
+        """
+        context = tf.distribute.get_replica_context()
+        replica = context.replica_id_in_sync_group
+        first = replica * self._rows
+        rows = batch[first : first + self._rows]
+        images = self._prepare(
+            tf.gather(self._images, rows), draws[first : first + self._rows]
+        )
+        labels = tf.gather(self._labels, rows)
+        # Each replica drops units of its own, as a function of nothing but seed, replica and step.
+        for keys, state in zip(self._random_keys, self._random_states, strict=True):
+            state.assign(tf.stack([keys[replica], tf.cast(step, keys.dtype)]))
+        gradients, loss, correct = self._gradients(images, labels)
+        if self._replicas > 1:
+            gradients = context.all_reduce("SUM", gradients)
+        self._update(gradients)
+        return loss, correct
+
+    def _prepare_rows(self, rows: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+        """From [rows, pixels] uint8 to augmented images [rows, height, width, channels]."""
+        images = tf.reshape(rows, [self._rows, *self._image_shape])
+        images = tf.cast(images, tf.float32) * (1.0 / 255.0)
+        images = self.recipe.augment(images, draws, self._resample)
+        return tf.cast(images, self.model.layers[0].compute_dtype)
+
+    def _compute_gradients(
+        self, images: tf.Tensor, labels: tf.Tensor
+    ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
+        """Gradients of the loss averaged over the *global* batch: they sum over the replicas."""
+        variables = [variable.value for variable in self.model.trainable_variables]
+        with tf.GradientTape() as tape:
+            probabilities = self.model(images, training=True)
+            losses = keras.losses.get(self.recipe.loss)(
+                tf.one_hot(labels, self._classes), probabilities
+            )
+            penalties = [tf.cast(loss, tf.float32) for loss in self.model.losses]
+            objective = tf.reduce_sum(losses) / self.plan.global_batch_size
+            objective += tf.add_n([tf.constant(0.0), *penalties]) / self._replicas
+        correct = tf.equal(tf.argmax(probabilities, axis=-1), labels)
+        return (
+            tape.gradient(objective, variables),
+            tf.reduce_sum(losses),
+            tf.reduce_sum(tf.cast(correct, tf.int64)),
+        )
+
+    def _apply_gradients(self, gradients: list[tf.Tensor]) -> None:
+        self._optimizer.apply(gradients)
+
+    def _average_statistics(self) -> None:
+        """Give every replica the mean of the replicas' BatchNormalization statistics.
+
+        They are exponential averages that training never reads, so the mean of the averages is the
+        average of the means, whenever it is taken.
+        """
+        values = [variable.value.read_value() for variable in self._statistics]
+        means = tf.distribute.get_replica_context().all_reduce("MEAN", values)
+        for variable, mean in zip(self._statistics, means, strict=True):
+            variable.value.assign(mean)
+
+
+def epoch_order(seed: int, epoch: int, examples: int) -> npt.NDArray[np.int64]:
+    """The order in which an epoch visits the training set: a permutation [examples] int64."""
+    return np.random.default_rng([seed, epoch]).permutation(examples)
+
+
+def span_count(steps_per_epoch: int) -> int:
+    """Compiled calls an epoch."""
+    return math.ceil(steps_per_epoch / STEPS_PER_SPAN)
+
+
+def _random_keys(seed: int, states: int, replicas: int) -> list[tf.Tensor]:
+    """For each Dropout-like layer one random stream a replica: a list of [replicas] int64."""
+    sequences = np.random.SeedSequence(seed).spawn(states)
+    # Keras casts its random states to int32, so keys stay below 2**31.
+    keys = [sequence.generate_state(replicas) >> 1 for sequence in sequences]
+    return [tf.constant(key.astype(np.int64)) for key in keys]
+
+
+def _replica_local(next_creator: Any, **options: Any) -> tf.Variable:
+    """Create a variable that each replica reads and writes without the others."""
+    options["synchronization"] = tf.VariableSynchronization.ON_READ
+    options["aggregation"] = tf.VariableAggregation.ONLY_FIRST_REPLICA
+    return next_creator(**options)

@@ -1,0 +1,128 @@
+"""Exact evaluation: every example counts once, whatever the number of replicas."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from job.devices import Devices
+from job.recipe import Recipe
+
+ROWS_PER_REPLICA = 500
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network does on a set of examples.
+
+    Attributes:
+        loss: Mean loss over the examples.
+        confusion: [classes, classes] int64: entry (true, predicted) counts examples.
+    """
+
+    loss: float
+    confusion: npt.NDArray[np.int64]
+
+    @property
+    def examples(self) -> int:
+        """Number of examples evaluated."""
+        return int(self.confusion.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of examples predicted correctly, 0 to 1."""
+        return float(np.trace(self.confusion)) / self.examples
+
+    def document(self, class_names: tuple[str, ...]) -> dict[str, Any]:
+        """The evaluation as a JSON object; the README documents it.
+
+        A class that is never predicted has no precision, and one without examples no recall: null.
+        """
+        hits = np.diag(self.confusion)
+        predicted, support = self.confusion.sum(axis=0), self.confusion.sum(axis=1)
+        return {
+            "loss": self.loss,
+            "accuracy": self.accuracy,
+            "examples": self.examples,
+            "classes": {
+                name: {
+                    "precision": float(hits[label] / predicted[label]) if predicted[label] else None,
+                    "recall": float(hits[label] / support[label]) if support[label] else None,
+                    "support": int(support[label]),
+                }
+                for label, name in enumerate(class_names)
+            },
+            "confusion_matrix": self.confusion.tolist(),
+        }
+
+
+class Evaluator:
+    """Evaluates one network on one set of examples, as often as asked.
+
+    Args:
+        model: From images to probabilities; its current variables count at each call.
+        recipe: Gives the loss and the views.
+        devices: Where to evaluate.
+        images: [examples, height, width, channels] uint8.
+        labels: [examples] integers.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        recipe: Recipe,
+        devices: Devices,
+        images: npt.NDArray[np.uint8],
+        labels: npt.NDArray[np.int32],
+    ) -> None:
+        self._model, self._recipe = model, recipe
+        self._strategy, self._replicas = devices.strategy, devices.replicas
+        self._examples = len(images)
+        self._rows = min(ROWS_PER_REPLICA, -(-self._examples // self._replicas))
+        self._image_shape = images.shape[1:]
+        with self._strategy.scope():
+            self._images = tf.Variable(images.reshape(self._examples, -1), trainable=False)
+            self._labels = tf.Variable(labels.astype(np.int64), trainable=False)
+        self._score = tf.function(self._score_rows, jit_compile=devices.compilation.network)
+
+    def __call__(self) -> Evaluation:
+        """Evaluate all examples."""
+        loss, confusion = self._evaluate()
+        return Evaluation(float(loss) / self._examples, np.rint(confusion.numpy()).astype(np.int64))
+
+    @tf.function
+    def _evaluate(self) -> tuple[tf.Tensor, tf.Tensor]:
+        classes = self._model.output_shape[-1]
+        loss, confusion = tf.constant(0.0), tf.zeros([classes, classes])
+        for start in tf.range(0, self._examples, self._rows * self._replicas, tf.int64):
+            replica_loss, replica_confusion = self._strategy.run(self._replica_part, (start,))
+            loss += self._strategy.reduce("SUM", replica_loss, axis=None)
+            confusion += self._strategy.reduce("SUM", replica_confusion, axis=None)
+        return loss, confusion
+
+    def _replica_part(self, start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        rows = start + tf.range(self._rows, dtype=tf.int64)
+        rows += tf.cast(replica * self._rows, tf.int64)
+        # Rows beyond the last example repeat it and then count for nothing.
+        counts = tf.cast(rows < self._examples, tf.float32)
+        rows = tf.minimum(rows, self._examples - 1)
+        return self._score(tf.gather(self._images, rows), tf.gather(self._labels, rows), counts)
+
+    def _score_rows(
+        self, pixels: tf.Tensor, labels: tf.Tensor, counts: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        images = tf.reshape(pixels, [self._rows, *self._image_shape])
+        images = tf.cast(images, tf.float32) * (1.0 / 255.0)
+        views = [self._model(view(images), training=False) for view in self._recipe.evaluation_views]
+        probabilities = views[0] if len(views) == 1 else tf.add_n(views) / len(views)
+        classes = probabilities.shape[-1]
+        truth = tf.one_hot(labels, classes)
+        predicted = tf.one_hot(tf.argmax(probabilities, axis=-1), classes)
+        losses = keras.losses.get(self._recipe.loss)(truth, probabilities)
+        # Counts up to 2**24 are exact in float32.
+        confusion = tf.matmul(truth * counts[:, None], predicted, transpose_a=True)
+        return tf.reduce_sum(losses * counts), confusion

@@ -1,0 +1,99 @@
+"""Log events: JSON lines for machines, short readable lines for people, both on stdout."""
+
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pythonjsonlogger.json import JsonFormatter
+
+LogFormat = Literal["auto", "json", "text"]
+LOG_FORMATS: tuple[LogFormat, ...] = ("auto", "json", "text")
+
+_logger = logging.getLogger("job")
+_FIELDS = "job_fields"
+
+
+def resolve_format(log_format: LogFormat) -> Literal["json", "text"]:
+    """Resolve "auto": text on a terminal, JSON lines where stdout is collected by a machine."""
+    if log_format != "auto":
+        return log_format
+    return "text" if sys.stdout.isatty() else "json"
+
+
+def configure(log_format: LogFormat) -> None:
+    """Send this program's events to stdout in the given format, replacing an earlier setting."""
+    handler = _StdoutHandler()
+    handler.setFormatter(_JsonEvents() if resolve_format(log_format) == "json" else _TextEvents())
+    _logger.handlers = [handler]
+    _logger.setLevel(logging.INFO)
+    _logger.propagate = False
+
+
+def is_json() -> bool:
+    """Whether events are being written as JSON lines."""
+    return any(isinstance(handler.formatter, _JsonEvents) for handler in _logger.handlers)
+
+
+def event(name: str, level: int = logging.INFO, **fields: Any) -> None:
+    """Log one event.
+
+    Args:
+        name: Short name of what happened, the ``event`` field of the JSON line.
+        level: A level of the `logging` module.
+        **fields: JSON-serializable details. ``message``, where given, is the sentence that text
+            format shows instead of the fields.
+    """
+    _logger.log(level, name, extra={_FIELDS: fields})
+
+
+def utc_now() -> str:
+    """The current time in UTC, ISO 8601 with milliseconds: ``2026-01-31T12:00:00.000Z``."""
+    return _utc(datetime.now(UTC).timestamp())
+
+
+def _utc(timestamp: float) -> str:
+    moment = datetime.fromtimestamp(timestamp, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class _StdoutHandler(logging.Handler):
+    """Looks stdout up at each event: a progress bar replaces it while the bar is on the screen."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stdout, flush=True)
+
+
+class _JsonEvents(JsonFormatter):
+    def __init__(self) -> None:
+        super().__init__(json_ensure_ascii=False)
+
+    def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
+        """Lay one record out as time, level, event and then its own fields."""
+        fields = log_data.pop(_FIELDS, {})
+        return {
+            "time": log_data["time"],
+            "level": log_data["level"],
+            "event": log_data["message"],
+            **fields,
+        }
+
+    def add_fields(
+        self,
+        log_data: dict[str, Any],
+        record: logging.LogRecord,
+        message_dict: dict[str, Any],
+    ) -> None:
+        super().add_fields(log_data, record, message_dict)
+        log_data["time"] = _utc(record.created)
+        log_data["level"] = record.levelname.lower()
+
+
+class _TextEvents(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = dict(getattr(record, _FIELDS, {}))
+        text = fields.pop("message", None) or " ".join(
+            [record.getMessage(), *(f"{key}={value}" for key, value in fields.items())]
+        )
+        prefix = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        return f"{datetime.fromtimestamp(record.created):%H:%M:%S} {prefix}{text}"

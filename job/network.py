@@ -1,0 +1,67 @@
+"""A recipe's network in the form that trains fastest: same layers, same variables, same results."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def training_network(model: keras.Model, precision: str) -> keras.Model:
+    """Rebuild a network for training.
+
+    Args:
+        model: A Sequential or Functional network of float32 layers.
+        precision: "float32", or "bfloat16" to compute all but the last layer in bfloat16; the
+            variables are float32 in both.
+
+    Returns:
+        A network with variables of its own, one for each of the model's and with their values.
+    """
+    last = model.layers[-1].name
+
+    def rebuild(layer: keras.Layer) -> keras.Layer:
+        config = layer.get_config()
+        if precision == "bfloat16" and layer.name != last:
+            config["dtype"] = "mixed_bfloat16"
+        kind = type(layer)
+        if kind is keras.layers.BatchNormalization and FusedBatchNormalization.can_replace(layer):
+            kind = FusedBatchNormalization
+        return kind.from_config(config)
+
+    copy = keras.models.clone_model(model, clone_function=rebuild)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+class FusedBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
+    """Keras's BatchNormalization, trained by TensorFlow's fused kernel.
+
+    Keras 3 spells the layer out in some thirty elementwise ops, a quarter of the whole training
+    step on a CPU. The fused op computes the same: statistics in float32 whatever the input's dtype.
+    """
+
+    @staticmethod
+    def can_replace(layer: keras.layers.BatchNormalization) -> bool:
+        """Whether the fused kernel covers what this layer is set to do."""
+        return (
+            layer.axis in (-1, 3)
+            and layer.center
+            and layer.scale
+            and layer.trainable
+            and not layer.renorm
+            and not layer.synchronized
+        )
+
+    def call(self, inputs: tf.Tensor, training: bool | None = None, mask: Any = None) -> tf.Tensor:
+        if not training or mask is not None or len(inputs.shape) != 4:
+            return super().call(inputs, training=training, mask=mask)
+        outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(
+            inputs, self.gamma.value, self.beta.value, epsilon=self.epsilon, is_training=True
+        )
+        # The kernel returns the unbiased variance; Keras keeps the biased one.
+        rows = tf.cast(tf.size(inputs) // inputs.shape[-1], tf.float32)
+        variance *= (rows - 1.0) / rows
+        keep = self.momentum
+        self.moving_mean.assign(self.moving_mean * keep + mean * (1.0 - keep))
+        self.moving_variance.assign(self.moving_variance * keep + variance * (1.0 - keep))
+        return outputs
