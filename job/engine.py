@@ -26,6 +26,10 @@ from job.recipe import Recipe
 STEPS_PER_SPAN = 15
 """Steps a compiled call. Fixed: what happens between two calls is part of a run's result."""
 
+STEPS_UNROLLED = 5
+"""Steps an iteration of the compiled loop. TensorFlow finishes one iteration before it starts the
+next, so only steps of the same one can prepare their images while an earlier one trains."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -188,15 +192,25 @@ class Engine:
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Run the steps from start to end of an epoch whose first step is first_step of the run."""
         loss, correct = tf.constant(0.0), tf.constant(0, tf.int64)
-        for step in tf.range(start, end):
-            replica_loss, replica_correct = self._strategy.run(
-                self._replica_step, (batches[step], draws[step], first_step + step)
-            )
-            loss += self._strategy.reduce("SUM", replica_loss, axis=None)
-            correct += self._strategy.reduce("SUM", replica_correct, axis=None)
+        unrolled_end = end - (end - start) % STEPS_UNROLLED
+        for first in tf.range(start, unrolled_end, STEPS_UNROLLED):
+            for step in [first + offset for offset in range(STEPS_UNROLLED)]:
+                sums = self._step(batches[step], draws[step], first_step + step)
+                loss, correct = loss + sums[0], correct + sums[1]
+        for step in tf.range(unrolled_end, end):
+            sums = self._step(batches[step], draws[step], first_step + step)
+            loss, correct = loss + sums[0], correct + sums[1]
         if self._replicas > 1 and self._statistics:
             self._strategy.run(self._average_statistics)
         return loss, correct
+
+    def _step(
+        self, batch: tf.Tensor, draws: tf.Tensor, step: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """One step on all replicas; the sums of losses and correct predictions over the batch."""
+        loss, correct = self._strategy.run(self._replica_step, (batch, draws, step))
+        reduce = self._strategy.reduce
+        return reduce("SUM", loss, axis=None), reduce("SUM", correct, axis=None)
 
     def _replica_step(
         self, batch: tf.Tensor, draws: tf.Tensor, step: tf.Tensor
@@ -232,8 +246,7 @@ class Engine:
         """From [rows, pixels] uint8 to augmented images [rows, height, width, channels]."""
         images = tf.reshape(rows, [self._rows, *self._image_shape])
         images = tf.cast(images, tf.float32) * (1.0 / 255.0)
-        images = self.recipe.augment(images, draws, self._resample)
-        return tf.cast(images, self.model.layers[0].compute_dtype)
+        return self.recipe.augment(images, draws, self._resample)
 
     def _compute_gradients(
         self, images: tf.Tensor, labels: tf.Tensor
