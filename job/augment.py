@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-# The columns of an array of affine parameters.
-THETA, SHIFT_DOWN, SHIFT_ACROSS, SHEAR, ZOOM_DOWN, ZOOM_ACROSS, FLIP = range(7)
+# The columns of an array of affine parameters; Keras calls them theta, tx, ty, shear, zx, zy and
+# flip_horizontal. x is across and y is down.
+THETA, SHIFT_X, SHIFT_Y, SHEAR, ZOOM_X, ZOOM_Y, FLIP = range(7)
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,9 @@ class AffineRanges:
 
     Attributes:
         rotation_range: Largest rotation either way, in degrees.
-        width_shift_range: Largest shift across, as a fraction of the width.
-        height_shift_range: Largest shift down, as a fraction of the height.
+        width_shift_range: Largest shift along y, as a fraction of the width.
+        height_shift_range: Largest shift along x, as a fraction of the height. The generator draws
+            its tx from the range for the height and then shifts across by it; so does this.
         shear_range: Largest shear angle either way, in degrees.
         zoom_range: Largest deviation of either zoom factor from 1; the two are independent.
         horizontal_flip: Whether every second image, on average, is mirrored.
@@ -49,8 +51,8 @@ def draw_parameters(
         image_size: Height and width in pixels.
 
     Returns:
-        [steps, batch_size, 7] float32 with the columns THETA and SHEAR in degrees, SHIFT_DOWN and
-        SHIFT_ACROSS in pixels, ZOOM_DOWN and ZOOM_ACROSS as factors, FLIP 0 or 1.
+        [steps, batch_size, 7] float32 with the columns THETA and SHEAR in degrees, SHIFT_X and
+        SHIFT_Y in pixels, ZOOM_X and ZOOM_Y as factors, FLIP 0 or 1.
     """
     # Philox by name: what "auto" picks differs between devices and under XLA.
     unit = tf.random.stateless_uniform([steps, batch_size, 7], [seed, epoch], alg="philox")
@@ -63,11 +65,11 @@ def draw_parameters(
     return tf.stack(
         [
             symmetric(THETA, ranges.rotation_range),
-            symmetric(SHIFT_DOWN, ranges.height_shift_range * image_size),
-            symmetric(SHIFT_ACROSS, ranges.width_shift_range * image_size),
+            symmetric(SHIFT_X, ranges.height_shift_range * image_size),
+            symmetric(SHIFT_Y, ranges.width_shift_range * image_size),
             symmetric(SHEAR, ranges.shear_range),
-            1.0 + symmetric(ZOOM_DOWN, ranges.zoom_range),
-            1.0 + symmetric(ZOOM_ACROSS, ranges.zoom_range),
+            1.0 + symmetric(ZOOM_X, ranges.zoom_range),
+            1.0 + symmetric(ZOOM_Y, ranges.zoom_range),
             tf.cast(unit[FLIP] < flip_below, tf.float32),
         ],
         axis=-1,
@@ -89,28 +91,18 @@ def affine_transforms(parameters: tf.Tensor, image_size: int) -> tf.Tensor:
         [..., 6] float32 (a, b, c, d, e, f): output pixel (x, y) shows the input at
         (a*x + b*y + c, d*x + e*y + f), with x across and y down.
     """
-    theta, down, across, shear, zoom_down, zoom_across, flip = tf.unstack(parameters, axis=-1)
+    theta, shift_x, shift_y, shear, zoom_x, zoom_y, flip = tf.unstack(parameters, axis=-1)
     theta, shear = theta * (math.pi / 180), shear * (math.pi / 180)
     cos, sin = tf.cos(theta), tf.sin(theta)
     centre = image_size / 2 - 0.5
-    # Source row and column of the centred output pixel (row, column), factors multiplied out.
-    row_row, row_column = cos * zoom_down, -tf.sin(theta + shear) * zoom_across
-    column_row, column_column = sin * zoom_down, tf.cos(theta + shear) * zoom_across
-    row_offset = cos * down - sin * across + centre - centre * (row_row + row_column)
-    column_offset = sin * down + cos * across + centre - centre * (column_row + column_column)
-    # A flipped output column x reads what column (size - 1 - x) would have read.
+    # The factors multiplied out.
+    a, b = cos * zoom_x, -tf.sin(theta + shear) * zoom_y
+    d, e = sin * zoom_x, tf.cos(theta + shear) * zoom_y
+    c = cos * shift_x - sin * shift_y + centre - centre * (a + b)
+    f = sin * shift_x + cos * shift_y + centre - centre * (d + e)
+    # A flipped output pixel x reads what pixel (size - 1 - x) would have read.
     sign, last = 1.0 - 2.0 * flip, flip * (image_size - 1.0)
-    return tf.stack(
-        [
-            sign * column_column,
-            column_row,
-            column_offset + last * column_column,
-            sign * row_column,
-            row_row,
-            row_offset + last * row_column,
-        ],
-        axis=-1,
-    )
+    return tf.stack([sign * a, b, c + last * a, sign * d, e, f + last * d], axis=-1)
 
 
 def resample_by_gather(images: tf.Tensor, transforms: tf.Tensor) -> tf.Tensor:

@@ -9,10 +9,11 @@ import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from numpy._core.multiarray import _reconstruct
 
 from job import log
 from job.config import UserError
@@ -157,7 +158,9 @@ def _assemble(read: ReadFile) -> Dataset:
     )
 
 
-def _parse_batch(source: str, content: bytes) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+def _parse_batch(
+    source: str, content: bytes
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
     """Check one batch file and return its images, channels last, and labels."""
 
     def fail(received: str, expected: str) -> UserError:
@@ -196,11 +199,11 @@ def _dtype(code: str, _align: object, _copy: object) -> "np.dtype[Any]":
 class _ArrayUnpickler(pickle.Unpickler):
     """Builds NumPy arrays and plain containers; a pickle that names anything else is refused."""
 
-    _ALLOWED = {
+    _ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy", "dtype"): _dtype,
         ("numpy", "ndarray"): np.ndarray,
-        ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-        ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
     }
 
     def find_class(self, module: str, name: str) -> Any:

@@ -5,6 +5,7 @@ TensorFlow is imported inside the commands that need it, so that ``--help`` answ
 
 import json
 import logging
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from job import __version__, config, log
 from job.config import DataConfig, DeviceRequest, ExitCode, JobError, TrainConfig
 
 
-class _DevicesType(click.ParamType):
+class _DevicesType(click.ParamType[DeviceRequest]):
     name = "auto|cpu:N|gpu:N"
 
     def convert(
@@ -29,6 +30,16 @@ class _DevicesType(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class _PositiveFloatType(click.FloatRange):
+    """A number above 0; "nan" passes every comparison of the class it extends."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
 def _option(name: str, **settings: Any) -> Callable[[Any], Any]:
     """An option that is also the environment variable ``JOB_<NAME>``."""
     variable = "JOB_" + name.removeprefix("--").replace("-", "_").upper()
@@ -37,7 +48,7 @@ def _option(name: str, **settings: Any) -> Callable[[Any], Any]:
 
 _FOLDER = click.Path(path_type=Path)
 _POSITIVE = click.IntRange(min=1)
-_POSITIVE_FLOAT = click.FloatRange(min=0, min_open=True, max=1e9)
+_POSITIVE_FLOAT = _PositiveFloatType(min=0, min_open=True)
 
 _output_dir = _option(
     "--output-dir", type=_FOLDER, default="output", help="Folder that receives the artifacts."
@@ -82,9 +93,7 @@ def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default="cifar10",
             help="synthetic is drawn from the seed and needs no files.",
         ),
-        _option(
-            "--data-dir", type=_FOLDER, default="data", help="Folder that holds the data set."
-        ),
+        _option("--data-dir", type=_FOLDER, default="data", help="Folder that holds the data set."),
     ):
         command = option(command)
     return command
@@ -173,9 +182,7 @@ def evaluate(log_format: log.LogFormat, **options: Any) -> None:
 @_option("--data-dir", type=_FOLDER, default="data", help="Folder that holds the data set.")
 @_require_gpus
 @_log_format
-def doctor(
-    log_format: log.LogFormat, output_dir: Path, data_dir: Path, require_gpus: int
-) -> None:
+def doctor(log_format: log.LogFormat, output_dir: Path, data_dir: Path, require_gpus: int) -> None:
     """Examine this machine: versions, GPUs, a test computation, folders."""
     log.configure(log_format)
     startup_lines = _load_tensorflow()

@@ -69,7 +69,9 @@ class DeviceRequest:
             ValueError: If the text is none of these.
         """
         if not _DEVICES.fullmatch(text):
-            raise ValueError(f"received {text!r}, expected auto, cpu:N or gpu:N with N from 1 to 999")
+            raise ValueError(
+                f"received {text!r}, expected auto, cpu:N or gpu:N with N from 1 to 999"
+            )
         kind, _, count = text.partition(":")
         return cls("cpu" if kind == "cpu" else "gpu" if kind == "gpu" else "auto", int(count or 0))
 

@@ -15,7 +15,6 @@ import tensorflow as tf
 
 from job.config import DeviceRequest, GpuMissingError, Jit, Precision, UserError
 
-
 # What TensorFlow 2.21, built for CUDA 12.5 and cuDNN 9, opens at start-up; libcuda is the driver's.
 _CUDA_LIBRARIES = (
     "libcuda.so.1",

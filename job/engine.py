@@ -22,6 +22,7 @@ from job.dataset import Dataset
 from job.devices import Devices
 from job.network import training_network
 from job.recipe import Recipe
+from job.resident import ResidentImages
 
 STEPS_PER_SPAN = 15
 """Steps a compiled call. Fixed: what happens between two calls is part of a run's result."""
@@ -97,8 +98,7 @@ class Engine:
         self._replicas = devices.replicas
         self._rows = devices.rows_per_replica(plan.global_batch_size)
         self._classes = len(dataset.class_names)
-        self._image_shape = dataset.train_images.shape[1:]
-        self._examples = len(dataset.train_images)
+        self._data = ResidentImages(self._strategy, dataset.train_images, dataset.train_labels)
         compilation = devices.compilation
         self._resample = resample_by_gather if compilation.elementwise else resample_by_op
         self._prepare = tf.function(self._prepare_rows, jit_compile=compilation.elementwise)
@@ -111,13 +111,6 @@ class Engine:
             self.model = training_network(self.original, devices.precision)
             self._optimizer = recipe.build_optimizer(learning_rate, plan.total_steps)
             self._optimizer.build(self.model.trainable_variables)
-            # One copy on each device: a captured constant would be copied there at every call.
-            self._images = tf.Variable(
-                dataset.train_images.reshape(self._examples, -1), trainable=False, name="images"
-            )
-            self._labels = tf.Variable(
-                dataset.train_labels.astype(np.int64), trainable=False, name="labels"
-            )
         # Keras's TensorFlow optimizers reduce gradients and leave the replica's context to assign.
         # Here gradients come summed and each replica assigns its own variables.
         for method in ("_backend_update_step", "_apply_weight_decay"):
@@ -133,7 +126,7 @@ class Engine:
             for variable in self.model.non_trainable_variables
             if variable.path.endswith("seed_generator_state")
         ]
-        self._random_keys = _random_keys(plan.seed, len(self._random_states), self._replicas)
+        self._random_keys = random_keys(plan.seed, len(self._random_states), self._replicas)
 
     @property
     def learning_rate(self) -> float:
@@ -150,7 +143,7 @@ class Engine:
             The epoch's progress so far.
         """
         plan = self.plan
-        order = epoch_order(plan.seed, epoch, self._examples)
+        order = epoch_order(plan.seed, epoch, self._data.examples)
         order = order[: plan.steps_per_epoch * plan.global_batch_size]
         batches = tf.constant(order.reshape(plan.steps_per_epoch, plan.global_batch_size))
         draws = self._draw(tf.constant(epoch))
@@ -229,10 +222,8 @@ class Engine:
         replica = context.replica_id_in_sync_group
         first = replica * self._rows
         rows = batch[first : first + self._rows]
-        images = self._prepare(
-            tf.gather(self._images, rows), draws[first : first + self._rows]
-        )
-        labels = tf.gather(self._labels, rows)
+        pixels, labels = self._data.gather(rows)
+        images = self._prepare(pixels, draws[first : first + self._rows])
         # Each replica drops units of its own, as a function of nothing but seed, replica and step.
         for keys, state in zip(self._random_keys, self._random_states, strict=True):
             state.assign(tf.stack([keys[replica], tf.cast(step, keys.dtype)]))
@@ -242,11 +233,9 @@ class Engine:
         self._update(gradients)
         return loss, correct
 
-    def _prepare_rows(self, rows: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
-        """From [rows, pixels] uint8 to augmented images [rows, height, width, channels]."""
-        images = tf.reshape(rows, [self._rows, *self._image_shape])
-        images = tf.cast(images, tf.float32) * (1.0 / 255.0)
-        return self.recipe.augment(images, draws, self._resample)
+    def _prepare_rows(self, pixels: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+        """From gathered pixels to augmented images [rows, height, width, channels] float32."""
+        return self.recipe.augment(self._data.decode(pixels), draws, self._resample)
 
     def _compute_gradients(
         self, images: tf.Tensor, labels: tf.Tensor
@@ -293,7 +282,7 @@ def span_count(steps_per_epoch: int) -> int:
     return math.ceil(steps_per_epoch / STEPS_PER_SPAN)
 
 
-def _random_keys(seed: int, states: int, replicas: int) -> list[tf.Tensor]:
+def random_keys(seed: int, states: int, replicas: int) -> list[tf.Tensor]:
     """For each Dropout-like layer one random stream a replica: a list of [replicas] int64."""
     sequences = np.random.SeedSequence(seed).spawn(states)
     # Keras casts its random states to int32, so keys stay below 2**31.

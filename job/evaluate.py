@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from job.devices import Devices
 from job.recipe import Recipe
+from job.resident import ResidentImages
 
 ROWS_PER_REPLICA = 500
 
@@ -49,7 +50,9 @@ class Evaluation:
             "examples": self.examples,
             "classes": {
                 name: {
-                    "precision": float(hits[label] / predicted[label]) if predicted[label] else None,
+                    "precision": float(hits[label] / predicted[label])
+                    if predicted[label]
+                    else None,
                     "recall": float(hits[label] / support[label]) if support[label] else None,
                     "support": int(support[label]),
                 }
@@ -80,24 +83,22 @@ class Evaluator:
     ) -> None:
         self._model, self._recipe = model, recipe
         self._strategy, self._replicas = devices.strategy, devices.replicas
-        self._examples = len(images)
-        self._rows = min(ROWS_PER_REPLICA, -(-self._examples // self._replicas))
-        self._image_shape = images.shape[1:]
-        with self._strategy.scope():
-            self._images = tf.Variable(images.reshape(self._examples, -1), trainable=False)
-            self._labels = tf.Variable(labels.astype(np.int64), trainable=False)
+        self._data = ResidentImages(self._strategy, images, labels)
+        self._rows = min(ROWS_PER_REPLICA, -(-len(images) // self._replicas))
         self._score = tf.function(self._score_rows, jit_compile=devices.compilation.network)
 
     def __call__(self) -> Evaluation:
         """Evaluate all examples."""
         loss, confusion = self._evaluate()
-        return Evaluation(float(loss) / self._examples, np.rint(confusion.numpy()).astype(np.int64))
+        return Evaluation(
+            float(loss) / self._data.examples, np.rint(confusion.numpy()).astype(np.int64)
+        )
 
     @tf.function
     def _evaluate(self) -> tuple[tf.Tensor, tf.Tensor]:
         classes = self._model.output_shape[-1]
         loss, confusion = tf.constant(0.0), tf.zeros([classes, classes])
-        for start in tf.range(0, self._examples, self._rows * self._replicas, tf.int64):
+        for start in tf.range(0, self._data.examples, self._rows * self._replicas, tf.int64):
             replica_loss, replica_confusion = self._strategy.run(self._replica_part, (start,))
             loss += self._strategy.reduce("SUM", replica_loss, axis=None)
             confusion += self._strategy.reduce("SUM", replica_confusion, axis=None)
@@ -108,16 +109,19 @@ class Evaluator:
         rows = start + tf.range(self._rows, dtype=tf.int64)
         rows += tf.cast(replica * self._rows, tf.int64)
         # Rows beyond the last example repeat it and then count for nothing.
-        counts = tf.cast(rows < self._examples, tf.float32)
-        rows = tf.minimum(rows, self._examples - 1)
-        return self._score(tf.gather(self._images, rows), tf.gather(self._labels, rows), counts)
+        counts = tf.cast(rows < self._data.examples, tf.float32)
+        rows = tf.minimum(rows, self._data.examples - 1)
+        pixels, labels = self._data.gather(rows)
+        loss, confusion = self._score(pixels, labels, counts)
+        return loss, confusion
 
     def _score_rows(
         self, pixels: tf.Tensor, labels: tf.Tensor, counts: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        images = tf.reshape(pixels, [self._rows, *self._image_shape])
-        images = tf.cast(images, tf.float32) * (1.0 / 255.0)
-        views = [self._model(view(images), training=False) for view in self._recipe.evaluation_views]
+        images = self._data.decode(pixels)
+        views = [
+            self._model(view(images), training=False) for view in self._recipe.evaluation_views
+        ]
         probabilities = views[0] if len(views) == 1 else tf.add_n(views) / len(views)
         classes = probabilities.shape[-1]
         truth = tf.one_hot(labels, classes)

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 mpl.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen first)
+from matplotlib import pyplot as plt
 
 _PREDICTED, _TRUE, _OTHER = "#c4501b", "#1b6fc4", "#b8bec6"
 

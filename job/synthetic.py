@@ -5,6 +5,8 @@ has its own position, size, tilt, colours and noise. The classes stay themselves
 shifts and small rotations of the training augmentation.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -30,7 +32,7 @@ _CHUNK = 1_000  # images drawn at once: their intermediate arrays stay in the ca
 _LEAST_CONTRAST = 40
 _NOISE = 32
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]  # float32
 
 
 def make_dataset(seed: int) -> Dataset:
@@ -44,9 +46,7 @@ def make_dataset(seed: int) -> Dataset:
     """
     train_images, train_labels = draw(TRAIN_EXAMPLES, seed, stream=0)
     test_images, test_labels = draw(TEST_EXAMPLES, seed, stream=1)
-    return Dataset(
-        "synthetic", CLASS_NAMES, train_images, train_labels, test_images, test_labels
-    )
+    return Dataset("synthetic", CLASS_NAMES, train_images, train_labels, test_images, test_labels)
 
 
 def draw(
@@ -88,7 +88,7 @@ def _cover(labels: npt.NDArray[np.int32], rng: np.random.Generator) -> Array:
     cover = np.empty(np.broadcast_shapes(u.shape, v.shape), np.float32)
     for label in range(len(CLASS_NAMES)):
         rows = labels == label
-        # A shape is given by its signed distance in pixels; half a pixel on either side is its edge.
+        # A shape is given by its signed distance in pixels; its edge is a pixel wide.
         cover[rows] = np.clip(0.5 - _distance(label, u[rows], v[rows], radius[rows]), 0, 1)
     return cover
 
@@ -108,32 +108,35 @@ def _distance(label: int, u: Array, v: Array, radius: Array) -> Array:
         return np.maximum(np.abs(u), np.abs(v)) - half
 
     def bars(along: Array) -> Array:
-        return np.abs(along % (2 * width) - width) - width / 2
+        gap: Array = np.abs(along % (2 * width) - width)
+        return gap - width / 2
 
+    distance: Array
     match CLASS_NAMES[label]:
         case "disc":
-            return np.hypot(u, v) - radius
+            distance = np.hypot(u, v) - radius
         case "ring":
-            return np.abs(np.hypot(u, v) - radius + width / 2) - width / 2
+            distance = np.abs(np.hypot(u, v) - radius + width / 2) - width / 2
         case "square":
-            return square(0.9 * radius)
+            distance = square(0.9 * radius)
         case "frame":
-            return np.abs(square(0.9 * radius - width / 2)) - width / 2
+            distance = np.abs(square(0.9 * radius - width / 2)) - width / 2
         case "triangle":
-            return np.maximum(0.87 * np.abs(u) - 0.5 * v - radius / 2, v - radius / 2)
+            distance = np.maximum(0.87 * np.abs(u) - 0.5 * v - radius / 2, v - radius / 2)
         case "cross":
             arms = np.minimum(np.abs(u), np.abs(v)) - width
-            return np.maximum(arms, square(radius))
+            distance = np.maximum(arms, square(radius))
         case "bars across":
-            return np.maximum(bars(v), square(radius))
+            distance = np.maximum(bars(v), square(radius))
         case "bars upright":
-            return np.maximum(bars(u), square(radius))
+            distance = np.maximum(bars(u), square(radius))
         case "checkers":
             signs = np.sign(bars(u)) * np.sign(bars(v))
             edges = np.minimum(np.abs(bars(u)), np.abs(bars(v)))
-            return np.maximum(signs * edges, square(radius))
+            distance = np.maximum(signs * edges, square(radius))
         case _:
-            return np.hypot(np.abs(u) - 0.6 * radius, v) - 0.5 * radius
+            distance = np.hypot(np.abs(u) - 0.6 * radius, v) - 0.5 * radius
+    return distance
 
 
 def _paint(cover: Array, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
@@ -144,4 +147,5 @@ def _paint(cover: Array, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     contrast = rng.integers(_LEAST_CONTRAST, 129, background.shape)
     contrast = np.where(background < 128, contrast, -contrast).astype(np.float32)
     noise = rng.integers(-_NOISE, _NOISE + 1, (*cover.shape, 3), np.int8)
-    return np.clip(background + cover[..., None] * contrast + noise, 0, 255).astype(np.uint8)
+    painted: Array = np.clip(background + cover[..., None] * contrast + noise, 0, 255)
+    return painted.astype(np.uint8)

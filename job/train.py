@@ -124,9 +124,7 @@ def evaluate_saved(
     with devices.strategy.scope():
         model = artifacts.load_model(path)
     _check_fits(model, dataset, path)
-    evaluation = Evaluator(
-        model, recipe, devices, dataset.test_images, dataset.test_labels
-    )()
+    evaluation = Evaluator(model, recipe, devices, dataset.test_images, dataset.test_labels)()
     artifacts.write_json(
         output_dir / artifacts.EVALUATION,
         {
@@ -277,6 +275,4 @@ def _save_prediction(path: Path, model: keras.Model, dataset: Dataset, seed: int
     probabilities = keras.ops.convert_to_numpy(model(images, training=False))[0]
     true_label = int(dataset.test_labels[index])
     with artifacts.replacing(path) as temporary:
-        plots.save_prediction(
-            temporary, image, probabilities, dataset.class_names, true_label
-        )
+        plots.save_prediction(temporary, image, probabilities, dataset.class_names, true_label)

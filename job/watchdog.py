@@ -25,9 +25,7 @@ class Watchdog:
         on_stall: What ends the run; the process, unless a test says otherwise.
     """
 
-    def __init__(
-        self, timeout_seconds: float, on_stall: Callable[[], None] = _end_process
-    ) -> None:
+    def __init__(self, timeout_seconds: float, on_stall: Callable[[], None] = _end_process) -> None:
         self._timeout_seconds = timeout_seconds
         self._on_stall = on_stall
 

@@ -1,0 +1,82 @@
+# Everything a person does with this project. `make` alone installs it, `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+OUTPUT_DIR ?= output
+DATA_DIR ?= data
+BENCH_DIR ?= build/bench
+BENCH_ROUNDS ?= 3
+PYTEST_ARGS ?=
+
+# A device node tells an NVIDIA GPU even where the driver's tools are not installed.
+LOCK := $(if $(wildcard /dev/nvidia[0-9]*),gpu,cpu)
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := install
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: install
+install: $(VENV)/.$(LOCK) ## Install into .venv, with the GPU libraries on a machine with an NVIDIA GPU
+
+.PHONY: demo
+demo: install ## Train on the embedded synthetic set for a few epochs: no data, no GPU needed
+	$(BIN)/python -m job train --dataset synthetic --epochs 5 --learning-rate 1e-3 \
+	  --output-dir $(OUTPUT_DIR)
+	@ls -l $(OUTPUT_DIR)
+
+.PHONY: train
+train: install ## The real job: CIFAR-10, recipe classic, 50 epochs
+	$(BIN)/python -m job train --data-dir $(DATA_DIR) --output-dir $(OUTPUT_DIR)
+
+.PHONY: doctor
+doctor: install ## Examine this machine's GPUs, libraries and folders
+	$(BIN)/python -m job doctor --data-dir $(DATA_DIR) --output-dir $(OUTPUT_DIR)
+
+.PHONY: test
+test: $(VENV)/.dev ## Everything that can be tested on this machine
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.dev ## Formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.PHONY: bench
+bench: $(VENV)/.dev ## This job against the conventional Keras script, and where its time goes
+	$(BIN)/python -m tests.benchmarks.bench --data-dir $(DATA_DIR) --rounds $(BENCH_ROUNDS) \
+	  --output-dir $(BENCH_DIR)
+
+.PHONY: lock
+lock: $(VENV)/.dev ## Resolve the dependencies anew and pin them with hashes
+	$(BIN)/uv pip compile $(UV_COMPILE) pyproject.toml -o locks/cpu.txt
+	$(BIN)/uv pip compile $(UV_COMPILE) pyproject.toml --extra gpu -c locks/cpu.txt -o locks/gpu.txt
+	$(BIN)/uv pip compile $(UV_COMPILE) pyproject.toml --group dev -c locks/cpu.txt -o locks/dev.txt
+
+UV_COMPILE := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+  --custom-compile-command 'make lock' --no-annotate
+
+.PHONY: clean
+clean: ## Remove what was built, never the output or the data
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1), expected Python 3.11 to 3.13;" \
+	    "say make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "$(PYTHON) has no venv module; on Debian and Ubuntu:" \
+	    "apt-get install python3-venv" >&2; exit 2; }
+
+# The locks name every package with its hashes; the project itself adds none.
+$(VENV)/.cpu $(VENV)/.gpu: $(VENV)/.%: locks/%.txt pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --require-hashes -r locks/$*.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+$(VENV)/.dev: locks/dev.txt $(VENV)/.$(LOCK)
+	$(BIN)/python -m pip install --quiet --require-hashes -r locks/dev.txt
+	@touch $@

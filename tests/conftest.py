@@ -1,0 +1,129 @@
+"""Fixtures shared by all tests.
+
+TensorFlow's devices can be set up once in a process, so the tests of this process share four CPU
+devices, and whatever sets devices up by itself runs in a process of its own.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+
+from job.startup import load_tensorflow
+
+load_tensorflow()
+
+import tensorflow as tf  # noqa: E402 (its start-up messages are held back above)
+
+from job import synthetic  # noqa: E402
+from job.dataset import Dataset  # noqa: E402
+from job.devices import Compilation, Devices  # noqa: E402
+
+REPOSITORY = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("JOB_TEST_SHARED", REPOSITORY.parent / "shared"))
+
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
+)
+
+MakeDevices = Callable[..., Devices]
+RunJob = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """In CI a skipped integration test is a failure: there everything it needs is installed."""
+    report = yield
+    if os.environ.get("CI") and report.skipped and "integration" in item.path.parts:
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI: {report.longrepr}"
+    return report
+
+
+@functools.cache
+def strategy_over(replicas: int) -> tf.distribute.Strategy:
+    """The one strategy over the first CPU devices of this process.
+
+    A run has a single strategy. Several in a process number their collectives alike and so disturb
+    one another, unless each starts from a number of its own.
+    """
+    kind = type(
+        f"Mirrored{replicas}",
+        (tf.distribute.MirroredStrategy,),
+        {"_collective_key_base": 1_000 * replicas},
+    )
+    return kind([f"CPU:{index}" for index in range(replicas)])
+
+
+@pytest.fixture(scope="session")
+def make_devices() -> MakeDevices:
+    """Make `Devices` over the first replicas of this process's CPU devices."""
+
+    def make(
+        replicas: int = 1, precision: str = "float32", compilation: Compilation | None = None
+    ) -> Devices:
+        return Devices(
+            strategy=strategy_over(replicas),
+            kind="cpu",
+            descriptions=tuple({"name": f"CPU:{index}"} for index in range(replicas)),
+            precision="bfloat16" if precision == "bfloat16" else "float32",
+            compilation=compilation or Compilation(network=False, elementwise=True),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_dataset() -> Dataset:
+    """512 training and 300 test images of the synthetic data set."""
+    train_images, train_labels = synthetic.draw(512, seed=7, stream=0)
+    test_images, test_labels = synthetic.draw(300, seed=7, stream=1)
+    return Dataset(
+        "synthetic", synthetic.CLASS_NAMES, train_images, train_labels, test_images, test_labels
+    )
+
+
+@pytest.fixture
+def run_job(tmp_path: Path) -> RunJob:
+    """Run the command line in a process of its own, in an empty folder, without JOB_ variables."""
+
+    def run(
+        *arguments: str | Path, env: dict[str, str] | None = None, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("JOB_", "SLURM_", "CUDA_VISIBLE"))
+        }
+        return subprocess.run(
+            [sys.executable, "-m", "job", *map(str, arguments)],
+            cwd=tmp_path,
+            env={**inherited, "PYTHONPATH": str(REPOSITORY), **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of the real data set and the specification beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no {SHARED}; set JOB_TEST_SHARED to the folder with data/unpack_cifar10.py")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with the real CIFAR-10 in its official layout."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    subprocess.run([sys.executable, shared / "data/unpack_cifar10.py", folder], check=True)
+    return folder

@@ -1,0 +1,239 @@
+"""The command line as a user runs it: real data, processes of their own, real file systems."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import RunJob
+
+SMALL = ("--epochs", "2", "--limit", "5120")
+
+# What a user without this package does with the artifacts: stock Keras alone.
+STOCK_KERAS = """
+import json, pickle, sys
+import keras, numpy as np
+model = keras.models.load_model(sys.argv[1])
+with open(sys.argv[2], "rb") as file:
+    batch = pickle.load(file, encoding="latin1")
+images = batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) / 255.0
+labels = keras.utils.to_categorical(batch["labels"], 10)
+loss, accuracy = model.evaluate(images, labels, verbose=0)
+last = model.layers[-1]
+print(json.dumps({
+    "loss": loss, "accuracy": accuracy, "activation": last.activation.__name__,
+    "policies": sorted({layer.dtype_policy.name for layer in model.layers}),
+    "optimizer": model.optimizer.name, "compiled_loss": model.loss.__name__,
+    "sums": model.predict(images[:100], verbose=0).sum(axis=1).tolist(),
+}))
+"""
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, cifar10_dir: Path) -> Path:
+    """An output folder of a bfloat16 run on two replicas."""
+    folder = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, "-m", "job", "train", *SMALL, "--devices", "cpu:2"]
+    options = f"--precision bfloat16 --data-dir {cifar10_dir} --output-dir {folder}".split()
+    result = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (folder / "stdout").write_text(result.stdout)
+    (folder / "stderr").write_text(result.stderr)
+    return folder
+
+
+def test_stdout_is_json_lines_and_stderr_is_quiet(trained: Path) -> None:
+    events = [json.loads(line) for line in (trained / "stdout").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["start", "epoch", "epoch", "evaluation"]
+    assert (trained / "stderr").read_text() == ""
+
+
+def test_the_model_file_gives_the_evaluations_figures_in_stock_keras(
+    trained: Path, cifar10_dir: Path, tmp_path: Path
+) -> None:
+    result = subprocess.run(
+        [
+            *(sys.executable, "-W", "ignore", "-c", STOCK_KERAS),
+            *(trained / "cifar10_model.h5", cifar10_dir / "cifar-10-batches-py" / "test_batch"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    stock = json.loads(result.stdout.splitlines()[-1])
+    evaluation = read(trained / "evaluation.json")
+    assert stock["loss"] == pytest.approx(evaluation["loss"], abs=1e-5)
+    assert stock["accuracy"] == pytest.approx(evaluation["accuracy"], abs=1e-6)
+    assert stock["sums"] == pytest.approx([1.0] * 100, abs=1e-5)
+    assert stock["activation"] == "softmax"
+    assert stock["policies"] == ["float32"]
+    assert (stock["optimizer"], stock["compiled_loss"]) == ("adam", "categorical_crossentropy")
+
+
+def test_evaluation_document_is_complete(trained: Path) -> None:
+    evaluation = read(trained / "evaluation.json")
+    assert evaluation["examples"] == 10_000
+    assert [c["support"] for c in evaluation["classes"].values()] == [1_000] * 10
+    assert next(iter(evaluation["classes"])) == "airplane"
+    digest = hashlib.sha256((trained / "cifar10_model.h5").read_bytes()).hexdigest()
+    assert evaluation["model_sha256"] == digest
+
+
+def test_evaluate_command_repeats_the_figures(
+    run_job: RunJob, trained: Path, cifar10_dir: Path
+) -> None:
+    before = read(trained / "evaluation.json")
+    result = run_job("evaluate", "--output-dir", trained, "--data-dir", cifar10_dir)
+    assert result.returncode == 0, result.stderr
+    after = read(trained / "evaluation.json")
+    assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
+    assert after["confusion_matrix"] == before["confusion_matrix"]
+
+
+def test_the_same_command_gives_the_same_model_whatever_prints_around_it(
+    run_job: RunJob, cifar10_dir: Path, tmp_path: Path
+) -> None:
+    weights = []
+    for name, log_format in (("one", "json"), ("two", "text")):
+        options = ("--data-dir", cifar10_dir, "--output-dir", tmp_path / name)
+        result = run_job(
+            "train",
+            "--epochs",
+            "1",
+            "--limit",
+            "2560",
+            *options,
+            env={"JOB_LOG_FORMAT": log_format},
+        )
+        assert result.returncode == 0, result.stderr
+        weights.append(read(tmp_path / name / "evaluation.json")["confusion_matrix"])
+        line = (tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]
+        weights.append(json.loads(line)["loss"])
+    assert weights[:2] == weights[2:]
+
+
+def test_an_archive_trains_like_the_folder(
+    run_job: RunJob, cifar10_dir: Path, tmp_path: Path
+) -> None:
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    with tarfile.open(data_dir / "cifar-10-python.tar.gz", "w:gz", compresslevel=1) as tar:
+        tar.add(cifar10_dir / "cifar-10-batches-py", "cifar-10-batches-py")
+    result = run_job("train", "--epochs", "1", "--limit", "512", "--devices", "cpu:4")
+    assert result.returncode == 0, result.stderr
+    manifest = read(tmp_path / "output" / "run.json")
+    assert (manifest["replicas"], manifest["data"]["train_examples"]) == (4, 512)
+
+
+BAD_RUNS = [
+    (["--dataset", "synthetic", "--devices", "gpu:99"], 2, "received gpu:99, expected at most"),
+    (["--dataset", "synthetic", "--devices", "cpu:3"], 2, "expected a multiple of the 3 replicas"),
+    (["--dataset", "synthetic", "--require-gpus", "99"], 3, "--require-gpus expected 99 GPUs"),
+    (["--dataset", "synthetic", "--limit", "100"], 2, "--batch-size received 256, expected at"),
+    (["--dataset", "synthetic", "--limit", "50001"], 2, "expected at most the 50000 training"),
+    (["--cifar10-url", "http://127.0.0.1:9/x"], 2, "does not answer"),
+    (["--output-dir", "file"], 2, "is a file, expected a folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "exit_code", "message"), BAD_RUNS)
+def test_a_run_that_cannot_start_says_why_in_one_line_and_overwrites_nothing(
+    run_job: RunJob, tmp_path: Path, arguments: list[str], exit_code: int, message: str
+) -> None:
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "cifar10_model.h5").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    result = run_job("train", "--log-format", "text", *arguments)
+    assert result.returncode == exit_code
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("cifar10-job: error: ")
+    assert message in line
+    assert [path.name for path in output.iterdir()] == ["cifar10_model.h5"]
+    assert (output / "cifar10_model.h5").read_text() == (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_promised_gpu_that_is_missing_is_never_replaced_by_the_cpu(run_job: RunJob) -> None:
+    promise = {"SLURM_GPUS_ON_NODE": "99"}
+    result = run_job("train", "--dataset", "synthetic", env=promise)
+    assert result.returncode == 3
+    assert "SLURM_GPUS_ON_NODE=99 promises 99 GPUs" in result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["exit_code"] == 3
+    asked_for = ("--devices", "cpu:1", "--limit", "512", "--epochs", "1")
+    assert run_job("train", "--dataset", "synthetic", *asked_for, env=promise).returncode == 0
+
+
+@pytest.fixture
+def small_volume(tmp_path: Path) -> Iterator[Path]:
+    """A volume of 1 MiB."""
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", volume], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting a small volume needs root: {mounted.stderr.strip()}")
+    yield volume
+    subprocess.run(["umount", volume], check=True)
+
+
+def test_a_full_volume_is_refused_before_training(run_job: RunJob, small_volume: Path) -> None:
+    result = run_job("train", "--dataset", "synthetic", "--output-dir", small_volume)
+    assert result.returncode == 2
+    assert "has 1 MiB free, expected at least 64 MiB" in result.stderr
+    (small_volume / "filler").write_bytes(b"\0" * (2**20 - 4096))
+    result = run_job("train", "--dataset", "synthetic", "--output-dir", small_volume / "new")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_volume_that_cannot_be_written_is_refused(run_job: RunJob, small_volume: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_volume], check=True)
+    result = run_job("train", "--dataset", "synthetic", "--output-dir", small_volume)
+    assert result.returncode == 2
+    assert f"cannot write to --output-dir {small_volume}: Read-only file system" in result.stderr
+
+
+def test_an_artifact_that_does_not_fit_leaves_the_earlier_one(small_volume: Path) -> None:
+    script = (
+        "import sys, pathlib\n"
+        "from job.startup import load_tensorflow; load_tensorflow()\n"
+        "from job import artifacts, classic\n"
+        "model = classic.build_model(1, 10); classic.RECIPE.compile(model, 1e-4, 1)\n"
+        "artifacts.save_model(model, pathlib.Path(sys.argv[1]))\n"
+    )
+    path = small_volume / "model.h5"
+    path.write_text("earlier")
+    result = subprocess.run(
+        [sys.executable, "-c", script, path],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert f"UserError: cannot write {path}: " in result.stderr
+    assert path.read_text() == "earlier"
+    assert [entry.name for entry in small_volume.iterdir()] == ["model.h5"]
+
+
+def test_a_call_that_hangs_ends_with_the_stacks_in_the_log(
+    run_job: RunJob, cifar10_dir: Path
+) -> None:
+    # No span of steps ends within a millisecond.
+    result = run_job(
+        "train", *SMALL, "--data-dir", cifar10_dir, "--stall-timeout", "0.001", timeout=120
+    )
+    assert result.returncode == 1
+    stalled = json.loads(result.stdout.splitlines()[-1])
+    assert stalled["event"] == "stalled"
+    assert "train_epoch" in stalled["stacks"]

@@ -1,0 +1,103 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from job import __version__
+from job.cli import cli
+from tests.conftest import REPOSITORY, RunJob
+
+
+@pytest.fixture
+def runner() -> CliRunner:
+    return CliRunner()
+
+
+def test_help_lists_the_commands_and_exit_codes(runner: CliRunner) -> None:
+    result = runner.invoke(cli, ["--help"])
+    assert result.exit_code == 0
+    for text in ("train", "evaluate", "doctor", "3 a GPU is missing"):
+        assert text in result.output
+
+
+def test_version(runner: CliRunner) -> None:
+    assert __version__ in runner.invoke(cli, ["--version"]).output
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "output-dir",
+        "data-dir",
+        "dataset",
+        "recipe",
+        "epochs",
+        "batch-size",
+        "learning-rate",
+        "seed",
+        "limit",
+        "precision",
+        "jit",
+        "devices",
+        "require-gpus",
+        "stall-timeout",
+        "log-format",
+    ],
+)
+def test_train_takes_every_option_from_its_environment_variable_too(
+    runner: CliRunner, option: str
+) -> None:
+    output = runner.invoke(cli, ["train", "--help"]).output
+    assert f"--{option} " in output
+    assert f"JOB_{option.replace('-', '_').upper()}" in output
+
+
+def test_help_does_not_import_tensorflow() -> None:
+    script = (
+        "import sys\nfrom job.cli import cli\n"
+        "try: cli(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'tensorflow', 'keras', 'numpy', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True, capture_output=True)
+
+
+BAD_OPTIONS = [
+    (["--epochs", "0"], "'--epochs'"),
+    (["--epochs", "-3"], "'--epochs'"),
+    (["--epochs", "many"], "'many' is not a valid integer"),
+    (["--batch-size", "-256"], "'--batch-size'"),
+    (["--learning-rate", "-0.1"], "'--learning-rate'"),
+    (["--learning-rate", "nan"], "'--learning-rate'"),
+    (["--learning-rate", "inf"], "'--learning-rate'"),
+    (["--learning-rate", "fast"], "'fast' is not a valid float"),
+    (["--seed", "-1"], "'--seed'"),
+    (["--limit", "0"], "'--limit'"),
+    (["--stall-timeout", "0"], "'--stall-timeout'"),
+    (["--recipe", "modern"], "'modern' is not 'classic'"),
+    (["--dataset", "mnist"], "'mnist' is not one of 'cifar10', 'synthetic'"),
+    (["--precision", "float16"], "'float16' is not one of"),
+    (["--devices", "tpu:1"], "expected auto, cpu:N or gpu:N"),
+    (["--require-gpus", "-1"], "'--require-gpus'"),
+    (["--epoch", "3"], "No such option"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_OPTIONS)
+def test_a_bad_option_is_one_line_and_exit_code_2(
+    run_job: RunJob, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = run_job("train", *arguments)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("cifar10-job: error: ")
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_environment_variable_is_named(run_job: RunJob) -> None:
+    result = run_job("train", env={"JOB_EPOCHS": "ten"})
+    assert result.returncode == 2
+    assert "JOB_EPOCHS" in result.stderr

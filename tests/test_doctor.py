@@ -1,0 +1,28 @@
+import json
+
+from tests.conftest import RunJob
+
+
+def test_a_machine_without_gpus_is_ready_as_json(run_job: RunJob) -> None:
+    result = run_job("doctor", "--log-format", "json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["findings"] == []
+    assert report["gpus"]["promised"] == report["gpus"]["visible"]
+    assert {"job", "python", "tensorflow", "keras"} <= report["versions"].keys()
+    assert all(device["memory_gib"] > 0 for device in report["devices"])
+    tests = [computation["what"] for computation in report["computations"]]
+    assert len(tests) == len(report["devices"]) + 1
+    assert tests[-1].startswith("all-reduce over")
+    folders = {folder["option"]: folder for folder in report["folders"]}
+    assert folders["--output-dir"]["problem"] is None
+    assert folders["--output-dir"]["free_gib"] > 0
+
+
+def test_a_promised_gpu_that_is_missing_is_exit_code_3_with_the_reason(run_job: RunJob) -> None:
+    result = run_job("doctor", "--log-format", "text", env={"SLURM_GPUS_ON_NODE": "64"})
+    assert result.returncode == 3
+    assert "SLURM_GPUS_ON_NODE=64 promises 64 GPUs" in result.stdout
+    assert "libcuda.so.1: " in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("Problem ")
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,35 @@
+import json
+import logging
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from job import log
+
+
+def test_json_line_has_time_level_event_and_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure("json")
+    log.event("epoch", epoch=3, loss=0.5)
+    line = json.loads(capsys.readouterr().out)
+    assert list(line) == ["time", "level", "event", "epoch", "loss"]
+    assert (line["level"], line["event"], line["epoch"], line["loss"]) == ("info", "epoch", 3, 0.5)
+    age = datetime.now(UTC) - datetime.fromisoformat(line["time"])
+    assert timedelta(0) <= age < timedelta(minutes=1)
+    assert line["time"].endswith("Z")
+
+
+def test_text_shows_the_message_or_else_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure("text")
+    log.event("epoch", epoch=3, message="epoch 3 of 5")
+    log.event("retry", logging.WARNING, count=2)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith(" epoch 3 of 5")
+    assert second.endswith(" warning: retry count=2")
+
+
+def test_auto_is_json_where_stdout_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert log.resolve_format("auto") == "json"
+    log.configure("auto")
+    assert log.is_json()
+    log.configure("text")
+    assert not log.is_json()
