@@ -214,9 +214,9 @@ def _epoch_record(
 def _epoch_line(record: dict[str, Any], epochs: int) -> str:
     return (
         f"epoch {record['epoch']}/{epochs}  loss {record['loss']:.4f}  "
-        f"accuracy {record['accuracy']:.2%}  val_loss {record['val_loss']:.4f}  "
-        f"val_accuracy {record['val_accuracy']:.2%}  {record['seconds']:.1f} s  "
-        f"{record['images_per_second']:,.0f} images/s"
+        f"acc {record['accuracy']:.1%}  val_loss {record['val_loss']:.4f}  "
+        f"val_acc {record['val_accuracy']:.1%}  {record['seconds']:.1f} s  "
+        f"{record['images_per_second']:,.0f} img/s"
     )
 
 
