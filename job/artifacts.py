@@ -36,11 +36,11 @@ def prepare_output_dir(output_dir: Path) -> None:
     Raises:
         UserError: If it is a file, cannot be written, or its volume is full.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(
-            f"--output-dir {output_dir} is a file, expected a folder; name another path"
-        )
     try:
+        if output_dir.exists() and not output_dir.is_dir():
+            raise UserError(
+                f"--output-dir {output_dir} is a file, expected a folder; name another path"
+            )
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir) as probe:
             probe.write(b"probe")
@@ -71,7 +71,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UserError: If the file cannot be written; an earlier one is still there, unchanged.
     """
-    temporary = path.with_name(f".{path.stem}.{os.urandom(4).hex()}{path.suffix}")
+    # One name: what a killed run left under it is overwritten, not added to.
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -107,7 +108,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     Raises:
         UserError: If it cannot be written.
     """
-    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def sha256_of(path: Path) -> str:
@@ -134,8 +135,7 @@ def load_model(path: Path) -> keras.Model:
     Raises:
         UserError: If the file is missing or is no such model.
     """
-    if not path.is_file():
-        raise UserError(f"there is no model {path}; train one first, or name its --output-dir")
+    require_model(path)
     try:
         model = keras.models.load_model(path)
         # The optimizer that Keras loads was built before the network had variables.
@@ -153,6 +153,26 @@ def load_model(path: Path) -> keras.Model:
     return model
 
 
+def require_model(path: Path) -> None:
+    """Refuse to go on without a model file.
+
+    Raises:
+        UserError: If there is none.
+    """
+    # Unlike `Path.is_file`, this also says no where the folder may not be looked into.
+    if not os.path.isfile(path):  # noqa: PTH113
+        raise UserError(f"there is no model {path}; train one first, or name its --output-dir")
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Read a run's manifest; empty where there is none that can be read."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
 class MetricsFile:
     """The line-an-epoch history of a run; the whole file is replaced at each epoch."""
 
@@ -166,7 +186,7 @@ class MetricsFile:
         Raises:
             UserError: If the file cannot be written.
         """
-        self._lines.append(json.dumps(record) + "\n")
+        self._lines.append(json.dumps(record, allow_nan=False) + "\n")
         write_text(self._path, "".join(self._lines))
 
 

@@ -3,10 +3,12 @@
 The data set and its format are described at https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
+import gzip
 import io
 import logging
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -91,7 +93,7 @@ def download(data_dir: Path, url: str) -> None:
     log.event("download", url=url, message=f"downloading {url} to {data_dir}")
     pooch.get_logger().setLevel(logging.ERROR)
     try:
-        with DownloadBar(ARCHIVE_NAME) as bar:
+        with DownloadBar(ARCHIVE_NAME, enabled=not log.is_json()) as bar:
             pooch.retrieve(
                 url,
                 known_hash=f"sha256:{ARCHIVE_SHA256}",
@@ -99,10 +101,14 @@ def download(data_dir: Path, url: str) -> None:
                 path=data_dir,
                 downloader=pooch.HTTPDownloader(progressbar=bar, timeout=30),
             )
+        # pooch's temporary file is for its owner alone; a data folder may be shared.
+        (data_dir / ARCHIVE_NAME).chmod(0o644)
     except requests.RequestException as error:
+        response = error.response
+        reason = type(error).__name__ if response is None else f"HTTP {response.status_code}"
         raise UserError(
-            f"no CIFAR-10 in --data-dir {data_dir} and {url} does not answer "
-            f"({type(error).__name__}); put {ARCHIVE_NAME} there, or train with --dataset synthetic"
+            f"no CIFAR-10 in --data-dir {data_dir} and {url} does not give it ({reason}); put "
+            f"{ARCHIVE_NAME} there, or train with --dataset synthetic"
         ) from error
     except ValueError as error:
         raise UserError(
@@ -122,12 +128,16 @@ def _archive_reader(archive: Path) -> ReadFile:
     wanted = {f"{FOLDER_NAME}/{name}": name for name in (*TRAIN_FILES, TEST_FILE)}
     contents: dict[str, bytes] = {}
     try:
-        with tarfile.open(archive, "r|gz") as tar:
-            for member in tar:
-                stream = tar.extractfile(member) if member.name in wanted else None
-                if stream is not None:
-                    contents[wanted[member.name]] = stream.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+        with gzip.open(archive) as stream:
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
+                for member in tar:
+                    file = tar.extractfile(member) if member.name in wanted else None
+                    if file is not None:
+                        contents[wanted[member.name]] = file.read()
+            # The checksum of the whole stream is at its end, behind the last member.
+            while stream.read(2**20):
+                pass
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise UserError(

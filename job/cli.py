@@ -49,6 +49,7 @@ def _option(name: str, **settings: Any) -> Callable[[Any], Any]:
 _FOLDER = click.Path(path_type=Path)
 _POSITIVE = click.IntRange(min=1)
 _POSITIVE_FLOAT = _PositiveFloatType(min=0, min_open=True)
+_WEEK_SECONDS = 604_800.0
 
 _output_dir = _option(
     "--output-dir", type=_FOLDER, default="output", help="Folder that receives the artifacts."
@@ -64,6 +65,12 @@ _require_gpus = _option(
     type=click.IntRange(min=0),
     default=0,
     help="End with exit code 3 unless this many GPUs are visible.",
+)
+_stall_timeout = _option(
+    "--stall-timeout",
+    type=_PositiveFloatType(min=0, max=_WEEK_SECONDS, min_open=True),
+    default=600.0,
+    help="Seconds after which a call that does not return ends the run with exit code 1.",
 )
 _log_format = _option(
     "--log-format",
@@ -138,12 +145,7 @@ def cli() -> None:
 )
 @_devices
 @_require_gpus
-@_option(
-    "--stall-timeout",
-    type=_POSITIVE_FLOAT,
-    default=600.0,
-    help="Seconds after which a call that does not return ends the run with exit code 1.",
-)
+@_stall_timeout
 @_log_format
 def train(log_format: log.LogFormat, **options: Any) -> None:
     """Train, and leave model, evaluation and prediction picture in the output folder."""
@@ -166,6 +168,7 @@ def train(log_format: log.LogFormat, **options: Any) -> None:
 )
 @_devices
 @_require_gpus
+@_stall_timeout
 @_log_format
 def evaluate(log_format: log.LogFormat, **options: Any) -> None:
     """Evaluate the model of an output folder again, and draw its prediction picture again."""
@@ -185,7 +188,7 @@ def evaluate(log_format: log.LogFormat, **options: Any) -> None:
 def doctor(log_format: log.LogFormat, output_dir: Path, data_dir: Path, require_gpus: int) -> None:
     """Examine this machine: versions, GPUs, a test computation, folders."""
     log.configure(log_format)
-    startup_lines = _load_tensorflow()
+    startup_lines = _load_tensorflow(verbose=True)
     from job.doctor import as_text, examine
 
     folders = [("--output-dir", output_dir), ("--data-dir", data_dir)]
@@ -206,16 +209,19 @@ def _train_config(options: dict[str, Any]) -> TrainConfig:
     return TrainConfig(data=DataConfig(**data, seed=options["seed"]), **options)
 
 
-def _load_tensorflow() -> list[str]:
+def _load_tensorflow(*, verbose: bool = False) -> list[str]:
     from job.startup import load_tensorflow
 
-    return load_tensorflow()
+    return load_tensorflow(verbose=verbose)
 
 
 def main() -> NoReturn:
     """Run the command line and end the process with one of the job's exit codes."""
     try:
         cli.main(prog_name="cifar10-job", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(ExitCode.USER_ERROR)
     except click.ClickException as error:
         _report(error.format_message(), ExitCode.USER_ERROR)
     except JobError as error:

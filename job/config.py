@@ -108,7 +108,8 @@ class TrainConfig:
         learning_rate: The optimizer's (initial) learning rate.
         seed: The one seed of initial weights, shuffling, augmentation and Dropout.
         precision: "auto" takes bfloat16 where the hardware computes it.
-        jit: "auto" compiles the network with XLA on GPUs only.
+        jit: What XLA compiles: "auto" is everything on GPUs, and augmentation and optimizer
+            update on CPUs.
         devices: Replicas to train on.
         require_gpus: Fail unless at least this many GPUs are visible.
         stall_timeout_seconds: Longest time that one compiled call may take once it is compiled.

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,11 +34,12 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the shapes and bytes of the four arrays."""
-        digest = hashlib.sha256()
-        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            digest.update(repr((array.shape, array.dtype.str)).encode())
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
+        return _sha256(self.train_images, self.train_labels, self.test_images, self.test_labels)
+
+    @cached_property
+    def test_fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of the shapes and bytes of the test images and labels."""
+        return _sha256(self.test_images, self.test_labels)
 
     def limited_to(self, train_examples: int) -> "Dataset":
         """This data set with only its first training images; the test images stay complete.
@@ -56,6 +58,14 @@ class Dataset:
             train_images=self.train_images[:train_examples],
             train_labels=self.train_labels[:train_examples],
         )
+
+
+def _sha256(*arrays: npt.NDArray[Any]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(repr((array.shape, array.dtype.str)).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def load_dataset(config: DataConfig) -> Dataset:

@@ -50,7 +50,7 @@ class Devices:
     Attributes:
         strategy: Distributes over them; in sync after each step.
         kind: "cpu" or "gpu".
-        descriptions: For each replica its name, and on GPUs model, memory and compute capability.
+        descriptions: For each replica its name, model and memory, and on GPUs compute capability.
         precision: "float32" or "bfloat16".
         compilation: What XLA compiles.
     """
@@ -156,7 +156,13 @@ def _why() -> str:
 
 @dataclass(frozen=True)
 class CudaLibrary:
-    """A shared library that TensorFlow opens before it uses a GPU, and where it was found."""
+    """A shared library that TensorFlow opens before it uses a GPU.
+
+    Attributes:
+        name: Its file name.
+        path: What loads it: a path inside a wheel, or the name where the system's loader finds it;
+            None where it cannot be loaded.
+    """
 
     name: str
     path: str | None
@@ -192,7 +198,7 @@ def open_devices(request: DeviceRequest, precision: Precision, jit: Jit) -> Devi
     Args:
         request: Which replicas.
         precision: "auto" takes bfloat16 where all of them compute it in hardware.
-        jit: "auto" compiles the network on GPUs only.
+        jit: "auto" compiles everything on GPUs, and augmentation and optimizer update on CPUs.
 
     Raises:
         UserError: If more GPUs are asked for than there are.
@@ -220,7 +226,11 @@ def open_devices(request: DeviceRequest, precision: Precision, jit: Jit) -> Devi
             tf.config.list_physical_devices("CPU")[0],
             [tf.config.LogicalDeviceConfiguration()] * count,
         )
-        descriptions = tuple({"name": name, "model": _cpu_model()} for name in names)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        descriptions = tuple(
+            {"name": name, "model": _cpu_model(), "memory_gib": round(memory / 2**30, 1)}
+            for name in names
+        )
     if precision == "auto":
         precision = "bfloat16" if _computes_bfloat16(kind, descriptions) else "float32"
     return Devices(
@@ -240,8 +250,24 @@ def _describe_gpu(gpu: tf.config.PhysicalDevice) -> dict[str, Any]:
     return {
         "name": name,
         "model": details.get("device_name", "unknown"),
+        "memory_gib": _gpu_memory_gib(int(name.rpartition(":")[2])),
         "compute_capability": list(details.get("compute_capability", ())),
     }
+
+
+def _gpu_memory_gib(ordinal: int) -> float | None:
+    """A visible GPU's whole memory as the driver tells it; None where it does not."""
+    device, size = ctypes.c_int(), ctypes.c_size_t()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    failed = (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), ordinal)
+        or driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+    )
+    return None if failed else round(size.value / 2**30, 1)
 
 
 def _computes_bfloat16(kind: str, descriptions: tuple[dict[str, Any], ...]) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from job import artifacts
-from job.config import DeviceRequest, ExitCode, GpuMissingError
+from job.config import DeviceRequest, ExitCode, JobError
 from job.devices import (
     Devices,
     Promise,
@@ -22,8 +22,12 @@ from job.devices import (
     promised_gpus,
     visible_gpus,
 )
+from job.watchdog import Watchdog
 
 Report = dict[str, Any]
+
+TEST_SECONDS = 300.0
+"""Longest time that all test computations together may take, compilation included."""
 
 
 def examine(
@@ -40,15 +44,25 @@ def examine(
         The report, a JSON object, and GPU_MISSING if a promised or required GPU cannot be used,
         else DONE.
     """
-    promise, visible = promised_gpus(os.environ), len(visible_gpus())
-    findings = []
+    visible = len(visible_gpus())
+    gpu_findings = []
+    promise = Promise(0, "nothing")
     try:
+        promise = promised_gpus(os.environ)
         check_promised_gpus(promise, visible, require_gpus)
-    except GpuMissingError as error:
-        findings.append(str(error))
+    except JobError as error:
+        gpu_findings.append(str(error))
     devices = open_devices(DeviceRequest("auto", 0), "auto", "auto")
-    computations = [*_convolve_everywhere(devices), _all_reduce(devices)]
-    findings += [result["problem"] for result in computations if result["problem"]]
+    # Broken collectives hang; that is a finding too, and nothing more can be found out after it.
+    with Watchdog(TEST_SECONDS, on_stall=_end_hung).watch("a test computation"):
+        computations = [*_convolve_everywhere(devices), _all_reduce(devices)]
+    gpu_findings += [result["problem"] for result in computations if result["problem"]]
+    described = [_describe_folder(option, folder) for option, folder in folders]
+    folder_findings = [
+        f"{folder['option']} {folder['path']} {folder['problem']}"
+        for folder in described
+        if folder["problem"]
+    ]
     build = tf.sysconfig.get_build_info()
     report = {
         "versions": artifacts.versions()
@@ -61,13 +75,13 @@ def examine(
             "libraries": [asdict(library) for library in cuda_libraries()],
             "tensorflow_says": startup_lines if visible < _expected(promise, require_gpus) else [],
         },
-        "devices": _describe_devices(devices),
+        "devices": list(devices.descriptions),
         "precision": devices.precision,
         "computations": computations,
-        "folders": [_describe_folder(option, folder) for option, folder in folders],
-        "findings": findings,
+        "folders": described,
+        "findings": [*gpu_findings, *folder_findings],
     }
-    return report, ExitCode.GPU_MISSING if findings else ExitCode.DONE
+    return report, ExitCode.GPU_MISSING if gpu_findings else ExitCode.DONE
 
 
 def as_text(report: Report) -> str:
@@ -96,42 +110,27 @@ def as_text(report: Report) -> str:
     return "\n".join([*lines, *(verdict or ["Result       ready to train"])])
 
 
+def _end_hung() -> None:
+    os._exit(ExitCode.GPU_MISSING)
+
+
 def _expected(promise: Promise, require_gpus: int) -> int:
     return max(promise.count, require_gpus)
 
 
-def _describe_devices(devices: Devices) -> list[dict[str, Any]]:
-    described = []
-    for index, description in enumerate(devices.descriptions):
-        memory = (
-            _gpu_memory_gib(index)
-            if devices.kind == "gpu"
-            else round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-        )
-        described.append({**description, "memory_gib": memory})
-    return described
-
-
-def _gpu_memory_gib(index: int) -> float | None:
-    """A GPU's whole memory as the driver tells it; None where its tool is not installed."""
-    import subprocess
-
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-        return round(float(answer.stdout.splitlines()[index]) / 1024, 1)
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
-
-
 def _convolve_everywhere(devices: Devices) -> list[dict[str, Any]]:
+    # Through XLA where training goes through it: that needs libraries and tools of its own.
+    @tf.function(jit_compile=devices.compilation.network)
+    def convolve(images: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+        return tf.nn.conv2d(images, kernel, strides=1, padding="VALID")
+
     results = []
     for description in devices.descriptions:
         name = description["name"]
         try:
             with tf.device(f"/{name}"):
-                # Summing 3x3 ones over 3 channels of ones: each output is 27.
-                outputs = tf.nn.conv2d(tf.ones([1, 8, 8, 3]), tf.ones([3, 3, 3, 4]), 1, "VALID")
+                outputs = convolve(tf.ones([1, 8, 8, 3]), tf.ones([3, 3, 3, 4]))
+            # 3x3 ones over 3 channels of ones.
             right = bool(np.all(outputs.numpy() == 27.0))
             problem = None if right else f"{name} computes a convolution wrongly"
         except tf.errors.OpError as error:
@@ -162,11 +161,12 @@ def _all_reduce(devices: Devices) -> dict[str, Any]:
 
 def _describe_folder(option: str, folder: Path) -> dict[str, Any]:
     """Whether a folder, or the nearest one above it that exists, can be written."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     problem, free_gib = None, None
     try:
+        candidates = (folder, *folder.absolute().parents)
+        existing = next(candidate for candidate in candidates if candidate.exists())
         with tempfile.TemporaryFile(dir=existing):
             free_gib = round(shutil.disk_usage(existing).free / 2**30, 1)
     except OSError as error:
-        problem = f"cannot be written: {error.strerror or error}"
+        problem = f"cannot be written: {error.strerror or error}; name another or change its owner"
     return {"option": option, "path": str(folder), "free_gib": free_gib, "problem": problem}

@@ -5,7 +5,6 @@ variables and updates them by itself from the summed gradients, so that nothing 
 crosses between replicas and one compiled function does a whole update.
 """
 
-import math
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -111,6 +110,7 @@ class Engine:
             self.model = training_network(self.original, devices.precision)
             self._optimizer = recipe.build_optimizer(learning_rate, plan.total_steps)
             self._optimizer.build(self.model.trainable_variables)
+            self._sums = tf.Variable([0.0, 0.0], trainable=False, name="sums")
         # Keras's TensorFlow optimizers reduce gradients and leave the replica's context to assign.
         # Here gradients come summed and each replica assigns its own variables.
         for method in ("_backend_update_step", "_apply_weight_decay"):
@@ -151,10 +151,11 @@ class Engine:
         done = Progress()
         for start in range(0, plan.steps_per_epoch, STEPS_PER_SPAN):
             end = min(start + STEPS_PER_SPAN, plan.steps_per_epoch)
-            loss, correct = self._span(
+            sums = self._span(
                 batches, draws, tf.constant(start), tf.constant(end), tf.constant(first_step)
             )
             # Reading the sums waits for the devices: the span is over.
+            loss, correct = sums.numpy()
             done = Progress(end, done.loss + float(loss), done.correct + int(correct))
             yield done
 
@@ -182,48 +183,42 @@ class Engine:
         start: tf.Tensor,
         end: tf.Tensor,
         first_step: tf.Tensor,
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Run the steps from start to end of an epoch whose first step is first_step of the run."""
-        loss, correct = tf.constant(0.0), tf.constant(0, tf.int64)
+    ) -> tf.Tensor:
+        """Run the steps from start to end of an epoch whose first step is first_step of the run.
+
+        Returns:
+            [2] float32: the sum of the losses and the correct predictions, exact up to 2**24.
+        """
+        self._strategy.run(self._reset_sums)
         unrolled_end = end - (end - start) % STEPS_UNROLLED
         for first in tf.range(start, unrolled_end, STEPS_UNROLLED):
             for step in [first + offset for offset in range(STEPS_UNROLLED)]:
-                sums = self._step(batches[step], draws[step], first_step + step)
-                loss, correct = loss + sums[0], correct + sums[1]
+                self._strategy.run(
+                    self._replica_step, (batches[step], draws[step], first_step + step)
+                )
         for step in tf.range(unrolled_end, end):
-            sums = self._step(batches[step], draws[step], first_step + step)
-            loss, correct = loss + sums[0], correct + sums[1]
+            self._strategy.run(self._replica_step, (batches[step], draws[step], first_step + step))
         if self._replicas > 1 and self._statistics:
             self._strategy.run(self._average_statistics)
-        return loss, correct
+        return self._strategy.reduce("SUM", self._strategy.run(self._read_sums), axis=None)
 
-    def _step(
-        self, batch: tf.Tensor, draws: tf.Tensor, step: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """One step on all replicas; the sums of losses and correct predictions over the batch."""
-        loss, correct = self._strategy.run(self._replica_step, (batch, draws, step))
-        reduce = self._strategy.reduce
-        return reduce("SUM", loss, axis=None), reduce("SUM", correct, axis=None)
+    def _reset_sums(self) -> None:
+        self._sums.assign([0.0, 0.0])
 
-    def _replica_step(
-        self, batch: tf.Tensor, draws: tf.Tensor, step: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
+    def _read_sums(self) -> tf.Tensor:
+        return self._sums.read_value()
+
+    def _replica_step(self, batch: tf.Tensor, draws: tf.Tensor, step: tf.Tensor) -> None:
         """One replica's part of a step.
 
         Args:
             batch: [global_batch_size] int64 rows of the training set.
             draws: [global_batch_size, ...] what augments them.
             step: Scalar int32, global step of the run.
-
-        Returns:
-            Sum of the losses and number of correct predictions over this replica's rows.
         """
         context = tf.distribute.get_replica_context()
         replica = context.replica_id_in_sync_group
-        first = replica * self._rows
-        rows = batch[first : first + self._rows]
-        pixels, labels = self._data.gather(rows)
-        images = self._prepare(pixels, draws[first : first + self._rows])
+        images, labels = self._replica_batch(batch, draws)
         # Each replica drops units of its own, as a function of nothing but seed, replica and step.
         for keys, state in zip(self._random_keys, self._random_states, strict=True):
             state.assign(tf.stack([keys[replica], tf.cast(step, keys.dtype)]))
@@ -231,7 +226,15 @@ class Engine:
         if self._replicas > 1:
             gradients = context.all_reduce("SUM", gradients)
         self._update(gradients)
-        return loss, correct
+        # Summed over the replicas once a span, not once a step.
+        self._sums.assign_add(tf.stack([loss, correct]))
+
+    def _replica_batch(self, batch: tf.Tensor, draws: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """This replica's rows of a global batch: augmented images and labels."""
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        first = replica * self._rows
+        pixels, labels = self._data.gather(batch[first : first + self._rows])
+        return self._prepare(pixels, draws[first : first + self._rows]), labels
 
     def _prepare_rows(self, pixels: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
         """From gathered pixels to augmented images [rows, height, width, channels] float32."""
@@ -254,7 +257,7 @@ class Engine:
         return (
             tape.gradient(objective, variables),
             tf.reduce_sum(losses),
-            tf.reduce_sum(tf.cast(correct, tf.int64)),
+            tf.reduce_sum(tf.cast(correct, tf.float32)),
         )
 
     def _apply_gradients(self, gradients: list[tf.Tensor]) -> None:
@@ -275,11 +278,6 @@ class Engine:
 def epoch_order(seed: int, epoch: int, examples: int) -> npt.NDArray[np.int64]:
     """The order in which an epoch visits the training set: a permutation [examples] int64."""
     return np.random.default_rng([seed, epoch]).permutation(examples)
-
-
-def span_count(steps_per_epoch: int) -> int:
-    """Compiled calls an epoch."""
-    return math.ceil(steps_per_epoch / STEPS_PER_SPAN)
 
 
 def random_keys(seed: int, states: int, replicas: int) -> list[tf.Tensor]:

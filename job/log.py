@@ -1,5 +1,6 @@
 """Log events: JSON lines for machines, short readable lines for people, both on stdout."""
 
+import contextlib
 import logging
 import sys
 from datetime import UTC, datetime
@@ -61,7 +62,9 @@ class _StdoutHandler(logging.Handler):
     """Looks stdout up at each event: a progress bar replaces it while the bar is on the screen."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stdout, flush=True)
+        # A reader that went away, or a full disk behind a redirection, is no reason to stop.
+        with contextlib.suppress(OSError):
+            print(self.format(record), file=sys.stdout, flush=True)
 
 
 class _JsonEvents(JsonFormatter):

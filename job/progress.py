@@ -21,9 +21,14 @@ def _console() -> Console:
 
 
 class DownloadBar:
-    """A download's progress, with the four members of a tqdm bar that pooch asks for."""
+    """A download's progress, with the four members of a tqdm bar that pooch asks for.
 
-    def __init__(self, label: str) -> None:
+    Args:
+        label: What is downloaded.
+        enabled: Whether to draw at all; JSON logs and a bar do not mix.
+    """
+
+    def __init__(self, label: str, *, enabled: bool) -> None:
         console = _console()
         self.total = 0
         self._progress = Progress(
@@ -34,7 +39,7 @@ class DownloadBar:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not (enabled and console.is_terminal),
         )
         self._task = self._progress.add_task(label, total=None)
 

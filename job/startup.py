@@ -8,15 +8,20 @@ import tempfile
 from collections.abc import Iterator
 
 
-def load_tensorflow() -> list[str]:
+def load_tensorflow(*, verbose: bool = False) -> list[str]:
     """Import TensorFlow and look for GPUs, holding back what the native code prints.
 
     Must run before anything else imports TensorFlow.
 
+    Args:
+        verbose: Whether to ask for all of its messages; otherwise only errors are news. A level
+            that the user sets in TF_CPP_MIN_LOG_LEVEL stays.
+
     Returns:
         The lines that went to stderr meanwhile. Where a GPU is not found they say why.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    # Native code reads the level once, when it is loaded.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "2")
     lines: list[str] = []
     with _captured_stderr(lines):
         import tensorflow as tf
@@ -27,8 +32,6 @@ def load_tensorflow() -> list[str]:
         import absl.logging
 
         absl.logging.set_verbosity(absl.logging.ERROR)
-    # The loader has its reasons in `lines`; from here on only TensorFlow's errors are news.
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     return lines
 
 

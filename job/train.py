@@ -1,5 +1,7 @@
 """A whole training run: from a configuration to the artifacts in the output folder."""
 
+import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from job import artifacts, log, plots
-from job.config import TrainConfig, UserError
+from job.config import JobError, TrainConfig, UserError
 from job.dataset import Dataset, load_dataset
 from job.devices import (
     Devices,
@@ -51,26 +53,42 @@ def train_and_evaluate(config: TrainConfig) -> Evaluation:
     manifest = artifacts.RunManifest(
         config.output_dir / artifacts.RUN, config, _describe_run(devices, dataset)
     )
+    watchdog = Watchdog(config.stall_timeout_seconds)
     try:
-        engine = Engine(recipe, devices, dataset, plan, config.learning_rate)
-        _train(engine, devices, dataset, config)
+        with _naming_batch_size(config.global_batch_size, devices.replicas):
+            engine = Engine(recipe, devices, dataset, plan, config.learning_rate)
+            _train(engine, devices, dataset, config.output_dir, watchdog)
         artifacts.save_model(engine.export(), config.output_dir / artifacts.MODEL)
-        evaluation = evaluate_saved(config.output_dir, recipe, devices, dataset, config.seed)
-    except tf.errors.ResourceExhaustedError as error:
-        reason = (
-            f"out of memory on the devices with --batch-size {config.global_batch_size} "
-            f"({plan.global_batch_size // devices.replicas} images a replica); lower --batch-size"
+        evaluation = evaluate_saved(
+            config.output_dir, recipe, devices, dataset, config.seed, watchdog
         )
-        manifest.finish("failed", reason)
-        raise UserError(reason) from error
-    except KeyboardInterrupt:
-        manifest.finish("interrupted", "interrupted from the keyboard")
-        raise
-    except Exception as error:
-        manifest.finish("failed", f"{type(error).__name__}: {error}")
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        # What went wrong first is what the user must hear of.
+        with contextlib.suppress(UserError):
+            manifest.finish(
+                "interrupted" if interrupted else "failed", f"{type(error).__name__}: {error}"
+            )
         raise
     manifest.finish("done")
     return evaluation
+
+
+@contextlib.contextmanager
+def _naming_batch_size(global_batch_size: int, replicas: int) -> Iterator[None]:
+    """Turn the body's running out of device memory into advice on the batch size."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        # Inside of cuDNN, NCCL and XLA the same comes as other types.
+        signs = ("out of memory", "RESOURCE_EXHAUSTED", "OOM when allocating")
+        exhausted = isinstance(error, tf.errors.ResourceExhaustedError)
+        if not exhausted and not any(sign in str(error) for sign in signs):
+            raise
+        raise UserError(
+            f"out of memory on the devices with --batch-size {global_batch_size} "
+            f"({global_batch_size // replicas} images a replica); lower --batch-size"
+        ) from error
 
 
 def make_plan(config: TrainConfig, examples: int) -> Plan:
@@ -98,15 +116,23 @@ def evaluate_output_dir(config: TrainConfig) -> Evaluation:
         UserError: If there is no model that fits the data, or a folder must be changed first.
         GpuMissingError: If a promised or required GPU cannot be used.
     """
+    artifacts.require_model(config.output_dir / artifacts.MODEL)
     artifacts.prepare_output_dir(config.output_dir)
     devices = _open_devices(config)
     dataset = load_dataset(config.data)
+    _check_same_data(config.output_dir, dataset)
     recipe = get_recipe(config.recipe)
-    return evaluate_saved(config.output_dir, recipe, devices, dataset, config.seed)
+    watchdog = Watchdog(config.stall_timeout_seconds)
+    return evaluate_saved(config.output_dir, recipe, devices, dataset, config.seed, watchdog)
 
 
 def evaluate_saved(
-    output_dir: Path, recipe: Recipe, devices: Devices, dataset: Dataset, seed: int
+    output_dir: Path,
+    recipe: Recipe,
+    devices: Devices,
+    dataset: Dataset,
+    seed: int,
+    watchdog: Watchdog,
 ) -> Evaluation:
     """Load the saved model back, evaluate it, and write the evaluation and the prediction picture.
 
@@ -116,15 +142,20 @@ def evaluate_saved(
         devices: Where to evaluate.
         dataset: Its test images are evaluated.
         seed: Picks the test image of the picture.
+        watchdog: Ends the process if the evaluation hangs.
 
     Raises:
         UserError: If there is no model that fits the data, or a file cannot be written.
     """
     path = output_dir / artifacts.MODEL
+    # The file is float32 and so are its figures, also where GPUs round float32 to TF32 by default.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
     with devices.strategy.scope():
         model = artifacts.load_model(path)
     _check_fits(model, dataset, path)
-    evaluation = Evaluator(model, recipe, devices, dataset.test_images, dataset.test_labels)()
+    evaluator = Evaluator(model, recipe, devices, dataset.test_images, dataset.test_labels)
+    with watchdog.watch("the evaluation of the saved model", compiling=True):
+        evaluation = evaluator()
     artifacts.write_json(
         output_dir / artifacts.EVALUATION,
         {
@@ -154,44 +185,48 @@ def _open_devices(config: TrainConfig) -> Devices:
     return open_devices(config.devices, config.precision, config.jit)
 
 
-def _train(engine: Engine, devices: Devices, dataset: Dataset, config: TrainConfig) -> None:
+def _train(
+    engine: Engine, devices: Devices, dataset: Dataset, output_dir: Path, watchdog: Watchdog
+) -> None:
     """Run the epochs, each followed by a validation on all test images."""
     plan = engine.plan
     evaluator = Evaluator(
         engine.model, engine.recipe, devices, dataset.test_images, dataset.test_labels
     )
-    watchdog = Watchdog(config.stall_timeout_seconds)
-    metrics = artifacts.MetricsFile(config.output_dir / artifacts.METRICS)
+    metrics = artifacts.MetricsFile(output_dir / artifacts.METRICS)
     with EpochBar(plan.epochs, plan.steps_per_epoch, enabled=not log.is_json()) as bar:
         for epoch in range(plan.epochs):
             start = time.perf_counter()
             progress = Progress()
-            for progress in _watched(engine.train_epoch(epoch), watchdog, compiled=epoch > 0):
+            for progress in _watched(engine.train_epoch(epoch), watchdog, first=epoch == 0):
+                _check_finite(progress, epoch)
                 images = progress.steps * plan.global_batch_size
                 bar.update(epoch + 1, progress.steps, f"loss {progress.loss / images:.4f}")
             seconds = time.perf_counter() - start
-            if epoch == 0:
+            with watchdog.watch("a validation", compiling=epoch == 0):
                 validation = evaluator()
-            else:
-                with watchdog.watch("validation"):
-                    validation = evaluator()
             record = _epoch_record(engine, epoch, progress, validation, seconds)
             metrics.append(record)
             log.event("epoch", **record, message=_epoch_line(record, plan.epochs))
 
 
-def _watched(
-    spans: Iterator[Progress], watchdog: Watchdog, *, compiled: bool
-) -> Iterator[Progress]:
-    """Pass spans on under the watchdog, all but a run's first: that one is compiled."""
-    if not compiled:
-        yield next(spans)
+def _watched(spans: Iterator[Progress], watchdog: Watchdog, *, first: bool) -> Iterator[Progress]:
+    """Pass an epoch's spans on under the watchdog; a run's first span is compiled."""
     while True:
-        with watchdog.watch("a span of training steps"):
+        with watchdog.watch("a span of training steps", compiling=first):
             progress = next(spans, None)
         if progress is None:
             return
         yield progress
+        first = False
+
+
+def _check_finite(progress: Progress, epoch: int) -> None:
+    if not math.isfinite(progress.loss):
+        raise JobError(
+            f"the training loss became {progress.loss} in epoch {epoch + 1}, by step "
+            f"{progress.steps} of it; lower --learning-rate, or try --precision float32"
+        )
 
 
 def _epoch_record(
@@ -251,10 +286,22 @@ def _describe_run(devices: Devices, dataset: Dataset) -> dict[str, Any]:
         "data": {
             "name": dataset.name,
             "fingerprint": dataset.fingerprint,
+            "test_fingerprint": dataset.test_fingerprint,
             "train_examples": len(dataset.train_images),
             "test_examples": len(dataset.test_images),
         },
     }
+
+
+def _check_same_data(output_dir: Path, dataset: Dataset) -> None:
+    """Refuse to judge a model by other test images than those its run was validated on."""
+    trained_on = artifacts.read_run(output_dir / artifacts.RUN).get("data")
+    if trained_on and trained_on["test_fingerprint"] != dataset.test_fingerprint:
+        raise UserError(
+            f"received the test images of {dataset.name}, expected those that the run in "
+            f"{output_dir} was validated on ({trained_on['name']}); give that run's --dataset, "
+            f"--data-dir and --seed"
+        )
 
 
 def _check_fits(model: keras.Model, dataset: Dataset, path: Path) -> None:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from job import log
 from job.config import ExitCode
 
+COMPILATION_SECONDS = 600.0
+"""What the first call of a compiled function may take beyond the timeout of any call."""
+
 
 def _end_process() -> None:
     # A hung collective never returns, so there is no orderly way out.
@@ -30,9 +33,15 @@ class Watchdog:
         self._on_stall = on_stall
 
     @contextlib.contextmanager
-    def watch(self, what: str) -> Iterator[None]:
-        """End the run if the body does not end in time, with every thread's stack in the log."""
-        timer = threading.Timer(self._timeout_seconds, self._stalled, [what])
+    def watch(self, what: str, *, compiling: bool = False) -> Iterator[None]:
+        """End the run if the body does not end in time, with every thread's stack in the log.
+
+        Args:
+            what: Names the body in the log.
+            compiling: Whether the body may compile first, for which it has time of its own.
+        """
+        seconds = self._timeout_seconds + (COMPILATION_SECONDS if compiling else 0.0)
+        timer = threading.Timer(seconds, self._stalled, [what, seconds])
         timer.daemon = True
         timer.start()
         try:
@@ -40,18 +49,20 @@ class Watchdog:
         finally:
             timer.cancel()
 
-    def _stalled(self, what: str) -> None:
-        stacks = thread_stacks()
-        log.event(
-            "stalled",
-            logging.CRITICAL,
-            what=what,
-            timeout_seconds=self._timeout_seconds,
-            stacks=stacks,
-            message=f"{what} did not end within {self._timeout_seconds:g} s; ending with exit code "
-            f"{int(ExitCode.DEFECT)} so that the job can be started again\n{stacks}",
-        )
-        self._on_stall()
+    def _stalled(self, what: str, seconds: float) -> None:
+        try:
+            stacks = thread_stacks()
+            log.event(
+                "stalled",
+                logging.CRITICAL,
+                what=what,
+                timeout_seconds=seconds,
+                stacks=stacks,
+                message=f"{what} did not end within {seconds:g} s; ending with exit code "
+                f"{int(ExitCode.DEFECT)} so that the job can be started again\n{stacks}",
+            )
+        finally:
+            self._on_stall()
 
 
 def thread_stacks() -> str:

@@ -26,6 +26,8 @@ from job.devices import Compilation, Devices  # noqa: E402
 REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("JOB_TEST_SHARED", REPOSITORY.parent / "shared"))
 
+# GPUs are for the processes that the tests start.
+tf.config.set_visible_devices([], "GPU")
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
@@ -91,7 +93,7 @@ def small_dataset() -> Dataset:
 
 @pytest.fixture
 def run_job(tmp_path: Path) -> RunJob:
-    """Run the command line in a process of its own, in an empty folder, without JOB_ variables."""
+    """Run the command line in a process and folder of its own, without JOB_ and SLURM_ variables."""
 
     def run(
         *arguments: str | Path, env: dict[str, str] | None = None, timeout: float = 300
@@ -99,7 +101,7 @@ def run_job(tmp_path: Path) -> RunJob:
         inherited = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("JOB_", "SLURM_", "CUDA_VISIBLE"))
+            if not name.startswith(("JOB_", "SLURM_"))
         }
         return subprocess.run(
             [sys.executable, "-m", "job", *map(str, arguments)],

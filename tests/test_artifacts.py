@@ -45,6 +45,20 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "mine"
 
 
+def test_an_output_folder_with_an_impossible_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot write to --output-dir"):
+        artifacts.prepare_output_dir(tmp_path / ("x" * 300))
+    with pytest.raises(UserError, match="there is no model"):
+        artifacts.load_model(tmp_path / ("x" * 300))
+
+
+def test_what_a_killed_write_left_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / ".file.partial.txt").write_text("left by a killed run, and longer")
+    artifacts.write_text(tmp_path / "file.txt", "whole")
+    assert listing(tmp_path) == ["file.txt"]
+    assert (tmp_path / "file.txt").read_text() == "whole"
+
+
 def test_the_model_file_restores_every_variable_bit_for_bit_and_trains_on(
     tmp_path: Path, small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:

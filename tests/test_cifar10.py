@@ -140,6 +140,18 @@ def test_a_truncated_archive_is_refused(tmp_path: Path, good_batch: bytes, kept:
         cifar10.load(tmp_path, NOWHERE)
 
 
+def test_a_damaged_archive_is_refused_by_its_own_checksum(
+    tmp_path: Path, good_batch: bytes
+) -> None:
+    archive = tmp_path / cifar10.ARCHIVE_NAME
+    write_archive(archive, good_batch, (*cifar10.TRAIN_FILES, cifar10.TEST_FILE))
+    content = bytearray(archive.read_bytes())
+    content[-8] ^= 1  # of the CRC-32 that ends a gzip stream
+    archive.write_bytes(content)
+    with pytest.raises(UserError, match="truncated or damaged"):
+        cifar10.load(tmp_path, NOWHERE)
+
+
 def test_an_archive_of_something_else_is_refused(tmp_path: Path, good_batch: bytes) -> None:
     write_archive(tmp_path / cifar10.ARCHIVE_NAME, good_batch, ("data_batch_1",))
     with pytest.raises(UserError, match="holds no cifar-10-batches-py/data_batch_2"):
@@ -147,7 +159,7 @@ def test_an_archive_of_something_else_is_refused(tmp_path: Path, good_batch: byt
 
 
 def test_no_data_and_no_network_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"does not answer .*--dataset synthetic"):
+    with pytest.raises(UserError, match=r"does not give it .*--dataset synthetic"):
         cifar10.load(tmp_path / "data", NOWHERE)
     assert list((tmp_path / "data").iterdir()) == []
 
@@ -157,6 +169,13 @@ def test_a_download_with_the_wrong_checksum_is_not_kept(tmp_path: Path, serve: s
     with pytest.raises(UserError, match="not the official archive: expected SHA-256 6d958be0"):
         cifar10.load(tmp_path / "data", serve)
     assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_an_address_without_the_archive_is_named_with_its_answer(
+    tmp_path: Path, serve: str
+) -> None:
+    with pytest.raises(UserError, match=r"does not give it \(HTTP 404\)"):
+        cifar10.load(tmp_path / "data", serve)
 
 
 def test_a_verified_download_is_kept_and_read(

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 from tests.conftest import RunJob
 
@@ -26,3 +27,16 @@ def test_a_promised_gpu_that_is_missing_is_exit_code_3_with_the_reason(run_job: 
     assert "libcuda.so.1: " in result.stdout
     assert result.stdout.splitlines()[-1].startswith("Problem ")
     assert "Traceback" not in result.stderr
+
+
+def test_a_folder_that_cannot_be_used_is_a_finding(run_job: RunJob, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run_job(
+        "doctor",
+        *("--log-format", "text", "--output-dir", "file"),
+        env={"SLURM_GPUS_ON_NODE": "gpu:2"},
+    )
+    assert result.returncode == 3
+    problems = [line for line in result.stdout.splitlines() if line.startswith("Problem ")]
+    assert "SLURM_GPUS_ON_NODE received 'gpu:2'" in problems[0]
+    assert "--output-dir file cannot be written: Not a directory" in problems[1]

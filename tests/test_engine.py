@@ -102,12 +102,14 @@ def test_one_step_equals_keras(
         for index, variable in enumerate(reference.weights):
             if id(variable) in momentums:
                 decided[index] = np.abs(momentums[id(variable)]) > 1e-5
+    shares = [where.mean() for where in decided]
+    assert min(shares) > 0.2
+    assert np.concatenate([where.ravel() for where in decided]).mean() > 0.5
     moved = 0.0
     for weight, expected, old, where in zip(
         exported.get_weights(), reference.get_weights(), before, decided, strict=True
     ):
         np.testing.assert_allclose(weight[where], expected[where], rtol=0, atol=1e-5)
-        np.testing.assert_allclose(weight, expected, rtol=0, atol=2e-4)
         moved = max(moved, float(np.abs(expected - old).max()))
     assert moved > 5e-5
 
@@ -115,20 +117,18 @@ def test_one_step_equals_keras(
 def test_augmented_batch_is_the_same_bits_on_any_number_of_replicas(
     small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
-    order = epoch_order(42, 0, 512)[:BATCH]
-    pixels = small_dataset.train_images.reshape(512, -1)[order]
+    batch = tf.constant(epoch_order(42, 0, 512)[:BATCH])
     draws = classic.draw_augmentation(42, tf.constant(0), 1, BATCH)[0]
     batches = []
     for replicas in (1, 2, 4):
         engine = make_engine(small_dataset, make_devices, replicas=replicas)
-        rows = BATCH // replicas
-        batches.append(
-            np.concatenate(
-                [
-                    engine._prepare(pixels[start : start + rows], draws[start : start + rows])
-                    for start in range(0, BATCH, rows)
-                ]
-            )
+        strategy = make_devices(replicas).strategy
+        parts = tf.function(strategy.run)(engine._replica_batch, (batch, draws))
+        images, labels = (strategy.experimental_local_results(part) for part in parts)
+        assert [len(part) for part in images] == [BATCH // replicas] * replicas
+        batches.append(np.concatenate(images))
+        np.testing.assert_array_equal(
+            np.concatenate(labels), small_dataset.train_labels[batch.numpy()]
         )
     np.testing.assert_array_equal(batches[0], batches[1])
     np.testing.assert_array_equal(batches[0], batches[2])
@@ -270,8 +270,9 @@ NO_KERNEL_NEEDED = {"Placeholder", "_Arg", "_Retval"}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compiled", [True, False], ids=["xla", "plain"])
 def test_every_op_of_the_training_step_has_a_gpu_kernel(
-    small_dataset: Dataset, make_devices: MakeDevices, precision: str
+    small_dataset: Dataset, make_devices: MakeDevices, precision: str, compiled: bool
 ) -> None:
     if not tf.test.is_built_with_cuda():
         pytest.skip("this TensorFlow is built without CUDA")
@@ -279,28 +280,62 @@ def test_every_op_of_the_training_step_has_a_gpu_kernel(
         small_dataset,
         make_devices,
         precision=precision,
-        compilation=Compilation(network=False, elementwise=False),
+        compilation=Compilation(network=compiled, elementwise=compiled),
         replicas=2,
     )
     scalar, batches = tf.constant(0), tf.zeros([1, BATCH], tf.int64)
-    span = engine._span.get_concrete_function(
-        batches, tf.zeros([1, BATCH, 6]), scalar, scalar, scalar
-    )
-    library = span.graph.as_graph_def().library
+    draws = tf.zeros([1, BATCH, 6])
+    checked = {"GPU": 0, "XLA_GPU_JIT": 0}
     missing = set()
-    checked = 0
-    for function in library.function:
-        for node in function.node_def:
-            checked += 1
-            if node.op not in NO_KERNEL_NEEDED and not has_gpu_kernel(node):
-                missing.add((node.op, str(sorted(node.attr))))
-    assert checked > 500
+    for function in (
+        engine._span.get_concrete_function(batches, draws, scalar, scalar, scalar),
+        engine._draw.get_concrete_function(scalar),
+    ):
+        graph = function.graph.as_graph_def()
+        jitted = functions_under_xla(graph)
+        nodes = [("GPU", node) for node in graph.node]
+        for definition in graph.library.function:
+            device = "XLA_GPU_JIT" if definition.signature.name in jitted else "GPU"
+            nodes += [(device, node) for node in definition.node_def]
+        for device, node in nodes:
+            checked[device] += 1
+            if node.op not in NO_KERNEL_NEEDED and not has_kernel(device, node):
+                missing.add((device, node.op, str(sorted(node.attr))))
+    assert sum(checked.values()) > 500
+    assert (checked["XLA_GPU_JIT"] > 200) == compiled
     assert not missing
 
 
-def has_gpu_kernel(node: Any) -> bool:
+def called_by(node: Any) -> set[str]:
+    """Names of the functions that a node's attributes refer to."""
+    return {value.func.name for value in node.attr.values() if value.HasField("func")} | {
+        function.name for value in node.attr.values() for function in value.list.func
+    }
+
+
+def functions_under_xla(graph: Any) -> set[str]:
+    """Names of the functions that XLA compiles, with all that they call."""
+    functions = {definition.signature.name: definition for definition in graph.library.function}
+    pending = {
+        name
+        for definition in functions.values()
+        for node in definition.node_def
+        if node.attr["_XlaMustCompile"].b
+        for name in called_by(node)
+    } | {name for name, definition in functions.items() if definition.attr["_XlaMustCompile"].b}
+    found: set[str] = set()
+    while pending:
+        name = pending.pop()
+        found.add(name)
+        if name in functions:
+            called = [called_by(node) for node in functions[name].node_def]
+            pending |= set().union(*called) - found
+    return found
+
+
+def has_kernel(device: str, node: Any) -> bool:
     for kernel in kernels.get_registered_kernels_for_op(node.op).kernel:
-        if kernel.device_type not in ("GPU", "DEFAULT"):
+        if kernel.device_type not in (device, "DEFAULT"):
             continue
         if all(
             node.attr[constraint.name].type in constraint.allowed_values.list.type

@@ -1,4 +1,6 @@
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,8 +9,9 @@ import pytest
 import tensorflow as tf
 
 from job import log, train
-from job.config import DataConfig, DeviceRequest, TrainConfig, UserError
+from job.config import DataConfig, DeviceRequest, JobError, TrainConfig, UserError
 from job.dataset import Dataset
+from job.watchdog import Watchdog
 from tests.conftest import MakeDevices
 
 EPOCHS = 2
@@ -128,10 +131,74 @@ def test_memory_running_out_names_the_batch_size(
         train.train_and_evaluate(config)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        tf.errors.InternalError(None, None, "cuDNN: CUDA_ERROR_OUT_OF_MEMORY: out of memory"),
+        tf.errors.UnknownError(None, None, "RESOURCE_EXHAUSTED: Out of memory"),
+    ],
+)
+def test_memory_running_out_inside_a_library_is_recognised(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "_train", fail)
+    with pytest.raises(UserError, match="lower --batch-size"):
+        train.train_and_evaluate(config)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(config: TrainConfig) -> None:
+    with pytest.raises(JobError, match=r"the training loss became (nan|inf) in epoch \d") as error:
+        train.train_and_evaluate(replace(config, learning_rate=1e300))
+    assert error.value.exit_code == 1
+    assert read(config.output_dir / "run.json")["outcome"] == "failed"
+    assert not (config.output_dir / "cifar10_model.h5").exists()
+
+
+def test_the_first_span_is_watched_too(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = []
+
+    class Recorder(Watchdog):
+        @contextlib.contextmanager
+        def watch(self, what: str, *, compiling: bool = False) -> Iterator[None]:
+            watched.append((what, compiling))
+            yield
+
+    monkeypatch.setattr(train, "Watchdog", Recorder)
+    train.train_and_evaluate(config)
+    assert watched[0] == ("a span of training steps", True)
+    assert ("a validation", True) in watched
+    assert watched[-1] == ("the evaluation of the saved model", True)
+    assert ("a span of training steps", False) in watched
+
+
+def test_a_model_is_not_judged_by_images_of_another_data_set(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, small_dataset: Dataset
+) -> None:
+    train.train_and_evaluate(config)
+    before = (config.output_dir / "evaluation.json").read_bytes()
+    other = replace(small_dataset, test_images=small_dataset.test_images[::-1])
+    monkeypatch.setattr(train, "load_dataset", lambda data: other)
+    with pytest.raises(UserError, match=r"expected those that the run in .* was validated on"):
+        train.evaluate_output_dir(config)
+    assert (config.output_dir / "evaluation.json").read_bytes() == before
+
+
+def test_evaluating_a_folder_without_a_model_makes_nothing(config: TrainConfig) -> None:
+    with pytest.raises(UserError, match="there is no model"):
+        train.evaluate_output_dir(config)
+    assert not config.output_dir.exists()
+
+
 def test_a_model_of_other_images_is_not_evaluated(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, small_dataset: Dataset
 ) -> None:
     train.train_and_evaluate(config)
+    (config.output_dir / "run.json").unlink()
     grey = replace(small_dataset, test_images=small_dataset.test_images[..., :1])
     monkeypatch.setattr(train, "load_dataset", lambda data: grey)
     with pytest.raises(UserError, match=r"\(32, 32, 3, 10\), expected \(32, 32, 1, 10\)"):

@@ -31,3 +31,23 @@ def test_a_call_that_returns_in_time_goes_on() -> None:
         with Watchdog(0.2, on_stall=stalled.set).watch("a test"):
             pass
     assert not stalled.wait(0.4)
+
+
+def test_a_first_call_has_time_to_compile(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("job.watchdog.COMPILATION_SECONDS", 0.5)
+    stalled = threading.Event()
+    with Watchdog(0.05, on_stall=stalled.set).watch("a test", compiling=True):
+        assert not stalled.wait(0.2)
+        assert stalled.wait(30)
+
+
+def test_a_log_that_cannot_be_written_does_not_save_a_hung_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("job.watchdog.thread_stacks", lambda: 1 / 0)
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    stalled = threading.Event()
+    with Watchdog(0.05, on_stall=stalled.set).watch("a test"):
+        assert stalled.wait(30)

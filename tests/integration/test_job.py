@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -94,7 +95,9 @@ def test_evaluate_command_repeats_the_figures(
     run_job: RunJob, trained: Path, cifar10_dir: Path
 ) -> None:
     before = read(trained / "evaluation.json")
-    result = run_job("evaluate", "--output-dir", trained, "--data-dir", cifar10_dir)
+    result = run_job(
+        "evaluate", "--output-dir", trained, "--data-dir", cifar10_dir, "--devices", "cpu:2"
+    )
     assert result.returncode == 0, result.stderr
     after = read(trained / "evaluation.json")
     assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
@@ -142,7 +145,7 @@ BAD_RUNS = [
     (["--dataset", "synthetic", "--require-gpus", "99"], 3, "--require-gpus expected 99 GPUs"),
     (["--dataset", "synthetic", "--limit", "100"], 2, "--batch-size received 256, expected at"),
     (["--dataset", "synthetic", "--limit", "50001"], 2, "expected at most the 50000 training"),
-    (["--cifar10-url", "http://127.0.0.1:9/x"], 2, "does not answer"),
+    (["--cifar10-url", "http://127.0.0.1:9/x"], 2, "does not give it (ConnectionError)"),
     (["--output-dir", "file"], 2, "is a file, expected a folder"),
 ]
 
@@ -196,6 +199,29 @@ def test_a_full_volume_is_refused_before_training(run_job: RunJob, small_volume:
     result = run_job("train", "--dataset", "synthetic", "--output-dir", small_volume / "new")
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    if os.getuid():
+        pytest.skip("becoming another user needs root")
+    script = (
+        "import os, pathlib, sys\n"
+        "from job import artifacts, config\n"
+        "os.setuid(65534)\n"
+        "try: artifacts.prepare_output_dir(pathlib.Path(sys.argv[1]))\n"
+        "except config.UserError as error: print(error)\n"
+    )
+    (tmp_path / "closed").mkdir(mode=0o700)
+    (tmp_path / "open").mkdir(mode=0o755)
+    for path in (tmp_path / "closed" / "output", tmp_path / "open"):
+        result = subprocess.run(
+            [sys.executable, "-c", script, path],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "Permission denied; name a folder that user 65534 can write" in result.stdout
 
 
 def test_a_volume_that_cannot_be_written_is_refused(run_job: RunJob, small_volume: Path) -> None:

@@ -1,0 +1,35 @@
+"""The job on this machine's real GPUs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tensorflow as tf
+
+from tests.conftest import RunJob
+
+pytestmark = pytest.mark.skipif(
+    not tf.config.list_physical_devices("GPU"), reason="no GPU is visible to TensorFlow"
+)
+
+
+def test_doctor_finds_nothing_wrong(run_job: RunJob) -> None:
+    result = run_job("doctor", "--require-gpus", "1", "--log-format", "text")
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("jit", ["on", "off"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_trains_on_every_gpu(run_job: RunJob, tmp_path: Path, precision: str, jit: str) -> None:
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    result = run_job(
+        *("train", "--dataset", "synthetic", "--epochs", "2", "--limit", "10240"),
+        *("--batch-size", str(64 * gpus), "--learning-rate", "1e-3"),
+        *("--precision", precision, "--jit", jit, "--require-gpus", str(gpus)),
+    )
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads((tmp_path / "output" / "run.json").read_text())
+    assert (manifest["replicas"], manifest["xla"]) == (gpus, jit == "on")
+    lines = (tmp_path / "output" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert losses[1] < losses[0] < 2.3
