@@ -93,7 +93,7 @@ def small_dataset() -> Dataset:
 
 @pytest.fixture
 def run_job(tmp_path: Path) -> RunJob:
-    """Run the command line in a process and folder of its own, without JOB_ and SLURM_ variables."""
+    """Run the command line in its own process and folder, without JOB_ and SLURM_ variables."""
 
     def run(
         *arguments: str | Path, env: dict[str, str] | None = None, timeout: float = 300
