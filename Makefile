@@ -1,8 +1,8 @@
 # Everything a person does with this project. `make` alone installs it, `make help` lists the rest.
 PYTHON ?= python3
 VENV ?= .venv
-OUTPUT_DIR ?= output
-DATA_DIR ?= data
+OUTPUT_DIR ?= $(or $(JOB_OUTPUT_DIR),output)
+DATA_DIR ?= $(or $(JOB_DATA_DIR),data)
 BENCH_DIR ?= build/bench
 BENCH_ROUNDS ?= 3
 PYTEST_ARGS ?=

@@ -92,8 +92,9 @@ def as_text(report: Report) -> str:
         f"GPUs         {gpus['visible']} visible, {gpus['promised']} promised "
         f"({gpus['promised_by']}), {gpus['required']} required",
     ]
-    for library in gpus["libraries"]:
-        lines.append(f"  library    {library['name']}: {library['path'] or 'not found'}")
+    if gpus["visible"] or gpus["promised"] or gpus["required"]:
+        for library in gpus["libraries"]:
+            lines.append(f"  library    {library['name']}: {library['path'] or 'not found'}")
     for said in gpus["tensorflow_says"]:
         lines.append(f"  TensorFlow {said}")
     for device in report["devices"]:

@@ -118,6 +118,7 @@ def evaluate_output_dir(config: TrainConfig) -> Evaluation:
     """
     artifacts.require_model(config.output_dir / artifacts.MODEL)
     artifacts.prepare_output_dir(config.output_dir)
+    _check_same_name(config)
     devices = _open_devices(config)
     dataset = load_dataset(config.data)
     _check_same_data(config.output_dir, dataset)
@@ -291,6 +292,16 @@ def _describe_run(devices: Devices, dataset: Dataset) -> dict[str, Any]:
             "test_examples": len(dataset.test_images),
         },
     }
+
+
+def _check_same_name(config: TrainConfig) -> None:
+    """Refuse another data set than the run's by its name, before anything is downloaded."""
+    trained_on = artifacts.read_run(config.output_dir / artifacts.RUN).get("data")
+    if trained_on and trained_on["name"] != config.data.dataset:
+        raise UserError(
+            f"--dataset received {config.data.dataset}, expected {trained_on['name']}, which the "
+            f"run in {config.output_dir} was trained on; add --dataset {trained_on['name']}"
+        )
 
 
 def _check_same_data(output_dir: Path, dataset: Dataset) -> None:

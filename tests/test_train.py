@@ -188,6 +188,15 @@ def test_a_model_is_not_judged_by_images_of_another_data_set(
     assert (config.output_dir / "evaluation.json").read_bytes() == before
 
 
+def test_a_data_set_of_another_name_is_refused_before_it_is_loaded(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.train_and_evaluate(config)
+    monkeypatch.setattr(train, "load_dataset", lambda data: pytest.fail("it was loaded"))
+    with pytest.raises(UserError, match="received cifar10, expected synthetic"):
+        train.evaluate_output_dir(replace(config, data=DataConfig(dataset="cifar10")))
+
+
 def test_evaluating_a_folder_without_a_model_makes_nothing(config: TrainConfig) -> None:
     with pytest.raises(UserError, match="there is no model"):
         train.evaluate_output_dir(config)
