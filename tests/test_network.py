@@ -133,3 +133,13 @@ def test_other_layers_and_networks_are_left_as_they_are() -> None:
     assert [type(layer) for layer in fast.layers] == [type(layer) for layer in model.layers]
     x = np.random.default_rng(0).random((4, 8, 8, 3), np.float32)
     np.testing.assert_array_equal(fast(x), model(x))
+
+
+def test_fused_batch_normalization_keeps_the_biased_variance() -> None:
+    # Of eight values a channel, where the unbiased variance is a seventh larger.
+    x = np.random.default_rng(0).normal(size=(2, 2, 2, 3)).astype(np.float32)
+    fused, stock = FusedBatchNormalization(), keras.layers.BatchNormalization()
+    fused(x, training=True)
+    stock(x, training=True)
+    np.testing.assert_allclose(fused.moving_variance, stock.moving_variance, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(fused.moving_mean, stock.moving_mean, rtol=0, atol=1e-6)
