@@ -16,6 +16,7 @@ import click
 
 from job import __version__, config, log
 from job.config import DataConfig, DeviceRequest, ExitCode, JobError, TrainConfig
+from job.preemption import StopRequest
 
 
 class _DevicesType(click.ParamType[DeviceRequest]):
@@ -46,6 +47,8 @@ def _option(name: str, **settings: Any) -> Callable[[Any], Any]:
     return click.option(name, envvar=variable, show_envvar=True, show_default=True, **settings)
 
 
+_GO_ON = "run the same command again to go on from its last checkpoint, if it has one"
+
 _FOLDER = click.Path(path_type=Path)
 _POSITIVE = click.IntRange(min=1)
 _POSITIVE_FLOAT = _PositiveFloatType(min=0, min_open=True)
@@ -71,6 +74,11 @@ _stall_timeout = _option(
     type=_PositiveFloatType(min=0, max=_WEEK_SECONDS, min_open=True),
     default=600.0,
     help="Seconds after which a call that does not return ends the run with exit code 1.",
+)
+_run_id = _option(
+    "--run-id",
+    help="Name of the run, which all of its attempts have in common; else that of the "
+    "scheduler's job. A later attempt takes the folder over from an earlier one.",
 )
 _log_format = _option(
     "--log-format",
@@ -112,7 +120,7 @@ def cli() -> None:
     """Train CIFAR-10 data-parallel on every visible GPU, as a batch job.
 
     Every option is also an environment variable. Exit codes: 0 done, 1 a defect, 2 you must change
-    something, 3 a GPU is missing.
+    something, 3 a GPU is missing, 75 stopped: the same command goes on.
     """
 
 
@@ -139,22 +147,61 @@ def cli() -> None:
 )
 @_option(
     "--jit",
-    type=click.Choice(config.JIT_MODES),
+    type=click.Choice(config.SWITCHES),
     default="auto",
     help="XLA: auto compiles the network on GPUs, and augmentation and optimizer everywhere.",
 )
+@_option(
+    "--deterministic",
+    type=click.Choice(config.SWITCHES),
+    default="auto",
+    help="Use only operations that give the same bits each time; auto is on for CPUs.",
+)
+@_option(
+    "--checkpoint-every",
+    type=_POSITIVE_FLOAT,
+    default=60.0,
+    help="Seconds between two checkpoints.",
+)
+@_option(
+    "--stop-after",
+    type=_POSITIVE_FLOAT,
+    help="Stop with a checkpoint and exit code 75 this many seconds after the start.",
+)
+@_option("--fresh", is_flag=True, help="Start over: discard the run that the folder holds.")
 @_devices
 @_require_gpus
 @_stall_timeout
+@_run_id
 @_log_format
-def train(log_format: log.LogFormat, **options: Any) -> None:
-    """Train, and leave model, evaluation and prediction picture in the output folder."""
+@click.pass_obj
+def train(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) -> None:
+    """Train, and leave model, evaluation and prediction picture in the output folder.
+
+    A run that was stopped or killed goes on where its last checkpoint was; a finished one is done.
+    """
     log.configure(log_format)
     run_config = _train_config(options)
-    _load_tensorflow()
-    from job.train import train_and_evaluate
+    from job.attempt import open_attempt
 
-    train_and_evaluate(run_config)
+    with open_attempt(run_config, stop) as attempt:
+        if attempt.is_finished:
+            _report_finished(run_config)
+            return
+        _load_tensorflow()
+        from job.train import train_and_evaluate
+
+        train_and_evaluate(run_config, attempt)
+
+
+def _report_finished(run_config: TrainConfig) -> None:
+    folder = run_config.output_dir
+    log.event(
+        "finished",
+        output_dir=str(folder),
+        message=f"the run in {folder}/ is finished; raise --epochs to go on with it, start over "
+        f"with --fresh, or name another --output-dir",
+    )
 
 
 @cli.command()
@@ -169,15 +216,22 @@ def train(log_format: log.LogFormat, **options: Any) -> None:
 @_devices
 @_require_gpus
 @_stall_timeout
+@_run_id
 @_log_format
-def evaluate(log_format: log.LogFormat, **options: Any) -> None:
+@click.pass_obj
+def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) -> None:
     """Evaluate the model of an output folder again, and draw its prediction picture again."""
     log.configure(log_format)
     run_config = _train_config(options)
-    _load_tensorflow()
-    from job.train import evaluate_output_dir
+    from job.attempt import hold_output_dir
+    from job.output import MODEL, require_model
 
-    evaluate_output_dir(run_config)
+    require_model(run_config.output_dir / MODEL)
+    with hold_output_dir(run_config, stop) as output:
+        _load_tensorflow()
+        from job.saved_model import evaluate_output_dir
+
+        evaluate_output_dir(run_config, output)
 
 
 @cli.command()
@@ -199,7 +253,12 @@ def doctor(log_format: log.LogFormat, output_dir: Path, data_dir: Path, require_
 
 def _train_config(options: dict[str, Any]) -> TrainConfig:
     """Build the configuration from options under their command line's names."""
-    renamed = {"batch_size": "global_batch_size", "stall_timeout": "stall_timeout_seconds"}
+    renamed = {
+        "batch_size": "global_batch_size",
+        "stall_timeout": "stall_timeout_seconds",
+        "checkpoint_every": "checkpoint_every_seconds",
+        "stop_after": "stop_after_seconds",
+    }
     options = {renamed.get(name, name): value for name, value in options.items()}
     data = {
         name: options.pop(name)
@@ -215,29 +274,38 @@ def _load_tensorflow(*, verbose: bool = False) -> list[str]:
     return load_tensorflow(verbose=verbose)
 
 
-def main() -> NoReturn:
-    """Run the command line and end the process with one of the job's exit codes."""
-    try:
-        cli.main(prog_name="cifar10-job", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        sys.exit(ExitCode.USER_ERROR)
-    except click.ClickException as error:
-        _report(error.format_message(), ExitCode.USER_ERROR)
-    except JobError as error:
-        _report(str(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _report("interrupted; run again to train from the start", ExitCode.DEFECT)
-    except Exception:
-        traceback.print_exc()
-        _report("this is a defect of the job: please report the trace above", ExitCode.DEFECT)
+def main(stop: StopRequest) -> NoReturn:
+    """Run the command line and end the process with one of the job's exit codes.
+
+    Args:
+        stop: Is asked by signals.
+    """
+    with stop.last_words(lambda reason: _report(f"{reason}; {_GO_ON}", ExitCode.RUN_AGAIN)):
+        try:
+            cli.main(prog_name="cifar10-job", standalone_mode=False, obj=stop)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(ExitCode.USER_ERROR)
+        except click.ClickException as error:
+            _fail(error.format_message(), ExitCode.USER_ERROR)
+        except JobError as error:
+            _fail(str(error), error.exit_code)
+        except Exception:
+            traceback.print_exc()
+            _fail("this is a defect of the job: please report the trace above", ExitCode.DEFECT)
     sys.exit(ExitCode.DONE)
 
 
-def _report(message: str, exit_code: ExitCode) -> NoReturn:
+def _fail(message: str, exit_code: ExitCode) -> NoReturn:
     """Report the end of the run in one line and end the process."""
-    line = " ".join(message.split())
-    click.echo(f"cifar10-job: error: {line}", err=True)
-    if log.is_json():
-        log.event("error", logging.ERROR, message=line, exit_code=int(exit_code))
+    _report(message, exit_code)
     sys.exit(exit_code)
+
+
+def _report(message: str, exit_code: ExitCode) -> None:
+    line = " ".join(message.split())
+    stopped = exit_code == ExitCode.RUN_AGAIN
+    click.echo(f"cifar10-job: {'stopped' if stopped else 'error'}: {line}", err=True)
+    if log.is_json():
+        name, level = ("stopped", logging.WARNING) if stopped else ("error", logging.ERROR)
+        log.event(name, level, message=line, exit_code=int(exit_code))

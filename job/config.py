@@ -11,11 +11,11 @@ from typing import Literal
 
 DatasetName = Literal["cifar10", "synthetic"]
 Precision = Literal["auto", "float32", "bfloat16"]
-Jit = Literal["auto", "on", "off"]
+Switch = Literal["auto", "on", "off"]
 
 DATASETS: tuple[DatasetName, ...] = ("cifar10", "synthetic")
 PRECISIONS: tuple[Precision, ...] = ("auto", "float32", "bfloat16")
-JIT_MODES: tuple[Jit, ...] = ("auto", "on", "off")
+SWITCHES: tuple[Switch, ...] = ("auto", "on", "off")
 RECIPES = ("classic",)
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 
@@ -29,6 +29,7 @@ class ExitCode(enum.IntEnum):
     DEFECT = 1
     USER_ERROR = 2
     GPU_MISSING = 3
+    RUN_AGAIN = 75
 
 
 class JobError(Exception):
@@ -47,6 +48,12 @@ class GpuMissingError(JobError):
     """A GPU that was promised or required cannot be used; another node may have one."""
 
     exit_code = ExitCode.GPU_MISSING
+
+
+class StoppedError(JobError):
+    """The run was told to stop; the same command goes on where it was."""
+
+    exit_code = ExitCode.RUN_AGAIN
 
 
 @dataclass(frozen=True)
@@ -110,9 +117,15 @@ class TrainConfig:
         precision: "auto" takes bfloat16 where the hardware computes it.
         jit: What XLA compiles: "auto" is everything on GPUs, and augmentation and optimizer
             update on CPUs.
+        deterministic: Whether TensorFlow may only use ops that give the same bits each time; "auto"
+            is on for CPUs.
         devices: Replicas to train on.
         require_gpus: Fail unless at least this many GPUs are visible.
         stall_timeout_seconds: Longest time that one compiled call may take once it is compiled.
+        checkpoint_every_seconds: Least time between two checkpoints.
+        stop_after_seconds: Stop with a checkpoint this long after the start; None never does.
+        fresh: Start over instead of resuming.
+        run_id: What all attempts of this run have in common; None takes the scheduler's job.
     """
 
     output_dir: Path = Path("output")
@@ -123,7 +136,12 @@ class TrainConfig:
     learning_rate: float = 1e-4
     seed: int = 42
     precision: Precision = "auto"
-    jit: Jit = "auto"
+    jit: Switch = "auto"
+    deterministic: Switch = "auto"
     devices: DeviceRequest = DeviceRequest("auto", 0)
     require_gpus: int = 0
     stall_timeout_seconds: float = 600.0
+    checkpoint_every_seconds: float = 60.0
+    stop_after_seconds: float | None = None
+    fresh: bool = False
+    run_id: str | None = None

@@ -3,30 +3,16 @@
 The only module that picks a `tf.distribute` strategy.
 """
 
-import ctypes
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tensorflow as tf
 
-from job.config import DeviceRequest, GpuMissingError, Jit, Precision, UserError
-
-# What TensorFlow 2.21, built for CUDA 12.5 and cuDNN 9, opens at start-up; libcuda is the driver's.
-_CUDA_LIBRARIES = (
-    "libcuda.so.1",
-    "libcudart.so.12",
-    "libcublas.so.12",
-    "libcublasLt.so.12",
-    "libcufft.so.11",
-    "libcusolver.so.11",
-    "libcusparse.so.12",
-    "libcudnn.so.9",
-    "libnccl.so.2",
-)
+from job.config import DeviceRequest, Precision, Switch, TrainConfig, UserError
+from job.gpus import Promise, check_promised_gpus, describe_gpu, promised_gpus, visible_gpus
 
 
 @dataclass(frozen=True)
@@ -44,6 +30,27 @@ class Compilation:
 
 
 @dataclass(frozen=True)
+class Previous:
+    """What the attempt before came to, which "auto" keeps where it can.
+
+    Attributes:
+        kind: "cpu" or "gpu".
+        replicas: Number of replicas.
+        precision: "float32" or "bfloat16".
+        jit: The setting, not what it came to, since that differs between CPUs and GPUs.
+        deterministic: Whether only deterministic ops were used.
+        global_batch_size: Has to divide by the replicas.
+    """
+
+    kind: str
+    replicas: int
+    precision: Precision
+    jit: Switch
+    deterministic: bool
+    global_batch_size: int
+
+
+@dataclass(frozen=True)
 class Devices:
     """The replicas of a run and how they compute.
 
@@ -52,14 +59,20 @@ class Devices:
         kind: "cpu" or "gpu".
         descriptions: For each replica its name, model and memory, and on GPUs compute capability.
         precision: "float32" or "bfloat16".
-        compilation: What XLA compiles.
+        jit: The setting that says what XLA compiles.
+        compilation: What it compiles with this setting on this kind of device.
+        deterministic: Whether every op gives the same bits each time, or fails where it cannot.
+        threads: Processors that this process may run on; sums are split by them.
     """
 
     strategy: tf.distribute.Strategy
     kind: Literal["cpu", "gpu"]
     descriptions: tuple[dict[str, Any], ...]
     precision: Literal["float32", "bfloat16"]
+    jit: Switch
     compilation: Compilation
+    deterministic: bool
+    threads: int
 
     @property
     def replicas(self) -> int:
@@ -81,124 +94,40 @@ class Devices:
         return rows
 
 
-@dataclass(frozen=True)
-class Promise:
-    """How many GPUs the environment says this process has, and where it says so."""
-
-    count: int
-    source: str
-
-
-def promised_gpus(environ: Mapping[str, str], dev: Path = Path("/dev")) -> Promise:
-    """Find out how many GPUs the machine or scheduler promises to this process.
-
-    ``CUDA_VISIBLE_DEVICES`` speaks for the process and so comes first, then Slurm's count for the
-    node, then the device nodes. ``NVIDIA_VISIBLE_DEVICES`` is no promise: CUDA images set it to
-    "all" even without a GPU.
+def open_promised_devices(config: TrainConfig, previous: Previous | None = None) -> Devices:
+    """Set up the devices that a configuration asks for, if every promised GPU is there.
 
     Args:
-        environ: Environment variables.
-        dev: The folder of device nodes.
+        config: Says which devices, and how they compute.
+        previous: What "auto" keeps where it can, from the attempt that this one goes on from.
 
     Raises:
-        UserError: If Slurm's variable is not a number.
+        GpuMissingError: If a promised or required GPU cannot be used.
+        UserError: If more GPUs are asked for than there are.
     """
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible:
-        # CUDA ignores everything from the first invalid entry on.
-        entries = [entry.strip() for entry in visible.split(",")]
-        valid = 0
-        while valid < len(entries) and re.fullmatch(r"\d+|GPU-.+|MIG-.+", entries[valid]):
-            valid += 1
-        if valid:
-            return Promise(valid, f"CUDA_VISIBLE_DEVICES={visible}")
-    slurm = environ.get("SLURM_GPUS_ON_NODE")
-    if slurm:
-        if not slurm.isdecimal():
-            raise UserError(
-                f"SLURM_GPUS_ON_NODE received {slurm!r}, expected a number; unset or correct it"
-            )
-        if int(slurm):
-            return Promise(int(slurm), f"SLURM_GPUS_ON_NODE={slurm}")
-    if visible is not None:
-        return Promise(0, f"CUDA_VISIBLE_DEVICES={visible!r} hides all GPUs")
-    nodes = [node.name for node in dev.glob("nvidia*") if re.fullmatch(r"nvidia\d+", node.name)]
-    return Promise(len(nodes), f"{len(nodes)} device nodes {dev}/nvidia*")
+    asked_for_cpu = config.devices.kind == "cpu"
+    promise = Promise(0, "") if asked_for_cpu else promised_gpus(os.environ)
+    check_promised_gpus(promise, len(visible_gpus()), config.require_gpus)
+    return open_devices(
+        config.devices, config.precision, config.jit, config.deterministic, previous
+    )
 
 
-def check_promised_gpus(promise: Promise, visible: int, required: int) -> None:
-    """Refuse to train without the GPUs that were promised or required.
-
-    Args:
-        promise: What the environment promises.
-        visible: GPUs that TensorFlow sees.
-        required: What ``--require-gpus`` asks for.
-
-    Raises:
-        GpuMissingError: If fewer are visible.
-    """
-    if visible < required:
-        raise GpuMissingError(
-            f"--require-gpus expected {required} GPUs, TensorFlow sees {visible}{_why()}; give the "
-            f"job its GPUs, or lower --require-gpus (0 permits the CPU)"
-        )
-    if visible < promise.count:
-        raise GpuMissingError(
-            f"{promise.source} promises {promise.count} GPUs, TensorFlow sees {visible}{_why()}; "
-            f"run 'python -m job doctor', or ask for --devices cpu:1 to train without a GPU"
-        )
-
-
-def _why() -> str:
-    missing = [library.name for library in cuda_libraries() if library.path is None]
-    return f" (cannot find {', '.join(missing)})" if missing else ""
-
-
-@dataclass(frozen=True)
-class CudaLibrary:
-    """A shared library that TensorFlow opens before it uses a GPU.
-
-    Attributes:
-        name: Its file name.
-        path: What loads it: a path inside a wheel, or the name where the system's loader finds it;
-            None where it cannot be loaded.
-    """
-
-    name: str
-    path: str | None
-
-
-def cuda_libraries() -> list[CudaLibrary]:
-    """Look for the libraries that this build of TensorFlow needs for GPUs.
-
-    They come from the driver and the system, or from the ``nvidia-*`` wheels, which TensorFlow
-    finds beside itself without the system's loader knowing them.
-    """
-    site_packages = Path(tf.__file__).parent.parent
-    found = []
-    for name in _CUDA_LIBRARIES:
-        wheels = sorted(site_packages.glob(f"nvidia/*/lib/{name}"))
-        path: str | None = str(wheels[0]) if wheels else name
-        try:
-            ctypes.CDLL(str(path))
-        except OSError:
-            path = None
-        found.append(CudaLibrary(name, path))
-    return found
-
-
-def visible_gpus() -> list[tf.config.PhysicalDevice]:
-    """The GPUs that TensorFlow can use."""
-    return list(tf.config.list_physical_devices("GPU"))
-
-
-def open_devices(request: DeviceRequest, precision: Precision, jit: Jit) -> Devices:
+def open_devices(
+    request: DeviceRequest,
+    precision: Precision,
+    jit: Switch,
+    deterministic: Switch = "auto",
+    previous: Previous | None = None,
+) -> Devices:
     """Set the requested devices up for one run; once in a process, before any computation.
 
     Args:
-        request: Which replicas.
+        request: Which replicas; "auto" takes every visible GPU, or the CPU where there is none.
         precision: "auto" takes bfloat16 where all of them compute it in hardware.
         jit: "auto" compiles everything on GPUs, and augmentation and optimizer update on CPUs.
+        deterministic: "auto" is on for CPUs.
+        previous: What "auto" keeps where it can, from the attempt that this one goes on from.
 
     Raises:
         UserError: If more GPUs are asked for than there are.
@@ -209,65 +138,77 @@ def open_devices(request: DeviceRequest, precision: Precision, jit: Jit) -> Devi
             f"--devices received gpu:{request.count}, expected at most the {len(gpus)} visible "
             f"GPUs; ask for fewer, or --devices auto or cpu:N"
         )
+    kind: Literal["cpu", "gpu"] = "cpu"
     if request.kind == "gpu" or (request.kind == "auto" and gpus):
-        used = gpus[: request.count or len(gpus)]
-        tf.config.set_visible_devices(used, "GPU")
-        for gpu in used:
-            tf.config.experimental.set_memory_growth(gpu, True)
-        kind: Literal["cpu", "gpu"] = "gpu"
-        names = [f"GPU:{index}" for index in range(len(used))]
-        descriptions = tuple(_describe_gpu(gpu) for gpu in used)
-    else:
-        kind = "cpu"
-        tf.config.set_visible_devices([], "GPU")
-        count = max(request.count, 1)
-        names = [f"CPU:{index}" for index in range(count)]
-        tf.config.set_logical_device_configuration(
-            tf.config.list_physical_devices("CPU")[0],
-            [tf.config.LogicalDeviceConfiguration()] * count,
-        )
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        descriptions = tuple(
-            {"name": name, "model": _cpu_model(), "memory_gib": round(memory / 2**30, 1)}
-            for name in names
-        )
+        kind = "gpu"
+    count = request.count or _automatic_count(kind, len(gpus), previous)
+    names, descriptions = _use_gpus(gpus[:count]) if kind == "gpu" else _use_cpu(count)
     if precision == "auto":
-        precision = "bfloat16" if _computes_bfloat16(kind, descriptions) else "float32"
+        precision = _automatic_precision(kind, descriptions, previous)
+    if jit == "auto" and previous:
+        jit = previous.jit
+    if deterministic == "auto":
+        deterministic = "on" if (previous.deterministic if previous else kind == "cpu") else "off"
+    if deterministic == "on":
+        tf.config.experimental.enable_op_determinism()
     return Devices(
         strategy=tf.distribute.MirroredStrategy(names),
         kind=kind,
         descriptions=descriptions,
         precision=precision,
+        jit=jit,
         compilation=Compilation(
             network=jit == "on" or (jit == "auto" and kind == "gpu"), elementwise=jit != "off"
         ),
+        deterministic=deterministic == "on",
+        threads=len(os.sched_getaffinity(0)),
     )
 
 
-def _describe_gpu(gpu: tf.config.PhysicalDevice) -> dict[str, Any]:
-    details = tf.config.experimental.get_device_details(gpu)
-    name = gpu.name.removeprefix("/physical_device:")
-    return {
-        "name": name,
-        "model": details.get("device_name", "unknown"),
-        "memory_gib": _gpu_memory_gib(int(name.rpartition(":")[2])),
-        "compute_capability": list(details.get("compute_capability", ())),
-    }
+def _automatic_count(kind: str, gpus: int, previous: Previous | None) -> int:
+    """Every visible GPU, or one CPU replica; for a run that goes on its number of CPU replicas."""
+    if kind == "cpu":
+        return previous.replicas if previous and previous.kind == "cpu" else 1
+    if previous is None:
+        return gpus
+    # The batch is the run's, so on a node with another number of GPUs some may have to rest.
+    return max(n for n in range(1, gpus + 1) if previous.global_batch_size % n == 0)
 
 
-def _gpu_memory_gib(ordinal: int) -> float | None:
-    """A visible GPU's whole memory as the driver tells it; None where it does not."""
-    device, size = ctypes.c_int(), ctypes.c_size_t()
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    failed = (
-        driver.cuInit(0)
-        or driver.cuDeviceGet(ctypes.byref(device), ordinal)
-        or driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+def _automatic_precision(
+    kind: str, descriptions: tuple[dict[str, Any], ...], previous: Previous | None
+) -> Literal["float32", "bfloat16"]:
+    in_hardware = _computes_bfloat16(kind, descriptions)
+    if previous is None:
+        return "bfloat16" if in_hardware else "float32"
+    # Older GPUs have no bfloat16 kernels at all; CPUs without the instructions are merely slow.
+    keep = previous.precision == "bfloat16" and (in_hardware or kind == "cpu")
+    return "bfloat16" if keep else "float32"
+
+
+def _use_gpus(
+    gpus: list[tf.config.PhysicalDevice],
+) -> tuple[list[str], tuple[dict[str, Any], ...]]:
+    tf.config.set_visible_devices(gpus, "GPU")
+    for gpu in gpus:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    names = [f"GPU:{index}" for index in range(len(gpus))]
+    return names, tuple(describe_gpu(gpu) for gpu in gpus)
+
+
+def _use_cpu(replicas: int) -> tuple[list[str], tuple[dict[str, Any], ...]]:
+    tf.config.set_visible_devices([], "GPU")
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * replicas,
     )
-    return None if failed else round(size.value / 2**30, 1)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    names = [f"CPU:{index}" for index in range(replicas)]
+    descriptions = [
+        {"name": name, "model": _cpu_model(), "memory_gib": round(memory / 2**30, 1)}
+        for name in names
+    ]
+    return names, tuple(descriptions)
 
 
 def _computes_bfloat16(kind: str, descriptions: tuple[dict[str, Any], ...]) -> bool:

@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from job import artifacts
 from job.config import DeviceRequest, ExitCode, JobError
-from job.devices import (
-    Devices,
+from job.devices import Devices, open_devices
+from job.gpus import (
     Promise,
     check_promised_gpus,
     cuda_libraries,
-    open_devices,
     promised_gpus,
     visible_gpus,
 )
+from job.manifest import versions
 from job.watchdog import Watchdog
 
 Report = dict[str, Any]
@@ -65,7 +64,7 @@ def examine(
     ]
     build = tf.sysconfig.get_build_info()
     report = {
-        "versions": artifacts.versions()
+        "versions": versions()
         | {key: str(build[key]) for key in ("cuda_version", "cudnn_version") if key in build},
         "gpus": {
             "promised": promise.count,

@@ -17,8 +17,10 @@ import tensorflow as tf
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from job.augment import resample_by_gather, resample_by_op
+from job.checkpoint import Arrays
 from job.dataset import Dataset
 from job.devices import Devices
+from job.history import Progress
 from job.network import training_network
 from job.recipe import Recipe
 from job.resident import ResidentImages
@@ -52,21 +54,6 @@ class Plan:
     def total_steps(self) -> int:
         """Steps of the whole run."""
         return self.steps_per_epoch * self.epochs
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Sums over the steps of an epoch so far.
-
-    Attributes:
-        steps: Steps done.
-        loss: Sum over examples of the loss.
-        correct: Examples predicted correctly.
-    """
-
-    steps: int = 0
-    loss: float = 0.0
-    correct: int = 0
 
 
 class Engine:
@@ -133,11 +120,12 @@ class Engine:
         """The optimizer's learning rate at this point of its schedule."""
         return float(keras.ops.convert_to_numpy(self._optimizer.learning_rate))
 
-    def train_epoch(self, epoch: int) -> Iterator[Progress]:
+    def train_epoch(self, epoch: int, done: Progress | None = None) -> Iterator[Progress]:
         """Train one epoch, handing control back after each span of steps.
 
         Args:
             epoch: From 0.
+            done: What of the epoch is done already; None is nothing.
 
         Yields:
             The epoch's progress so far.
@@ -148,8 +136,8 @@ class Engine:
         batches = tf.constant(order.reshape(plan.steps_per_epoch, plan.global_batch_size))
         draws = self._draw(tf.constant(epoch))
         first_step = epoch * plan.steps_per_epoch
-        done = Progress()
-        for start in range(0, plan.steps_per_epoch, STEPS_PER_SPAN):
+        done = done or Progress()
+        for start in range(done.steps, plan.steps_per_epoch, STEPS_PER_SPAN):
             end = min(start + STEPS_PER_SPAN, plan.steps_per_epoch)
             sums = self._span(
                 batches, draws, tf.constant(start), tf.constant(end), tf.constant(first_step)
@@ -158,6 +146,30 @@ class Engine:
             loss, correct = sums.numpy()
             done = Progress(end, done.loss + float(loss), done.correct + int(correct))
             yield done
+
+    def state(self) -> Arrays:
+        """Every variable of network and optimizer; between two spans, on all replicas the same."""
+        return {name: keras.ops.convert_to_numpy(variable) for name, variable in self._variables()}
+
+    def restore(self, arrays: Arrays) -> None:
+        """Set every variable to what `state` returned.
+
+        Raises:
+            ValueError: If these are not the variables of this network and optimizer.
+        """
+        variables = dict(self._variables())
+        if variables.keys() != arrays.keys():
+            raise ValueError(
+                f"received the variables {sorted(arrays)}, expected {sorted(variables)}"
+            )
+        for name, variable in variables.items():
+            variable.assign(arrays[name])
+
+    def _variables(self) -> Iterator[tuple[str, keras.Variable]]:
+        # Numbers alone: Keras's names depend on what else the process has built before.
+        for owner, kind in ((self.model, "network"), (self._optimizer, "optimizer")):
+            for index, variable in enumerate(owner.variables):
+                yield f"{kind}/{index:04d}", variable
 
     def export(self) -> keras.Model:
         """Bring `original` up to date with the network in training, optimizer state included."""

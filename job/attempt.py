@@ -1,0 +1,174 @@
+"""One attempt at a run: the folder that it holds, what it goes on from, and how it ends."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job import log
+from job.checkpoint import Checkpoint, CheckpointStore
+from job.cluster import RunIdentity, run_identity
+from job.config import ExitCode, StoppedError, TrainConfig, UserError
+from job.fingerprint import require_same_run, run_options
+from job.lease import LeaseLostError, acquire
+from job.manifest import RunManifest
+from job.output import (
+    EVALUATION,
+    MODEL,
+    PREDICTION,
+    RUN,
+    OutputDir,
+    prepare_output_dir,
+    read_json,
+    sha256_of,
+)
+from job.preemption import StopRequest, end_process
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What a training works with besides its configuration.
+
+    Attributes:
+        output: The folder of the run, held by this process.
+        manifest: Its ``run.json``.
+        checkpoints: Its checkpoints.
+        checkpoint: The one to go on from; None at the start of a run.
+        stop: Tells when to end early.
+        is_finished: Whether nothing is left to do.
+    """
+
+    output: OutputDir
+    manifest: RunManifest
+    checkpoints: CheckpointStore
+    checkpoint: Checkpoint | None
+    stop: StopRequest
+    is_finished: bool
+
+    def end_hung_process(self) -> None:
+        """End the process after a call that did not return."""
+        reason = "a call did not return within --stall-timeout"
+        end_process(ExitCode.DEFECT, [lambda: self.manifest.finish("failed", reason)])
+
+
+@contextlib.contextmanager
+def hold_output_dir(config: TrainConfig, stop: StopRequest) -> Iterator[OutputDir]:
+    """Hold the output folder for the time of the body.
+
+    Raises:
+        UserError: If it cannot be used or another run holds it.
+        LeaseLostError: If a newer attempt of this run holds it.
+    """
+    prepare_output_dir(config.output_dir)
+    lease = acquire(config.output_dir, run_identity(os.environ, config.run_id), stop)
+    with stop.last_words(lambda _reason: lease.release()):
+        try:
+            output = OutputDir(config.output_dir, lease)
+            output.tidy()
+            yield output
+        finally:
+            lease.release()
+
+
+@contextlib.contextmanager
+def open_attempt(config: TrainConfig, stop: StopRequest) -> Iterator[Attempt]:
+    """Open an attempt at a run for the time of the body, and record how it ends.
+
+    Args:
+        config: The run's configuration.
+        stop: Ends it early.
+
+    Raises:
+        UserError: If the folder cannot be used, or holds another run.
+        LeaseLostError: If a newer attempt of this run holds the folder.
+    """
+    if config.stop_after_seconds is not None:
+        stop.stop_after(config.stop_after_seconds)
+    with hold_output_dir(config, stop) as output:
+        attempt = _prepare(config, output, stop)
+        if attempt.is_finished:
+            yield attempt
+            return
+        attempt.manifest.begin()
+        with stop.last_words(lambda reason: attempt.manifest.finish("stopped", reason)):
+            with _recording_failure(attempt.manifest):
+                yield attempt
+            attempt.manifest.finish("done")
+
+
+@contextlib.contextmanager
+def _recording_failure(manifest: RunManifest) -> Iterator[None]:
+    try:
+        yield
+    except StoppedError as error:
+        manifest.finish("stopped", str(error))
+        raise
+    except LeaseLostError:
+        raise  # the folder is somebody else's now
+    except BaseException as error:
+        # What went wrong first is what the user must hear of.
+        with contextlib.suppress(UserError, LeaseLostError):
+            manifest.finish("failed", f"{type(error).__name__}: {error}")
+        raise
+
+
+def _prepare(config: TrainConfig, output: OutputDir, stop: StopRequest) -> Attempt:
+    """Look at what the folder holds: a run to go on with, a finished one, or nothing."""
+    identity = run_identity(os.environ, config.run_id)
+    fresh = config.fresh and not _has_started_over(output, identity)
+    if fresh:
+        output.discard()
+    checkpoints = CheckpointStore(output)
+    checkpoint = checkpoints.load_latest()
+    manifest = read_json(output.path / RUN)
+    options = run_options(config)
+    is_complete = _is_complete(output.path, manifest)
+    if is_complete:
+        require_same_run(manifest["config"], options, output.path)
+    if checkpoint:
+        require_same_run(checkpoint.metadata["fingerprint"]["run"], options, output.path)
+        _require_epochs(config, checkpoint.metadata["history"])
+    is_finished = is_complete and manifest["config"]["epochs"] == config.epochs
+    if not (checkpoint or is_finished) and (output.path / MODEL).exists():
+        raise UserError(
+            f"--output-dir {output.path} holds a model and no checkpoint to go on from; name "
+            f"another folder, or replace the model with --fresh"
+        )
+    return Attempt(
+        output,
+        RunManifest(output, identity, fresh=fresh),
+        checkpoints,
+        checkpoint,
+        stop,
+        is_finished,
+    )
+
+
+def _has_started_over(output: OutputDir, identity: RunIdentity) -> bool:
+    """Whether --fresh was done by an earlier attempt: a scheduler repeats the whole command."""
+    if not RunManifest(output, identity).was_started_fresh_by(identity):
+        return False
+    log.event(
+        "fresh",
+        message=f"--fresh was done by an earlier attempt of {identity.name}; going on from there",
+    )
+    return True
+
+
+def _is_complete(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Whether a folder has all the artifacts of a finished run, and they belong together."""
+    if manifest.get("outcome") != "done" or not (folder / PREDICTION).exists():
+        return False
+    digest = read_json(folder / EVALUATION).get("model_sha256")
+    return (folder / MODEL).exists() and sha256_of(folder / MODEL) == digest
+
+
+def _require_epochs(config: TrainConfig, history: dict[str, Any]) -> None:
+    begun = len(history["epochs"]) + (history["progress"]["steps"] > 0)
+    if config.epochs < begun:
+        raise UserError(
+            f"--epochs received {config.epochs}, expected at least {begun}, which the run in "
+            f"{config.output_dir} has begun; ask for more, or start over with --fresh"
+        )

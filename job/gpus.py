@@ -1,0 +1,163 @@
+"""The GPUs that this process was promised, those that TensorFlow can use, and why not more."""
+
+import ctypes
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from job.config import GpuMissingError, UserError
+
+# What TensorFlow 2.21, built for CUDA 12.5 and cuDNN 9, opens at start-up; libcuda is the driver's.
+_CUDA_LIBRARIES = (
+    "libcuda.so.1",
+    "libcudart.so.12",
+    "libcublas.so.12",
+    "libcublasLt.so.12",
+    "libcufft.so.11",
+    "libcusolver.so.11",
+    "libcusparse.so.12",
+    "libcudnn.so.9",
+    "libnccl.so.2",
+)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """How many GPUs the environment says this process has, and where it says so."""
+
+    count: int
+    source: str
+
+
+def promised_gpus(environ: Mapping[str, str], dev: Path = Path("/dev")) -> Promise:
+    """Find out how many GPUs the machine or scheduler promises to this process.
+
+    ``CUDA_VISIBLE_DEVICES`` speaks for the process and so comes first, then Slurm's count for the
+    node, then the device nodes. ``NVIDIA_VISIBLE_DEVICES`` is no promise: CUDA images set it to
+    "all" even without a GPU.
+
+    Args:
+        environ: Environment variables.
+        dev: The folder of device nodes.
+
+    Raises:
+        UserError: If Slurm's variable is not a number.
+    """
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        # CUDA ignores everything from the first invalid entry on.
+        entries = [entry.strip() for entry in visible.split(",")]
+        valid = 0
+        while valid < len(entries) and re.fullmatch(r"\d+|GPU-.+|MIG-.+", entries[valid]):
+            valid += 1
+        if valid:
+            return Promise(valid, f"CUDA_VISIBLE_DEVICES={visible}")
+    slurm = environ.get("SLURM_GPUS_ON_NODE")
+    if slurm:
+        if not slurm.isdecimal():
+            raise UserError(
+                f"SLURM_GPUS_ON_NODE received {slurm!r}, expected a number; unset or correct it"
+            )
+        if int(slurm):
+            return Promise(int(slurm), f"SLURM_GPUS_ON_NODE={slurm}")
+    if visible is not None:
+        return Promise(0, f"CUDA_VISIBLE_DEVICES={visible!r} hides all GPUs")
+    nodes = [node.name for node in dev.glob("nvidia*") if re.fullmatch(r"nvidia\d+", node.name)]
+    return Promise(len(nodes), f"{len(nodes)} device nodes {dev}/nvidia*")
+
+
+def check_promised_gpus(promise: Promise, visible: int, required: int) -> None:
+    """Refuse to train without the GPUs that were promised or required.
+
+    Args:
+        promise: What the environment promises.
+        visible: GPUs that TensorFlow sees.
+        required: What ``--require-gpus`` asks for.
+
+    Raises:
+        GpuMissingError: If fewer are visible.
+    """
+    if visible < required:
+        raise GpuMissingError(
+            f"--require-gpus expected {required} GPUs, TensorFlow sees {visible}{_why()}; give the "
+            f"job its GPUs, or lower --require-gpus (0 permits the CPU)"
+        )
+    if visible < promise.count:
+        raise GpuMissingError(
+            f"{promise.source} promises {promise.count} GPUs, TensorFlow sees {visible}{_why()}; "
+            f"run 'python -m job doctor', or ask for --devices cpu:1 to train without a GPU"
+        )
+
+
+def _why() -> str:
+    missing = [library.name for library in cuda_libraries() if library.path is None]
+    return f" (cannot find {', '.join(missing)})" if missing else ""
+
+
+@dataclass(frozen=True)
+class CudaLibrary:
+    """A shared library that TensorFlow opens before it uses a GPU.
+
+    Attributes:
+        name: Its file name.
+        path: What loads it: a path inside a wheel, or the name where the system's loader finds it;
+            None where it cannot be loaded.
+    """
+
+    name: str
+    path: str | None
+
+
+def cuda_libraries() -> list[CudaLibrary]:
+    """Look for the libraries that this build of TensorFlow needs for GPUs.
+
+    They come from the driver and the system, or from the ``nvidia-*`` wheels, which TensorFlow
+    finds beside itself without the system's loader knowing them.
+    """
+    site_packages = Path(tf.__file__).parent.parent
+    found = []
+    for name in _CUDA_LIBRARIES:
+        wheels = sorted(site_packages.glob(f"nvidia/*/lib/{name}"))
+        path: str | None = str(wheels[0]) if wheels else name
+        try:
+            ctypes.CDLL(str(path))
+        except OSError:
+            path = None
+        found.append(CudaLibrary(name, path))
+    return found
+
+
+def visible_gpus() -> list[tf.config.PhysicalDevice]:
+    """The GPUs that TensorFlow can use."""
+    return list(tf.config.list_physical_devices("GPU"))
+
+
+def describe_gpu(gpu: tf.config.PhysicalDevice) -> dict[str, Any]:
+    """A GPU's name, model, memory in GiB and compute capability."""
+    details = tf.config.experimental.get_device_details(gpu)
+    name = gpu.name.removeprefix("/physical_device:")
+    return {
+        "name": name,
+        "model": details.get("device_name", "unknown"),
+        "memory_gib": _gpu_memory_gib(int(name.rpartition(":")[2])),
+        "compute_capability": list(details.get("compute_capability", ())),
+    }
+
+
+def _gpu_memory_gib(ordinal: int) -> float | None:
+    """A visible GPU's whole memory as the driver tells it; None where it does not."""
+    device, size = ctypes.c_int(), ctypes.c_size_t()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    failed = (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), ordinal)
+        or driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+    )
+    return None if failed else round(size.value / 2**30, 1)

@@ -1,0 +1,166 @@
+"""``run.json``: what ran, on what, in which attempts, and how each ended."""
+
+import platform
+import socket
+import subprocess
+import threading
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from job import __version__, log
+from job.cluster import RunIdentity
+from job.config import DeviceRequest, TrainConfig
+from job.output import RUN, OutputDir, read_json
+
+_VERSIONED = ("tensorflow", "keras", "numpy", "h5py")
+
+
+class RunManifest:
+    """The manifest of one run over all of its attempts, of which this process is the last.
+
+    It is on the disk from the start of the first training on; an attempt that fails before adds
+    itself to a manifest that is there, and makes none. Safe to use from several threads.
+
+    Args:
+        output: The folder that has it or receives it.
+        identity: Which run this attempt belongs to.
+        fresh: Whether this attempt started over.
+    """
+
+    def __init__(self, output: OutputDir, identity: RunIdentity, *, fresh: bool = False) -> None:
+        self._output = output
+        self._lock = threading.Lock()
+        self._document: dict[str, Any] = read_json(output.path / RUN)
+        self._is_on_disk = bool(self._document)
+        self._attempt: dict[str, Any] = {
+            "start": log.utc_now(),
+            "end": None,
+            "outcome": "running",
+            "reason": None,
+            "run_id": identity.name,
+            "fresh": fresh,
+            "host": socket.gethostname(),
+            "devices": [],
+            "first_step": None,
+            "last_step": None,
+            "changes": [],
+        }
+        for attempt in self._document.get("attempts", []):
+            if attempt["end"] is None:
+                attempt |= {
+                    "outcome": "lost",
+                    "reason": "left no word: killed, or its machine failed",
+                }
+
+    def begin(self) -> None:
+        """Add this attempt to a manifest that is on the disk.
+
+        Raises:
+            UserError: If the file cannot be written.
+        """
+        with self._lock:
+            self._write()
+
+    def start_training(
+        self, config: TrainConfig, details: dict[str, Any], step: int, changes: list[str]
+    ) -> None:
+        """Record that this attempt trains.
+
+        Args:
+            config: The run's configuration.
+            details: Further fields, such as devices and data.
+            step: The step it goes on from.
+            changes: What differs from the attempt before, at the cost of identical bits.
+
+        Raises:
+            UserError: If the file cannot be written.
+        """
+        with self._lock:
+            self._attempt |= {"first_step": step, "last_step": step, "changes": changes}
+            self._attempt["devices"] = [device.get("model") for device in details["devices"]]
+            self._document = {
+                "config": describe_config(config),
+                "versions": versions(),
+                **details,
+                "git_commit": git_commit(),
+                "start": self._document.get("start", self._attempt["start"]),
+                "end": None,
+                "outcome": "running",
+                "error": None,
+                "best": self._document.get("best"),
+                "elapsed_seconds": self._document.get("elapsed_seconds", 0.0),
+                "attempts": self._document.get("attempts", []),
+            }
+            self._is_on_disk = True
+            self._write()
+
+    def progress(self, step: int, best: dict[str, Any] | None, elapsed_seconds: float) -> None:
+        """Note how far the run is; goes to the disk with the next change of another kind."""
+        with self._lock:
+            self._attempt["last_step"] = step
+            self._document |= {"best": best, "elapsed_seconds": round(elapsed_seconds, 3)}
+
+    def finish(self, outcome: str, reason: str | None = None) -> None:
+        """Record the end of this attempt: "done", "stopped" or "failed", and why.
+
+        Raises:
+            UserError: If the file cannot be written.
+        """
+        with self._lock:
+            end = log.utc_now()
+            self._attempt |= {"end": end, "outcome": outcome, "reason": reason}
+            self._document |= {"end": end, "outcome": outcome, "error": None}
+            if outcome == "failed":
+                self._document["error"] = reason
+            self._write()
+
+    def was_started_fresh_by(self, identity: RunIdentity) -> bool:
+        """Whether an earlier attempt of the same run has started over already."""
+        return identity.name is not None and any(
+            attempt["fresh"] and attempt["run_id"] == identity.name
+            for attempt in self._document.get("attempts", [])
+        )
+
+    def _write(self) -> None:
+        if not self._is_on_disk:
+            return
+        attempts = self._document.setdefault("attempts", [])
+        if self._attempt not in attempts:
+            attempts.append(self._attempt)
+        self._output.write_json(RUN, self._document)
+
+
+def describe_config(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as a flat JSON object, under the names of the command line's options."""
+    fields = asdict(config)
+    fields |= fields.pop("data")
+    devices: DeviceRequest = config.devices
+    fields["devices"] = f"{devices.kind}:{devices.count}" if devices.count else devices.kind
+    fields["batch_size"] = fields.pop("global_batch_size")
+    for name in ("stall_timeout", "checkpoint_every", "stop_after"):
+        fields[name] = fields.pop(f"{name}_seconds")
+    return {key: str(value) if isinstance(value, Path) else value for key, value in fields.items()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of this job, Python and the libraries that decide a run's numbers."""
+    libraries = {name: metadata.version(name) for name in _VERSIONED}
+    return {"job": __version__, "python": platform.python_version(), **libraries}
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this program runs from; None outside of one."""
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

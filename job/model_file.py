@@ -1,0 +1,45 @@
+"""The model file: a stock Keras model in HDF5, with the optimizer's state."""
+
+from pathlib import Path
+
+import h5py
+import keras
+
+from job.config import UserError
+from job.output import OutputDir, require_model
+
+
+def save_model(model: keras.Model, output: OutputDir, name: str) -> None:
+    """Save architecture, weights, loss, metrics and optimizer state as HDF5.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    with output.replacing(name) as temporary:
+        model.save(temporary)
+
+
+def load_model(path: Path) -> keras.Model:
+    """Load a model that `save_model` wrote, ready to go on training.
+
+    Keras's own `load_model` restores the weights and drops the optimizer's moments.
+
+    Raises:
+        UserError: If the file is missing or is no such model.
+    """
+    require_model(path)
+    try:
+        model = keras.models.load_model(path)
+        # The optimizer that Keras loads was built before the network had variables.
+        model.compile_from_config(model.get_compile_config())
+        with h5py.File(path) as file:
+            group = file["optimizer_weights"]
+            names = [str(name) for name in group.attrs["weight_names"]]
+            saved = [group[name][()] for name in names]
+        for variable, value in zip(model.optimizer.variables, saved, strict=True):
+            variable.assign(value)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no model of this job ({error}); train again, or name another --output-dir"
+        ) from error
+    return model

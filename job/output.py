@@ -1,0 +1,234 @@
+"""The output folder: the names of its files, each written whole or not at all."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from job.config import UserError
+from job.lease import Lease
+
+MODEL = "cifar10_model.h5"
+EVALUATION = "evaluation.json"
+PREDICTION = "prediction.png"
+METRICS = "metrics.jsonl"
+RUN = "run.json"
+CHECKPOINTS = "checkpoints"
+
+_ARTIFACTS = (MODEL, EVALUATION, PREDICTION, METRICS, RUN)
+_PARTIAL = ".partial"
+_DISCARDED = ".discarded"
+_FREE_BYTES = 64 * 2**20
+
+
+class OutputDir:
+    """A folder that this process may write into.
+
+    Args:
+        path: The folder.
+        lease: Asked before each change whether the folder is still this process's; None where
+            nobody else can want it.
+    """
+
+    def __init__(self, path: Path, lease: Lease | None = None) -> None:
+        self.path = path
+        self._lease = lease
+        # Part of the name of temporary files, so that two processes do not share any.
+        self._token = lease.token if lease else "0" * 8
+
+    def check(self) -> None:
+        """Make sure that the folder is still this process's to write into.
+
+        Raises:
+            LeaseLostError: If another attempt has taken it over.
+            UserError: If it cannot be read any more.
+        """
+        if self._lease:
+            self._lease.check()
+
+    @contextlib.contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """Write a file under a temporary name beside it, to take its name once it is on the disk.
+
+        Args:
+            name: The file to create or replace, relative to the folder.
+
+        Yields:
+            The temporary path, with the same suffix, for the caller to write and close.
+
+        Raises:
+            UserError: If the file cannot be written; an earlier one is still there, unchanged.
+        """
+        path = self.path / name
+        temporary = path.with_name(f".{path.stem}.{self._token}{_PARTIAL}{path.suffix}")
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            self.check()
+            temporary.replace(path)
+            _flush_folder(path.parent)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {error.strerror or error}; free some space or mend the "
+                f"volume, then run again"
+            ) from error
+        finally:
+            # A volume that is gone has nothing left to tidy up, and that error came first.
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Replace a file.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
+        with self.replacing(name) as temporary:
+            temporary.write_bytes(content)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replace a text file.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
+        self.write_bytes(name, text.encode())
+
+    def write_json(self, name: str, document: dict[str, Any]) -> None:
+        """Replace a JSON file, indented for people.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+        self.write_text(name, text + "\n")
+
+    def make_folder(self, name: str) -> None:
+        """Make a folder in this one, if it is not there.
+
+        Raises:
+            UserError: If it cannot be made.
+        """
+        try:
+            (self.path / name).mkdir(exist_ok=True)
+            _flush_folder(self.path)
+        except OSError as error:
+            raise UserError(
+                f"cannot make the folder {self.path / name}: {error.strerror or error}; mend the "
+                f"volume or give user {os.getuid()} access, then run again"
+            ) from error
+
+    def remove(self, paths: list[Path]) -> None:
+        """Remove files of this folder.
+
+        Raises:
+            UserError: If one cannot be removed.
+        """
+        for path in paths:
+            self.check()
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"cannot remove {path}: {error.strerror or error}; remove it, then run again"
+                ) from error
+
+    def discard(self) -> None:
+        """Remove checkpoints and artifacts of an earlier run, and nothing else.
+
+        All checkpoints go at once, so that a kill in between leaves none to be resumed from.
+
+        Raises:
+            UserError: If something cannot be removed.
+        """
+        self.check()
+        checkpoints = self.path / CHECKPOINTS
+        if checkpoints.exists():
+            try:
+                checkpoints.rename(self.path / f"{_DISCARDED}.{self._token}")
+                _flush_folder(self.path)
+            except OSError as error:
+                raise UserError(
+                    f"cannot remove {checkpoints}: {error.strerror or error}; remove it, then run "
+                    f"again"
+                ) from error
+        self.remove([self.path / name for name in _ARTIFACTS])
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what killed processes left half-written, as far as that is possible."""
+        with contextlib.suppress(OSError):
+            for pattern in (f".*{_PARTIAL}*", f"{CHECKPOINTS}/.*{_PARTIAL}*"):
+                for path in self.path.glob(pattern):
+                    path.unlink(missing_ok=True)
+        for path in self.path.glob(f"{_DISCARDED}.*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def prepare_output_dir(output_dir: Path) -> None:
+    """Make the output folder and prove that it can take the artifacts, changing none there.
+
+    Raises:
+        UserError: If it is a file, cannot be written, or its volume is full.
+    """
+    try:
+        if output_dir.exists() and not output_dir.is_dir():
+            raise UserError(
+                f"--output-dir {output_dir} is a file, expected a folder; name another path"
+            )
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir) as probe:
+            probe.write(b"probe")
+            probe.flush()
+        free = shutil.disk_usage(output_dir).free
+    except OSError as error:
+        raise UserError(
+            f"cannot write to --output-dir {output_dir}: {error.strerror or error}; name a folder "
+            f"that user {os.getuid()} can write, or change its owner"
+        ) from error
+    if free < _FREE_BYTES:
+        raise UserError(
+            f"--output-dir {output_dir} has {free // 2**20} MiB free, expected at least "
+            f"{_FREE_BYTES // 2**20} MiB; free some space or name another folder"
+        )
+
+
+def require_model(path: Path) -> None:
+    """Refuse to go on without a model file.
+
+    Raises:
+        UserError: If there is none.
+    """
+    # Unlike `Path.is_file`, this also says no where the folder may not be looked into.
+    if not os.path.isfile(path):  # noqa: PTH113
+        raise UserError(f"there is no model {path}; train one first, or name its --output-dir")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty where there is none that can be read."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush_folder(folder: Path) -> None:
+    """Put a folder's entries on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,205 @@
+"""The epochs of a run: training, validation, and a state that survives whatever ends them."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from job import log
+from job.attempt import Attempt
+from job.checkpoint import Arrays, Checkpoint
+from job.config import JobError, StoppedError
+from job.engine import Engine
+from job.evaluate import Evaluation, Evaluator
+from job.fingerprint import Fingerprint
+from job.history import History, Progress
+from job.progress import EpochBar
+from job.watchdog import Watchdog
+
+
+class Trainer:
+    """Runs a run's epochs, each followed by a validation, and keeps its state safe.
+
+    Args:
+        engine: What is trained, in the state that the history has led to.
+        evaluator: Validates it.
+        attempt: Receives checkpoints and metrics, and says when to stop.
+        history: What has been done before; brought up to date.
+        fingerprint: Goes into the checkpoints.
+        watchdog: Ends the process if a call hangs.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        evaluator: Evaluator,
+        attempt: Attempt,
+        history: History,
+        fingerprint: Fingerprint,
+        watchdog: Watchdog,
+    ) -> None:
+        self._engine, self._evaluator, self._attempt = engine, evaluator, attempt
+        self._history, self._fingerprint, self._watchdog = history, fingerprint, watchdog
+        self._plan = engine.plan
+        self._stop = attempt.stop
+        self._elapsed_before = history.elapsed_seconds
+        self._start = self._saved_at = time.perf_counter()
+        self._is_saved = attempt.checkpoint is not None
+
+    @property
+    def step(self) -> int:
+        """Steps done since the start of the run."""
+        return len(self._history.epochs) * self._plan.steps_per_epoch + self._history.progress.steps
+
+    def train(self, checkpoint_every_seconds: float) -> None:
+        """Train until the run's last epoch is done and in a checkpoint.
+
+        Args:
+            checkpoint_every_seconds: Least time between two checkpoints.
+
+        Raises:
+            StoppedError: If the run was told to stop; its state is in a checkpoint.
+            JobError: If the loss or a variable is no finite number any more.
+            UserError: If a file cannot be written.
+        """
+        first = True
+        with EpochBar(
+            self._plan.epochs, self._plan.steps_per_epoch, enabled=not log.is_json()
+        ) as bar:
+            while len(self._history.epochs) < self._plan.epochs:
+                for _ in self._train_epoch(bar, first=first):
+                    self._save_if_due(checkpoint_every_seconds)
+                    self._stop_if_asked()
+                self._finish_epoch(self._validate(first=first), checkpoint_every_seconds)
+                self._stop_if_asked()
+                first = False
+        self._save_if_due(0.0)
+        self._stop.resume_ending_at_once()
+        self._stop_if_asked()
+
+    def _train_epoch(self, bar: EpochBar, *, first: bool) -> Iterator[None]:
+        """Train what is left of the epoch, handing control back after each span of steps."""
+        history = self._history
+        epoch, seconds_before = len(history.epochs), history.epoch_seconds
+        start = time.perf_counter()
+        spans = self._engine.train_epoch(epoch, history.progress)
+        for progress in _watched(spans, self._watchdog, first=first):
+            history.progress = progress
+            self._require_finite("the training loss became", progress.loss)
+            self._is_saved = False
+            # What was computed must not be thrown away any more.
+            self._stop.defer()
+            history.epoch_seconds = seconds_before + time.perf_counter() - start
+            images = progress.steps * self._plan.global_batch_size
+            bar.update(epoch + 1, progress.steps, f"loss {progress.loss / images:.4f}")
+            paused = time.perf_counter()
+            yield
+            start += time.perf_counter() - paused  # checkpoints are no training
+
+    def _validate(self, *, first: bool) -> Evaluation:
+        with self._watchdog.watch("a validation", compiling=first):
+            validation = self._evaluator()
+        self._require_finite("the validation loss became", validation.loss)
+        return validation
+
+    def _finish_epoch(self, validation: Evaluation, checkpoint_every_seconds: float) -> None:
+        line = self._epoch_line(validation)
+        self._history.finish_epoch(line)
+        self._is_saved = False
+        # First the checkpoint: an epoch that was reported is not trained again if it was due.
+        self._save_if_due(checkpoint_every_seconds)
+        self._history.write_metrics(self._attempt.output)
+        log.event("epoch", **line, message=_describe_epoch(line, self._plan.epochs))
+
+    def _stop_if_asked(self) -> None:
+        reason = self._stop.reason
+        if reason is None:
+            return
+        self._save_if_due(0.0)
+        raise StoppedError(
+            f"{reason}; everything up to step {self.step} of {self._plan.total_steps} is in "
+            f"{self._attempt.checkpoints.latest}; run the same command again to go on"
+        )
+
+    def _save_if_due(self, checkpoint_every_seconds: float) -> None:
+        start = time.perf_counter()
+        if self._is_saved or start - self._saved_at < checkpoint_every_seconds:
+            return
+        history = self._history
+        history.elapsed_seconds = self._elapsed_before + start - self._start
+        arrays = self._engine.state()
+        self._require_finite("a variable became", _worst(arrays))
+        metadata = {
+            "fingerprint": dataclasses.asdict(self._fingerprint),
+            "history": history.document(),
+        }
+        size = self._attempt.checkpoints.save(Checkpoint(self.step, arrays, metadata))
+        self._attempt.manifest.progress(self.step, history.best, history.elapsed_seconds)
+        self._is_saved, self._saved_at = True, time.perf_counter()
+        seconds = self._saved_at - start
+        log.event(
+            "checkpoint",
+            step=self.step,
+            bytes=size,
+            seconds=round(seconds, 3),
+            message=f"checkpoint at step {self.step} ({size / 2**20:.1f} MiB, {seconds:.2f} s)",
+        )
+
+    def _require_finite(self, what: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        latest = self._attempt.checkpoints.latest
+        kept = f"the last good checkpoint is {latest}" if latest else "there is no checkpoint yet"
+        raise JobError(
+            f"{what} {value} in epoch {len(self._history.epochs) + 1}, by step "
+            f"{self.step}; {kept}; go on with --precision float32, or start over with "
+            f"--fresh and a lower --learning-rate"
+        )
+
+    def _epoch_line(self, validation: Evaluation) -> dict[str, Any]:
+        history = self._history
+        images = history.progress.steps * self._plan.global_batch_size
+        seconds = history.epoch_seconds
+        return {
+            "epoch": len(history.epochs) + 1,
+            "step": self.step,
+            "loss": history.progress.loss / images,
+            "accuracy": history.progress.correct / images,
+            "val_loss": validation.loss,
+            "val_accuracy": validation.accuracy,
+            "learning_rate": self._engine.learning_rate,
+            "seconds": round(seconds, 3),
+            "images_per_second": round(images / seconds, 1),
+            "elapsed_seconds": round(self._elapsed_before + time.perf_counter() - self._start, 3),
+        }
+
+
+def _watched(spans: Iterator[Progress], watchdog: Watchdog, *, first: bool) -> Iterator[Progress]:
+    """Pass an epoch's spans on under the watchdog; a process's first span is compiled."""
+    while True:
+        with watchdog.watch("a span of training steps", compiling=first):
+            progress = next(spans, None)
+        if progress is None:
+            return
+        yield progress
+        first = False
+
+
+def _worst(arrays: Arrays) -> float:
+    """A value that is no finite number, if the arrays have one; else 0."""
+    for array in arrays.values():
+        if not np.isfinite(array).all():
+            return float(array[~np.isfinite(array)].flat[0])
+    return 0.0
+
+
+def _describe_epoch(line: dict[str, Any], epochs: int) -> str:
+    return (
+        f"epoch {line['epoch']}/{epochs}  loss {line['loss']:.4f}  "
+        f"acc {line['accuracy']:.1%}  val_loss {line['val_loss']:.4f}  "
+        f"val_acc {line['val_accuracy']:.1%}  {line['seconds']:.1f} s  "
+        f"{line['images_per_second']:,.0f} img/s"
+    )
