@@ -1,5 +1,9 @@
 """``python -m job``: the same program as the installed ``cifar10-job`` command."""
 
+import contextlib
+import os
+import sys
+
 from job.preemption import listen_to_signals
 
 
@@ -8,7 +12,15 @@ def run() -> None:
     stop = listen_to_signals()
     from job.cli import main
 
-    main(stop)
+    try:
+        main(stop)
+    except SystemExit as end:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # whoever read it has gone
+                stream.flush()
+        # The interpreter's own end takes a while, in which a signal would kill it by default and
+        # so replace the exit code.
+        os._exit(int(end.code or 0))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def take_fingerprint(
     network = {
         "layers": [type(layer).__name__ for layer in model.layers],
         "variables": [[list(v.shape), str(v.dtype)] for v in model.variables],
-        "optimizer": model.optimizer.get_config(),
+        "optimizer": {**model.optimizer.get_config(), "name": type(model.optimizer).__name__},
         "loss": model.loss,
     }
     text = json.dumps(network, sort_keys=True, default=str)

@@ -135,7 +135,7 @@ class RunManifest:
 def describe_config(config: TrainConfig) -> dict[str, Any]:
     """The configuration as a flat JSON object, under the names of the command line's options."""
     fields = asdict(config)
-    fields |= fields.pop("data")
+    fields = fields.pop("data") | fields
     devices: DeviceRequest = config.devices
     fields["devices"] = f"{devices.kind}:{devices.count}" if devices.count else devices.kind
     fields["batch_size"] = fields.pop("global_batch_size")

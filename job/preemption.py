@@ -32,7 +32,7 @@ class StopRequest:
         self._start = time.monotonic()
         self._stop_after_seconds: float | None = None
         self._lock = threading.Lock()
-        self._reason: str | None = None
+        self._requested: str | None = None
         self._deferred = False
         self._last_words: list[Callable[[str], None]] = []
 
@@ -40,9 +40,9 @@ class StopRequest:
     def reason(self) -> str | None:
         """Why to stop; None while there is no reason to."""
         limit = self._stop_after_seconds
-        if self._reason is None and limit is not None and time.monotonic() - self._start >= limit:
-            self._reason = f"--stop-after {limit:g}"
-        return self._reason
+        if self._requested is None and limit and time.monotonic() - self._start >= limit:
+            return f"--stop-after {limit:g}"
+        return self._requested
 
     def stop_after(self, seconds: float) -> None:
         """Give a reason to stop this many seconds after the start of the process.
@@ -56,8 +56,12 @@ class StopRequest:
         self._deferred = True
 
     def resume_ending_at_once(self) -> None:
-        """From now on requests end the process at once again: all work is saved."""
-        self._deferred = False
+        """From now on requests end the process at once again, also one that was made before."""
+        with self._lock:
+            self._deferred = False
+            requested = self._requested
+        if requested:
+            self.request(requested)
 
     @contextlib.contextmanager
     def last_words(self, say: Callable[[str], None]) -> Iterator[None]:
@@ -81,8 +85,9 @@ class StopRequest:
             at_once: Do not wait for work to be saved.
         """
         with self._lock:
-            self._reason = self._reason or reason
-        if at_once or not self._deferred:
+            self._requested = self._requested or reason
+            at_once = at_once or not self._deferred
+        if at_once:
             end_process(ExitCode.RUN_AGAIN, [partial(say, reason) for say in self._last_words])
 
 

@@ -78,7 +78,6 @@ class Trainer:
                 first = False
         self._save_if_due(0.0)
         self._stop.resume_ending_at_once()
-        self._stop_if_asked()
 
     def _train_epoch(self, bar: EpochBar, *, first: bool) -> Iterator[None]:
         """Train what is left of the epoch, handing control back after each span of steps."""

@@ -75,7 +75,10 @@ def make_devices() -> MakeDevices:
             kind="cpu",
             descriptions=tuple({"name": f"CPU:{index}"} for index in range(replicas)),
             precision="bfloat16" if precision == "bfloat16" else "float32",
+            jit="auto",
             compilation=compilation or Compilation(network=False, elementwise=True),
+            deterministic=False,
+            threads=2,
         )
 
     return make

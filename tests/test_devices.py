@@ -1,65 +1,21 @@
-import re
-from pathlib import Path
+from typing import Any
 
 import pytest
+import tensorflow as tf
 
-from job.config import DeviceRequest, GpuMissingError, UserError
-from job.devices import (
-    Promise,
-    check_promised_gpus,
-    cuda_libraries,
-    open_devices,
-    promised_gpus,
-)
+from job import devices
+from job.config import DeviceRequest, UserError
+from job.devices import Devices, Previous, open_devices
 from tests.conftest import MakeDevices
 
-
-@pytest.mark.parametrize(
-    ("environ", "nodes", "count"),
-    [
-        ({}, [], 0),
-        ({}, ["nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "nvidia-caps"], 2),
-        ({"NVIDIA_VISIBLE_DEVICES": "all"}, [], 0),
-        ({"CUDA_VISIBLE_DEVICES": "0,1,2"}, [], 3),
-        ({"CUDA_VISIBLE_DEVICES": "1"}, ["nvidia0", "nvidia1"], 1),
-        ({"CUDA_VISIBLE_DEVICES": "0,-1,2"}, [], 1),
-        ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937-d72c"}, [], 1),
-        ({"CUDA_VISIBLE_DEVICES": "MIG-GPU-8932/1/0"}, [], 1),
-        ({"CUDA_VISIBLE_DEVICES": ""}, ["nvidia0"], 0),
-        ({"CUDA_VISIBLE_DEVICES": "-1"}, ["nvidia0"], 0),
-        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, ["nvidia0"], 0),
-        ({"SLURM_GPUS_ON_NODE": "4"}, [], 4),
-        ({"SLURM_GPUS_ON_NODE": "0"}, ["nvidia0"], 1),
-        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "0"}, [], 1),
-        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "NoDevFiles"}, [], 4),
-    ],
+PREVIOUS = Previous(
+    kind="cpu",
+    replicas=2,
+    precision="bfloat16",
+    jit="off",
+    deterministic=False,
+    global_batch_size=256,
 )
-def test_promised_gpus(
-    tmp_path: Path, environ: dict[str, str], nodes: list[str], count: int
-) -> None:
-    for node in nodes:
-        (tmp_path / node).touch()
-    assert promised_gpus(environ, tmp_path).count == count
-
-
-def test_a_promise_that_is_no_number_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="SLURM_GPUS_ON_NODE received 'gpu:2', expected a number"):
-        promised_gpus({"SLURM_GPUS_ON_NODE": "gpu:2"}, tmp_path)
-
-
-def test_missing_gpus_are_named_with_their_source() -> None:
-    promise = Promise(2, "SLURM_GPUS_ON_NODE=2")
-    check_promised_gpus(promise, visible=2, required=2)
-    with pytest.raises(GpuMissingError, match=r"SLURM_GPUS_ON_NODE=2 promises 2 GPUs.* sees 1"):
-        check_promised_gpus(promise, visible=1, required=0)
-    with pytest.raises(GpuMissingError, match="--require-gpus expected 4 GPUs, TensorFlow sees 2"):
-        check_promised_gpus(promise, visible=2, required=4)
-
-
-def test_libraries_are_looked_up_by_name() -> None:
-    names = [library.name for library in cuda_libraries()]
-    assert {"libcuda.so.1", "libcudnn.so.9", "libnccl.so.2"} <= set(names)
-    assert all(re.fullmatch(r"lib\w+\.so\.\d+", name) for name in names)
 
 
 def test_more_gpus_than_there_are_is_the_users_to_change() -> None:
@@ -71,3 +27,59 @@ def test_rows_per_replica(make_devices: MakeDevices) -> None:
     assert make_devices(4).rows_per_replica(256) == 64
     with pytest.raises(UserError, match="use 12 or another multiple"):
         make_devices(4).rows_per_replica(10)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Open devices on a machine with some GPUs, or none, without setting any up."""
+
+    def use(count: int, kind: str, model: str) -> tuple[list[str], tuple[dict[str, Any], ...]]:
+        capability = [7, 0] if model == "old" else [9, 0]
+        description = {"model": model, "compute_capability": capability}
+        return [f"{kind}:{index}" for index in range(count)], (description,) * count
+
+    class Strategy:
+        def __init__(self, names: list[str]) -> None:
+            self.num_replicas_in_sync = len(names)
+
+    def open_with(gpus: int, model: str, *settings: Any, **options: Any) -> Devices:
+        monkeypatch.setattr(devices, "visible_gpus", lambda: ["GPU"] * gpus)
+        monkeypatch.setattr(devices, "_use_gpus", lambda used: use(len(used), "GPU", model))
+        monkeypatch.setattr(devices, "_use_cpu", lambda count: use(count, "CPU", "cpu"))
+        monkeypatch.setattr(tf.distribute, "MirroredStrategy", Strategy)
+        monkeypatch.setattr(tf.config.experimental, "enable_op_determinism", lambda: None)
+        return open_devices(DeviceRequest.parse(settings[0]), *settings[1:], **options)
+
+    return open_with
+
+
+def test_auto_takes_every_gpu_and_is_deterministic_on_cpus(opened: Any) -> None:
+    gpus = opened(4, "new", "auto", "auto", "auto")
+    assert (gpus.kind, gpus.replicas, gpus.precision) == ("gpu", 4, "bfloat16")
+    assert (gpus.deterministic, gpus.compilation.network) == (False, True)
+    cpu = opened(0, "", "auto", "auto", "auto")
+    assert (cpu.kind, cpu.replicas) == ("cpu", 1)
+    assert (cpu.deterministic, cpu.compilation.network) == (True, False)
+
+
+def test_auto_keeps_what_the_attempt_before_came_to(opened: Any) -> None:
+    cpu = opened(0, "", "auto", "auto", "auto", previous=PREVIOUS)
+    assert (cpu.replicas, cpu.precision, cpu.jit, cpu.deterministic) == (
+        2,
+        "bfloat16",
+        "off",
+        False,
+    )
+    assert not cpu.compilation.elementwise
+
+
+def test_a_setting_of_this_attempt_wins(opened: Any) -> None:
+    cpu = opened(0, "", "cpu:1", "float32", "on", "on", PREVIOUS)
+    assert (cpu.replicas, cpu.precision, cpu.jit, cpu.deterministic) == (1, "float32", "on", True)
+
+
+def test_a_run_goes_on_with_the_gpus_that_the_next_node_has(opened: Any) -> None:
+    gpus = opened(3, "new", "auto", "auto", "auto", previous=PREVIOUS)
+    assert (gpus.kind, gpus.replicas) == ("gpu", 2)  # 256 does not divide by 3
+    # GPUs that cannot compute in bfloat16 do not keep it.
+    assert opened(1, "old", "auto", "auto", "auto", previous=PREVIOUS).precision == "float32"

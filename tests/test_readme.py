@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from job.artifacts import RunManifest
 from job.cli import train
+from job.cluster import RunIdentity
 from job.config import ExitCode, TrainConfig
 from job.evaluate import Evaluation
+from job.manifest import RunManifest
+from job.output import OutputDir
 from tests.conftest import REPOSITORY
 from tests.test_train import METRICS_KEYS
 
+DETAILS = ("devices", "replicas", "threads", "precision", "xla", "deterministic", "data")
 README = (REPOSITORY / "README.md").read_text()
 
 
@@ -48,13 +51,11 @@ def test_artifact_tables_name_what_the_program_writes(tmp_path: Path) -> None:
     evaluation = Evaluation(0.0, np.eye(2, dtype=np.int64)).document(("a", "b"))
     keys = [*evaluation, "model", "model_sha256"]
     assert first_column(section("### `evaluation.json`")) == keys
-    RunManifest(
-        tmp_path / "run.json",
-        TrainConfig(),
-        dict.fromkeys(("devices", "replicas", "precision", "xla", "data")),
-    )
+    manifest = RunManifest(OutputDir(tmp_path), RunIdentity(None))
+    details: dict[str, list[str]] = {name: [] for name in DETAILS}
+    manifest.start_training(TrainConfig(), details, 0, [])
     written = json.loads((tmp_path / "run.json").read_text())
-    assert first_column(section("### `run.json`")) == list(written)
+    assert first_column(section("### `run.json`")) == [*written, *written["attempts"][0]]
 
 
 def test_every_make_target_named_exists() -> None:

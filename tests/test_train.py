@@ -5,12 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
-from job import log, train
-from job.config import DataConfig, DeviceRequest, JobError, TrainConfig, UserError
+from job import log, saved_model, train
+from job.attempt import open_attempt
+from job.config import DataConfig, DeviceRequest, JobError, StoppedError, TrainConfig, UserError
 from job.dataset import Dataset
+from job.engine import Engine
+from job.evaluate import Evaluation, Evaluator
+from job.output import OutputDir
+from job.preemption import StopRequest
+from job.trainer import Trainer
 from job.watchdog import Watchdog
 from tests.conftest import MakeDevices
 
@@ -25,7 +32,9 @@ METRICS_KEYS = [
     "learning_rate",
     "seconds",
     "images_per_second",
+    "elapsed_seconds",
 ]
+TIMES = ("seconds", "images_per_second", "elapsed_seconds")
 
 
 @pytest.fixture
@@ -45,38 +54,58 @@ def two_replicas_and_little_data(
     monkeypatch: pytest.MonkeyPatch, small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
     """Stand in for the devices, which a process sets up once, and the full data set."""
-    monkeypatch.setattr(train, "open_devices", lambda *arguments: make_devices(2))
-    monkeypatch.setattr(train, "load_dataset", lambda data: small_dataset)
+    for module in (train, saved_model):
+        monkeypatch.setattr(module, "open_promised_devices", lambda *arguments: make_devices(2))
+        monkeypatch.setattr(module, "load_dataset", lambda data: small_dataset)
+
+
+def run(config: TrainConfig, stop: StopRequest | None = None) -> Evaluation:
+    with open_attempt(config, stop or StopRequest()) as attempt:
+        return train.train_and_evaluate(config, attempt)
+
+
+def evaluate_again(config: TrainConfig) -> Evaluation:
+    return saved_model.evaluate_output_dir(config, OutputDir(config.output_dir))
 
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def metrics(config: TrainConfig) -> list[dict[str, Any]]:
+    lines = (config.output_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def test_a_whole_run_leaves_every_artifact(
     config: TrainConfig, small_dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log.configure("json")
-    evaluation = train.train_and_evaluate(config)
+    evaluation = run(config)
     output = config.output_dir
-    assert sorted(path.name for path in output.iterdir()) == [
+    assert visible(output) == [
+        "checkpoints",
         "cifar10_model.h5",
         "evaluation.json",
         "metrics.jsonl",
         "prediction.png",
         "run.json",
     ]
-    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [list(line) for line in metrics] == [METRICS_KEYS] * EPOCHS
-    assert [(line["epoch"], line["step"]) for line in metrics] == [(1, 8), (2, 16)]
-    assert metrics[1]["loss"] < metrics[0]["loss"]
+    lines = metrics(config)
+    assert [list(line) for line in lines] == [METRICS_KEYS] * EPOCHS
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 8), (2, 16)]
+    assert lines[1]["loss"] < lines[0]["loss"]
 
     document = read(output / "evaluation.json")
     assert document["examples"] == 300
     assert document["loss"] == evaluation.loss
     # The file holds the network that was last validated.
-    assert document["accuracy"] == pytest.approx(metrics[-1]["val_accuracy"])
-    assert document["loss"] == pytest.approx(metrics[-1]["val_loss"], abs=1e-5)
+    assert document["accuracy"] == pytest.approx(lines[-1]["val_accuracy"])
+    assert document["loss"] == pytest.approx(lines[-1]["val_loss"], abs=1e-5)
     assert list(document["classes"]) == list(small_dataset.class_names)
 
     manifest = read(output / "run.json")
@@ -85,16 +114,17 @@ def test_a_whole_run_leaves_every_artifact(
     assert (manifest["replicas"], len(manifest["devices"])) == (2, 2)
 
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [event["event"] for event in events] == ["start", "epoch", "epoch", "evaluation"]
+    names = [event["event"] for event in events]
+    assert names == ["start", "epoch", "epoch", "checkpoint", "evaluation"]
     assert {"epoch", "step", "loss", "accuracy", "images_per_second"} <= events[1].keys()
 
 
 def test_evaluating_the_folder_again_gives_the_same_figures(config: TrainConfig) -> None:
-    train.train_and_evaluate(config)
+    run(config)
     path = config.output_dir / "evaluation.json"
     first, picture = read(path), (config.output_dir / "prediction.png").read_bytes()
     path.unlink()
-    train.evaluate_output_dir(config)
+    evaluate_again(config)
     assert read(path) == first
     assert (config.output_dir / "prediction.png").read_bytes() == picture
 
@@ -103,8 +133,8 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(
     config: TrainConfig, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="--batch-size received 1024, expected at most the 512"):
-        train.train_and_evaluate(replace(config, global_batch_size=1024))
-    assert list(config.output_dir.iterdir()) == []
+        run(replace(config, global_batch_size=1024))
+    assert visible(config.output_dir) == []
 
 
 def test_a_defect_is_recorded_as_the_runs_outcome(
@@ -113,9 +143,9 @@ def test_a_defect_is_recorded_as_the_runs_outcome(
     def fail(*arguments: Any) -> None:
         raise RuntimeError("a broken GPU")
 
-    monkeypatch.setattr(train, "_train", fail)
+    monkeypatch.setattr(Trainer, "train", fail)
     with pytest.raises(RuntimeError):
-        train.train_and_evaluate(config)
+        run(config)
     manifest = read(config.output_dir / "run.json")
     assert (manifest["outcome"], manifest["error"]) == ("failed", "RuntimeError: a broken GPU")
 
@@ -126,9 +156,9 @@ def test_memory_running_out_names_the_batch_size(
     def fail(*arguments: Any) -> None:
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
 
-    monkeypatch.setattr(train, "_train", fail)
+    monkeypatch.setattr(Trainer, "train", fail)
     with pytest.raises(UserError, match=r"--batch-size 64 \(32 images a replica\); lower"):
-        train.train_and_evaluate(config)
+        run(config)
 
 
 @pytest.mark.parametrize(
@@ -144,15 +174,16 @@ def test_memory_running_out_inside_a_library_is_recognised(
     def fail(*arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr(train, "_train", fail)
+    monkeypatch.setattr(Trainer, "train", fail)
     with pytest.raises(UserError, match="lower --batch-size"):
-        train.train_and_evaluate(config)
+        run(config)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(config: TrainConfig) -> None:
     with pytest.raises(JobError, match=r"the training loss became (nan|inf) in epoch \d") as error:
-        train.train_and_evaluate(replace(config, learning_rate=1e300))
+        run(replace(config, learning_rate=1e300))
     assert error.value.exit_code == 1
+    assert "there is no checkpoint yet; go on with --precision float32" in str(error.value)
     assert read(config.output_dir / "run.json")["outcome"] == "failed"
     assert not (config.output_dir / "cifar10_model.h5").exists()
 
@@ -169,7 +200,7 @@ def test_the_first_span_is_watched_too(
             yield
 
     monkeypatch.setattr(train, "Watchdog", Recorder)
-    train.train_and_evaluate(config)
+    run(config)
     assert watched[0] == ("a span of training steps", True)
     assert ("a validation", True) in watched
     assert watched[-1] == ("the evaluation of the saved model", True)
@@ -179,36 +210,141 @@ def test_the_first_span_is_watched_too(
 def test_a_model_is_not_judged_by_images_of_another_data_set(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, small_dataset: Dataset
 ) -> None:
-    train.train_and_evaluate(config)
+    run(config)
     before = (config.output_dir / "evaluation.json").read_bytes()
     other = replace(small_dataset, test_images=small_dataset.test_images[::-1])
-    monkeypatch.setattr(train, "load_dataset", lambda data: other)
+    monkeypatch.setattr(saved_model, "load_dataset", lambda data: other)
     with pytest.raises(UserError, match=r"expected those that the run in .* was validated on"):
-        train.evaluate_output_dir(config)
+        evaluate_again(config)
     assert (config.output_dir / "evaluation.json").read_bytes() == before
 
 
 def test_a_data_set_of_another_name_is_refused_before_it_is_loaded(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train.train_and_evaluate(config)
-    monkeypatch.setattr(train, "load_dataset", lambda data: pytest.fail("it was loaded"))
+    run(config)
+    monkeypatch.setattr(saved_model, "load_dataset", lambda data: pytest.fail("it was loaded"))
     with pytest.raises(UserError, match="received cifar10, expected synthetic"):
-        train.evaluate_output_dir(replace(config, data=DataConfig(dataset="cifar10")))
-
-
-def test_evaluating_a_folder_without_a_model_makes_nothing(config: TrainConfig) -> None:
-    with pytest.raises(UserError, match="there is no model"):
-        train.evaluate_output_dir(config)
-    assert not config.output_dir.exists()
+        evaluate_again(replace(config, data=DataConfig(dataset="cifar10")))
 
 
 def test_a_model_of_other_images_is_not_evaluated(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, small_dataset: Dataset
 ) -> None:
-    train.train_and_evaluate(config)
+    run(config)
     (config.output_dir / "run.json").unlink()
     grey = replace(small_dataset, test_images=small_dataset.test_images[..., :1])
-    monkeypatch.setattr(train, "load_dataset", lambda data: grey)
+    monkeypatch.setattr(saved_model, "load_dataset", lambda data: grey)
     with pytest.raises(UserError, match=r"\(32, 32, 3, 10\), expected \(32, 32, 1, 10\)"):
-        train.evaluate_output_dir(config)
+        evaluate_again(config)
+
+
+def without_times(config: TrainConfig) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(config)]
+
+
+def last_state(config: TrainConfig) -> dict[str, Any]:
+    path = max((config.output_dir / "checkpoints").glob("*.npz"))
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files if name != "metadata"}
+
+
+def test_a_run_stopped_after_every_span_ends_with_the_same_bits(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.engine.STEPS_PER_SPAN", 5)  # two spans an epoch
+    run(config)
+    stopped = replace(config, output_dir=config.output_dir.with_name("stopped"))
+    steps = []
+    for _ in range(20):
+        stop = StopRequest()
+        stop.stop_after(1e-9)
+        try:
+            run(stopped, stop)
+        except StoppedError:
+            steps.append(read(stopped.output_dir / "run.json")["attempts"][-1]["last_step"])
+            continue
+        break
+    assert steps == [5, 8, 8, 13, 16, 16]
+    one, two = last_state(config), last_state(stopped)
+    assert one.keys() == two.keys()
+    for name, array in one.items():
+        np.testing.assert_array_equal(two[name], array)
+    assert without_times(stopped) == without_times(config)
+    manifest = read(stopped.output_dir / "run.json")
+    outcomes = [attempt["outcome"] for attempt in manifest["attempts"]]
+    assert outcomes == ["stopped"] * 6 + ["done"]
+    assert manifest["attempts"][0]["reason"].startswith(
+        "--stop-after 1e-09; everything up to step 5"
+    )
+    assert manifest["elapsed_seconds"] >= metrics(stopped)[-1]["elapsed_seconds"]
+    best = max(metrics(config), key=lambda line: float(line["val_accuracy"]))
+    assert manifest["best"] == {key: best[key] for key in ("epoch", "val_accuracy")}
+    elapsed = [line["elapsed_seconds"] for line in metrics(stopped)]
+    assert elapsed == sorted(elapsed)
+    assert elapsed[0] >= metrics(stopped)[0]["seconds"]
+
+
+def test_checkpoints_are_written_when_they_are_due(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.configure("json")
+    run(replace(config, checkpoint_every_seconds=1e-3))
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    steps = [event["step"] for event in events if event["event"] == "checkpoint"]
+    assert steps == [8, 8, 16, 16]  # after each span, and after each validation
+    # An epoch is reported once it cannot be lost any more.
+    names = [event["event"] for event in events]
+    assert names[:4] == ["start", "checkpoint", "checkpoint", "epoch"]
+
+
+def test_another_environment_is_a_warning_and_on_the_record(
+    config: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    make_devices: MakeDevices,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stop = StopRequest()
+    stop.stop_after(1e-9)
+    with pytest.raises(StoppedError):
+        run(config, stop)
+    monkeypatch.setattr(train, "open_promised_devices", lambda *arguments: make_devices(1))
+    log.configure("json")
+    run(config)
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (changed,) = [event for event in events if event["event"] == "changed"]
+    assert (changed["level"], changed["changes"][-1]) == ("warning", "replicas: 2 -> 1")
+    last = read(config.output_dir / "run.json")["attempts"][-1]
+    assert last["changes"] == changed["changes"]
+
+
+def test_a_bad_number_keeps_and_names_the_last_good_checkpoint(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = StopRequest()
+    stop.stop_after(1e-9)
+    with pytest.raises(StoppedError):
+        run(config, stop)
+    (good,) = (config.output_dir / "checkpoints").iterdir()
+    content = good.read_bytes()
+    state = Engine.state
+
+    def spoiled(engine: Engine) -> dict[str, Any]:
+        arrays = state(engine)
+        arrays["network/0000"] = arrays["network/0000"] * np.inf
+        return arrays
+
+    monkeypatch.setattr(Engine, "state", spoiled)
+    with pytest.raises(JobError, match=f"a variable became .* the last good checkpoint is {good}"):
+        run(config)
+    assert good.read_bytes() == content
+    assert len(list((config.output_dir / "checkpoints").iterdir())) == 1
+
+
+def test_a_validation_loss_that_is_no_number_ends_the_run(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = Evaluation(float("inf"), np.eye(10, dtype=np.int64))
+    monkeypatch.setattr(Evaluator, "__call__", lambda self: evaluation)
+    with pytest.raises(JobError, match="the validation loss became inf in epoch 1"):
+        run(config)

@@ -210,7 +210,7 @@ def compare(reference: Path, output: Path) -> list[str]:
         ("model file", state_of_model),
     ):
         one, two = read(reference), read(output)
-        different = [name for name in one if not np.array_equal(one[name], two.get(name))]
+        different = [name for name in one if not np.array_equal(one[name], two.get(name, ()))]
         if different or one.keys() != two.keys():
             problems.append(f"other {what}: {different}")
     if metrics(reference) != metrics(output):

@@ -31,12 +31,14 @@ class Injector:
     def install(self) -> None:
         for name in OPERATIONS:
             setattr(os, name, self._counted(getattr(os, name)))
-        Path.write_bytes = self._counted_write(Path.write_bytes)  # type: ignore[method-assign]
+        Path.write_bytes = self._counted_write(Path.write_bytes)  # type: ignore[assignment, method-assign]
 
     def _is_last(self, target: Any) -> bool:
-        path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
-        path = str(Path(path).absolute())
-        if not path.startswith(self._folder) or "/.lease" in path:
+        path = target
+        if isinstance(target, int):
+            path = Path(f"/proc/self/fd/{target}").readlink()
+        name = str(Path(path).absolute())
+        if not name.startswith(self._folder) or "/.lease" in name:
             return False
         self._count += 1
         return self._count == self._number
@@ -47,10 +49,11 @@ class Injector:
             is_last = self._is_last(target)
             if is_last and self._moment != "after":
                 kill()
-            result = operation(target, *arguments, **options)
-            if is_last:
-                kill()
-            return result
+            try:
+                return operation(target, *arguments, **options)
+            finally:
+                if is_last:
+                    kill()
 
         return wrapper
 

@@ -1,0 +1,189 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from job import output
+from job.attempt import Attempt, open_attempt
+from job.checkpoint import Checkpoint
+from job.config import StoppedError, TrainConfig, UserError
+from job.fingerprint import run_options
+from job.history import History, Progress
+from job.lease import LeaseLostError
+from job.preemption import StopRequest
+
+Body = Callable[[Attempt], None]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    return TrainConfig(output_dir=tmp_path / "output", epochs=2)
+
+
+def run(config: TrainConfig, body: Body = lambda attempt: None) -> Attempt:
+    stop = StopRequest()
+    stop.defer()
+    with open_attempt(config, stop) as attempt:
+        if not attempt.is_finished:
+            attempt.manifest.start_training(config, {"devices": []}, 0, [])
+        body(attempt)
+    return attempt
+
+
+def save(config: TrainConfig, epochs: int, steps: int = 0) -> Body:
+    lines = [{"epoch": epoch, "val_accuracy": 0.5} for epoch in range(epochs)]
+    history = History(lines, Progress(steps))
+    metadata = {"fingerprint": {"run": run_options(config)}, "history": history.document()}
+
+    def body(attempt: Attempt) -> None:
+        arrays = {"network/0000": np.zeros(3)}
+        attempt.checkpoints.save(Checkpoint(10 * epochs + steps, arrays, metadata))
+
+    return body
+
+
+def finish(config: TrainConfig) -> Body:
+    def body(attempt: Attempt) -> None:
+        save(config, config.epochs)(attempt)
+        attempt.output.write_text(output.MODEL, "model")
+        attempt.output.write_text(output.PREDICTION, "picture")
+        digest = output.sha256_of(config.output_dir / output.MODEL)
+        attempt.output.write_json(output.EVALUATION, {"model_sha256": digest})
+
+    return body
+
+
+def manifest(config: TrainConfig) -> Any:
+    return json.loads((config.output_dir / "run.json").read_text())
+
+
+def raising(error: BaseException) -> Body:
+    def body(attempt: Attempt) -> None:
+        raise error
+
+    return body
+
+
+def test_an_attempt_goes_on_from_the_last_checkpoint(config: TrainConfig) -> None:
+    assert run(config, save(config, 1, 5)).checkpoint is None
+    later = run(config)
+    assert later.checkpoint is not None
+    assert later.checkpoint.step == 15
+    assert len(manifest(config)["attempts"]) == 2
+
+
+def test_a_finished_run_is_left_alone(config: TrainConfig) -> None:
+    run(config, finish(config))
+    before = manifest(config)
+    assert run(config).is_finished
+    assert manifest(config) == before
+
+
+@pytest.mark.parametrize("name", ["cifar10_model.h5", "evaluation.json", "prediction.png"])
+def test_a_run_that_lacks_an_artifact_is_not_finished(config: TrainConfig, name: str) -> None:
+    run(config, finish(config))
+    (config.output_dir / name).unlink()
+    attempt = run(config)
+    assert not attempt.is_finished
+    assert attempt.checkpoint is not None
+
+
+def test_an_evaluation_of_another_model_is_not_finished(config: TrainConfig) -> None:
+    run(config, finish(config))
+    (config.output_dir / output.MODEL).write_text("another")
+    assert not run(config).is_finished
+
+
+def test_more_epochs_go_on_from_a_finished_run_and_fewer_are_refused(config: TrainConfig) -> None:
+    run(config, finish(config))
+    attempt = run(replace(config, epochs=3))
+    assert not attempt.is_finished
+    assert attempt.checkpoint is not None
+    with pytest.raises(UserError, match="--epochs received 1, expected at least 2"):
+        run(replace(config, epochs=1))
+
+
+def test_an_epoch_that_was_begun_counts(config: TrainConfig) -> None:
+    run(config, save(config, 1, 5))
+    with pytest.raises(UserError, match="--epochs received 1, expected at least 2"):
+        run(replace(config, epochs=1))
+
+
+@pytest.mark.parametrize("first", [save, finish])
+def test_another_run_in_the_folder_is_refused_and_unchanged(
+    config: TrainConfig, first: Any
+) -> None:
+    run(config, save(config, 1) if first is save else finish(config))
+    before = manifest(config)
+    with pytest.raises(UserError, match="--seed received 43, expected 42"):
+        run(replace(config, seed=43))
+    assert manifest(config) == before
+
+
+def test_a_model_without_a_checkpoint_is_not_overwritten(config: TrainConfig) -> None:
+    config.output_dir.mkdir()
+    (config.output_dir / output.MODEL).write_text("somebody's")
+    with pytest.raises(UserError, match="holds a model and no checkpoint to go on from"):
+        run(config)
+    assert (config.output_dir / output.MODEL).read_text() == "somebody's"
+
+
+def test_fresh_keeps_nothing_of_the_run_before(config: TrainConfig) -> None:
+    run(config, finish(config))
+    other = replace(config, seed=43, fresh=True)
+    stop = StopRequest()
+    stop.defer()
+    with open_attempt(other, stop) as attempt:
+        assert attempt.checkpoint is None
+        assert [p.name for p in config.output_dir.iterdir() if p.name[0] != "."] == []
+        attempt.manifest.start_training(other, {"devices": []}, 0, [])
+    assert len(manifest(config)["attempts"]) == 1
+    assert manifest(config)["config"]["seed"] == 43
+
+
+def test_fresh_is_done_once_where_a_scheduler_repeats_the_command(config: TrainConfig) -> None:
+    run(config, save(config, 1))
+    repeated = replace(config, fresh=True, run_id="mine")
+    assert run(repeated, save(config, 1, 5)).checkpoint is None
+    again = run(repeated)
+    assert again.checkpoint is not None
+    assert again.checkpoint.step == 15
+    # Another run, or one without a name, starts over each time.
+    assert run(replace(config, fresh=True, run_id="other"), save(config, 1)).checkpoint is None
+    assert run(replace(config, fresh=True)).checkpoint is None
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "reason"),
+    [
+        (StoppedError("SIGTERM"), "stopped", "SIGTERM"),
+        (RuntimeError("broken"), "failed", "RuntimeError: broken"),
+        (UserError("wrong"), "failed", "UserError: wrong"),
+        (LeaseLostError("taken over"), "running", None),
+    ],
+)
+def test_the_end_of_an_attempt_is_recorded(
+    config: TrainConfig, error: Exception, outcome: str, reason: str | None
+) -> None:
+    with pytest.raises(type(error)):
+        run(config, raising(error))
+    (attempt,) = manifest(config)["attempts"]
+    assert (attempt["outcome"], attempt["reason"]) == (outcome, reason)
+
+
+def test_the_folder_is_free_after_an_attempt(config: TrainConfig) -> None:
+    with pytest.raises(RuntimeError):
+        run(config, raising(RuntimeError("broken")))
+    run(config)
+
+
+def test_a_folder_that_is_held_is_refused(config: TrainConfig) -> None:
+    def second(attempt: Attempt) -> None:
+        with pytest.raises(UserError, match="is in use by a run without --run-id on host"):
+            run(config)
+
+    run(config, second)

@@ -1,0 +1,76 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job import classic
+from job.config import DataConfig, TrainConfig, UserError
+from job.dataset import Dataset
+from job.fingerprint import Fingerprint, require_same_run, run_options, take_fingerprint
+from tests.conftest import MakeDevices
+
+CONFIG = TrainConfig(data=DataConfig(dataset="synthetic"))
+
+
+@pytest.fixture
+def take(make_devices: MakeDevices, small_dataset: Dataset) -> Any:
+    def take(config: TrainConfig = CONFIG, dataset: Dataset = small_dataset) -> Fingerprint:
+        model = classic.RECIPE.build_model(config.seed, 10)
+        classic.RECIPE.compile(model, config.learning_rate, 100)
+        return take_fingerprint(config, make_devices(1), dataset, model)
+
+    return take
+
+
+def test_the_same_command_has_the_same_fingerprint(take: Any) -> None:
+    assert take() == take()
+    require_same_run(take().run, take().run, Path("output"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 43}, "--seed received 43, expected 42;"),
+        ({"global_batch_size": 128}, "--batch-size received 128, expected 256;"),
+        ({"learning_rate": 0.1}, "--learning-rate received 0.1, expected 0.0001;"),
+        ({"recipe": "modern"}, "--recipe received modern, expected classic;"),
+        ({"data": DataConfig(dataset="cifar10")}, "--dataset received cifar10, expected synthetic"),
+        ({"data": DataConfig(dataset="synthetic", limit=9)}, "--limit received 9, expected None"),
+    ],
+)
+def test_another_run_is_refused_by_the_option_that_differs(
+    change: dict[str, Any], message: str
+) -> None:
+    other = replace(CONFIG, **change)
+    with pytest.raises(UserError, match="out holds another run: ") as error:
+        require_same_run(run_options(CONFIG), run_options(other), Path("out"))
+    assert message in str(error.value)
+
+
+def test_every_difference_is_named() -> None:
+    other = replace(CONFIG, seed=43, global_batch_size=128)
+    with pytest.raises(UserError, match="out holds another run: ") as error:
+        require_same_run(run_options(CONFIG), run_options(other), Path("out"))
+    assert "--seed" in str(error.value)
+    assert "--batch-size" in str(error.value)
+
+
+def test_other_images_and_another_network_are_refused(take: Any, small_dataset: Dataset) -> None:
+    other_data = replace(small_dataset, train_images=small_dataset.train_images[::-1].copy())
+    with pytest.raises(UserError, match="the images and labels are not those"):
+        require_same_run(take().run, take(dataset=other_data).run, Path("out"))
+    other_network = {**take().run, "network": "0" * 64}
+    with pytest.raises(UserError, match="the recipe's network, optimizer or loss has changed"):
+        require_same_run(take().run, other_network, Path("out"))
+
+
+def test_other_epochs_are_the_same_run() -> None:
+    assert run_options(CONFIG) == run_options(replace(CONFIG, epochs=99))
+
+
+def test_another_environment_is_told(take: Any) -> None:
+    current = take()
+    assert current.changes_since(current.environment) == []
+    earlier = {**current.environment, "replicas": 4, "threads": 16}
+    assert current.changes_since(earlier) == ["replicas: 4 -> 1", "threads: 16 -> 2"]

@@ -1,0 +1,55 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from job.config import GpuMissingError, UserError
+from job.gpus import Promise, check_promised_gpus, cuda_libraries, promised_gpus
+
+
+@pytest.mark.parametrize(
+    ("environ", "nodes", "count"),
+    [
+        ({}, [], 0),
+        ({}, ["nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "nvidia-caps"], 2),
+        ({"NVIDIA_VISIBLE_DEVICES": "all"}, [], 0),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2"}, [], 3),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, ["nvidia0", "nvidia1"], 1),
+        ({"CUDA_VISIBLE_DEVICES": "0,-1,2"}, [], 1),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937-d72c"}, [], 1),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-GPU-8932/1/0"}, [], 1),
+        ({"CUDA_VISIBLE_DEVICES": ""}, ["nvidia0"], 0),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, ["nvidia0"], 0),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, ["nvidia0"], 0),
+        ({"SLURM_GPUS_ON_NODE": "4"}, [], 4),
+        ({"SLURM_GPUS_ON_NODE": "0"}, ["nvidia0"], 1),
+        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "0"}, [], 1),
+        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "NoDevFiles"}, [], 4),
+    ],
+)
+def test_promised_gpus(
+    tmp_path: Path, environ: dict[str, str], nodes: list[str], count: int
+) -> None:
+    for node in nodes:
+        (tmp_path / node).touch()
+    assert promised_gpus(environ, tmp_path).count == count
+
+
+def test_a_promise_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="SLURM_GPUS_ON_NODE received 'gpu:2', expected a number"):
+        promised_gpus({"SLURM_GPUS_ON_NODE": "gpu:2"}, tmp_path)
+
+
+def test_missing_gpus_are_named_with_their_source() -> None:
+    promise = Promise(2, "SLURM_GPUS_ON_NODE=2")
+    check_promised_gpus(promise, visible=2, required=2)
+    with pytest.raises(GpuMissingError, match=r"SLURM_GPUS_ON_NODE=2 promises 2 GPUs.* sees 1"):
+        check_promised_gpus(promise, visible=1, required=0)
+    with pytest.raises(GpuMissingError, match="--require-gpus expected 4 GPUs, TensorFlow sees 2"):
+        check_promised_gpus(promise, visible=2, required=4)
+
+
+def test_libraries_are_looked_up_by_name() -> None:
+    names = [library.name for library in cuda_libraries()]
+    assert {"libcuda.so.1", "libcudnn.so.9", "libnccl.so.2"} <= set(names)
+    assert all(re.fullmatch(r"lib\w+\.so\.\d+", name) for name in names)
