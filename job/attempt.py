@@ -9,7 +9,7 @@ from typing import Any
 
 from job import log
 from job.checkpoint import Checkpoint, CheckpointStore
-from job.cluster import RunIdentity, run_identity
+from job.cluster import NO_RUN, RunIdentity, run_identity
 from job.config import ExitCode, StoppedError, TrainConfig, UserError
 from job.fingerprint import require_same_run, run_options
 from job.lease import LeaseLostError, acquire
@@ -54,18 +54,25 @@ class Attempt:
 
 
 @contextlib.contextmanager
-def hold_output_dir(config: TrainConfig, stop: StopRequest) -> Iterator[OutputDir]:
-    """Hold the output folder for the time of the body.
+def hold_output_dir(
+    path: Path, stop: StopRequest, identity: RunIdentity = NO_RUN
+) -> Iterator[OutputDir]:
+    """Hold an output folder for the time of the body.
+
+    Args:
+        path: The folder; it is made if it is not there.
+        stop: Is asked if the folder is.
+        identity: The run whose older attempts are to make room; none by default.
 
     Raises:
         UserError: If it cannot be used or another run holds it.
         LeaseLostError: If a newer attempt of this run holds it.
     """
-    prepare_output_dir(config.output_dir)
-    lease = acquire(config.output_dir, run_identity(os.environ, config.run_id), stop)
+    prepare_output_dir(path)
+    lease = acquire(path, identity, stop)
     with stop.last_words(lambda _reason: lease.release()):
         try:
-            output = OutputDir(config.output_dir, lease)
+            output = OutputDir(path, lease)
             output.tidy()
             yield output
         finally:
@@ -86,8 +93,9 @@ def open_attempt(config: TrainConfig, stop: StopRequest) -> Iterator[Attempt]:
     """
     if config.stop_after_seconds is not None:
         stop.stop_after(config.stop_after_seconds)
-    with hold_output_dir(config, stop) as output:
-        attempt = _prepare(config, output, stop)
+    identity = run_identity(os.environ, config.run_id)
+    with hold_output_dir(config.output_dir, stop, identity) as output:
+        attempt = _prepare(config, identity, output, stop)
         if attempt.is_finished:
             yield attempt
             return
@@ -114,9 +122,10 @@ def _recording_failure(manifest: RunManifest) -> Iterator[None]:
         raise
 
 
-def _prepare(config: TrainConfig, output: OutputDir, stop: StopRequest) -> Attempt:
+def _prepare(
+    config: TrainConfig, identity: RunIdentity, output: OutputDir, stop: StopRequest
+) -> Attempt:
     """Look at what the folder holds: a run to go on with, a finished one, or nothing."""
-    identity = run_identity(os.environ, config.run_id)
     fresh = config.fresh and not _has_started_over(output, identity)
     if fresh:
         output.discard()

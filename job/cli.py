@@ -47,7 +47,7 @@ def _option(name: str, **settings: Any) -> Callable[[Any], Any]:
     return click.option(name, envvar=variable, show_envvar=True, show_default=True, **settings)
 
 
-_GO_ON = "run the same command again to go on from its last checkpoint, if it has one"
+_GO_ON = "run the same command again to go on"
 
 _FOLDER = click.Path(path_type=Path)
 _POSITIVE = click.IntRange(min=1)
@@ -216,7 +216,6 @@ def _report_finished(run_config: TrainConfig) -> None:
 @_devices
 @_require_gpus
 @_stall_timeout
-@_run_id
 @_log_format
 @click.pass_obj
 def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) -> None:
@@ -227,7 +226,7 @@ def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) ->
     from job.output import MODEL, require_model
 
     require_model(run_config.output_dir / MODEL)
-    with hold_output_dir(run_config, stop) as output:
+    with hold_output_dir(run_config.output_dir, stop) as output:
         _load_tensorflow()
         from job.saved_model import evaluate_output_dir
 

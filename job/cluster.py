@@ -21,6 +21,10 @@ class RunIdentity:
         return self.name is not None and self.name == name and self.attempt >= attempt
 
 
+NO_RUN = RunIdentity(None)
+"""Of a process that no other one replaces, and that replaces no other."""
+
+
 def run_identity(environ: Mapping[str, str], run_id: str | None) -> RunIdentity:
     """Find out which run this process is an attempt of.
 
@@ -43,4 +47,4 @@ def run_identity(environ: Mapping[str, str], run_id: str | None) -> RunIdentity:
     if kubernetes_job:
         index = environ.get("JOB_COMPLETION_INDEX")
         return RunIdentity(f"kubernetes job {kubernetes_job}" + (f"/{index}" if index else ""))
-    return RunIdentity(None)
+    return NO_RUN

@@ -78,7 +78,7 @@ def take_fingerprint(
         },
         environment={
             "device_kind": devices.kind,
-            "device_models": [device.get("model") for device in devices.descriptions],
+            "device_models": sorted({str(device.get("model")) for device in devices.descriptions}),
             "replicas": devices.replicas,
             "threads": devices.threads,
             "precision": devices.precision,

@@ -145,8 +145,8 @@ class Lease:
                     self._write(released=False)
                 renewed = time.monotonic()
                 asking = _asking_path(self._folder, self._generation)
-                if asking.exists():
-                    self._stop.request(f"{asking.read_text()} asks for {self._folder.parent}")
+                if asking.exists() and (name := asking.read_text()):
+                    self._stop.request(f"{name} asks for {self._folder.parent}")
             except LeaseLostError as error:
                 self._stop.request(str(error))
                 return
@@ -203,20 +203,23 @@ class _Waiter:
     def wait(self) -> Lease:
         while True:
             generation = _latest(self._folder)
-            if generation == 0 or self._may_succeed(generation):
+            if generation == 0 or self._may_follow(generation):
                 lease = self._create(generation + 1)
                 if lease:
                     return lease
             else:
                 time.sleep(_POLL_SECONDS)
 
-    def _may_succeed(self, generation: int) -> bool:
+    def _may_follow(self, generation: int) -> bool:
         """Whether the holder of a lease has given it back, is dead, or has had its time."""
-        path = _path(self._folder, generation)
         try:
-            content, holder = _read(path)
+            return self._is_over(generation)
         except FileNotFoundError:
             return False  # its successor has tidied it away
+
+    def _is_over(self, generation: int) -> bool:
+        path = _path(self._folder, generation)
+        content, holder = _read(path)
         if generation != self._generation:
             self._watch(generation, content)
         if _is_released(content):

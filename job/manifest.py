@@ -97,10 +97,20 @@ class RunManifest:
             self._write()
 
     def progress(self, step: int, best: dict[str, Any] | None, elapsed_seconds: float) -> None:
-        """Note how far the run is; goes to the disk with the next change of another kind."""
+        """Record how far the run is.
+
+        Args:
+            step: Steps done that are in a checkpoint.
+            best: Epoch and accuracy of the best validation.
+            elapsed_seconds: Time spent since the start of the run.
+
+        Raises:
+            UserError: If the file cannot be written.
+        """
         with self._lock:
             self._attempt["last_step"] = step
             self._document |= {"best": best, "elapsed_seconds": round(elapsed_seconds, 3)}
+            self._write()
 
     def finish(self, outcome: str, reason: str | None = None) -> None:
         """Record the end of this attempt: "done", "stopped" or "failed", and why.

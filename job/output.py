@@ -74,6 +74,7 @@ class OutputDir:
             temporary.replace(path)
             _flush_folder(path.parent)
         except OSError as error:
+            self.check()  # who takes the folder over tidies it up, temporary files included
             raise UserError(
                 f"cannot write {path}: {error.strerror or error}; free some space or mend the "
                 f"volume, then run again"

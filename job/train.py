@@ -53,7 +53,7 @@ def train_and_evaluate(config: TrainConfig, attempt: Attempt) -> Evaluation:
         engine = Engine(recipe, devices, dataset, plan, config.learning_rate)
         fingerprint = take_fingerprint(config, devices, dataset, engine.original)
         history = _go_on(engine, fingerprint, attempt)
-        _record_start(config, attempt, fingerprint, devices, dataset, plan)
+        _record_start(config, attempt, history, fingerprint, devices, dataset, plan)
         evaluator = Evaluator(
             engine.model, recipe, devices, dataset.test_images, dataset.test_labels
         )
@@ -129,6 +129,7 @@ def _go_on(engine: Engine, fingerprint: Fingerprint, attempt: Attempt) -> Histor
 def _record_start(
     config: TrainConfig,
     attempt: Attempt,
+    history: History,
     fingerprint: Fingerprint,
     devices: Devices,
     dataset: Dataset,
@@ -140,6 +141,7 @@ def _record_start(
         changes = fingerprint.changes_since(checkpoint.metadata["fingerprint"]["environment"])
     step = checkpoint.step if checkpoint else 0
     attempt.manifest.start_training(config, _describe(devices, dataset), step, changes)
+    attempt.manifest.progress(step, history.best, history.elapsed_seconds)
     _log_start(plan, devices, dataset, step)
     if changes:
         log.event(

@@ -5,11 +5,13 @@ devices, and whatever sets devices up by itself runs in a process of its own.
 """
 
 import functools
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +36,7 @@ tf.config.set_logical_device_configuration(
 
 MakeDevices = Callable[..., Devices]
 RunJob = Callable[..., subprocess.CompletedProcess[str]]
+StartJob = Callable[..., "Job"]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -94,26 +97,70 @@ def small_dataset() -> Dataset:
     )
 
 
-@pytest.fixture
-def run_job(tmp_path: Path) -> RunJob:
-    """Run the command line in its own process and folder, without JOB_ and SLURM_ variables."""
+class Job(subprocess.Popen[str]):
+    """The command line in a process of its own, without JOB_ and SLURM_ variables.
 
-    def run(
-        *arguments: str | Path, env: dict[str, str] | None = None, timeout: float = 300
-    ) -> subprocess.CompletedProcess[str]:
+    Args:
+        folder: Working directory.
+        arguments: Of the command line.
+        env: Further environment variables.
+    """
+
+    def __init__(
+        self, folder: Path, *arguments: str | Path, env: dict[str, str] | None = None
+    ) -> None:
         inherited = {
             name: value
             for name, value in os.environ.items()
             if not name.startswith(("JOB_", "SLURM_"))
         }
-        return subprocess.run(
+        super().__init__(
             [sys.executable, "-m", "job", *map(str, arguments)],
-            cwd=tmp_path,
+            cwd=folder,
             env={**inherited, "PYTHONPATH": str(REPOSITORY), **(env or {})},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=timeout,
         )
+
+    def wait_for(self, event: str) -> dict[str, Any]:
+        """Read the JSON log up to an event."""
+        assert self.stdout is not None
+        for line in self.stdout:
+            fields: dict[str, Any] = json.loads(line)
+            if fields["event"] == event:
+                return fields
+        pytest.fail(f"the job ended without {event!r}: {self.communicate()[1]}")
+
+    def finish(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """Wait for the end."""
+        output, errors = self.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(self.args, self.returncode, output, errors)
+
+
+@pytest.fixture
+def start_job(tmp_path: Path) -> Iterator[StartJob]:
+    """Start the command line in its own process and folder."""
+    started = []
+
+    def start(*arguments: str | Path, env: dict[str, str] | None = None) -> Job:
+        started.append(Job(tmp_path, *arguments, env=env))
+        return started[-1]
+
+    yield start
+    for job in started:
+        job.kill()
+        job.communicate()
+
+
+@pytest.fixture
+def run_job(start_job: StartJob) -> RunJob:
+    """Run the command line in its own process and folder to its end."""
+
+    def run(
+        *arguments: str | Path, env: dict[str, str] | None = None, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        return start_job(*arguments, env=env).finish(timeout)
 
     return run
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from job import output
-from job.attempt import Attempt, open_attempt
+from job.attempt import Attempt, hold_output_dir, open_attempt
 from job.checkpoint import Checkpoint
 from job.config import StoppedError, TrainConfig, UserError
 from job.fingerprint import run_options
@@ -187,3 +187,18 @@ def test_a_folder_that_is_held_is_refused(config: TrainConfig) -> None:
             run(config)
 
     run(config, second)
+
+
+def test_whoever_belongs_to_no_run_replaces_nobody(config: TrainConfig) -> None:
+    """As when a model is evaluated inside of the Slurm job that is training it."""
+
+    def evaluate(attempt: Attempt) -> None:
+        with (
+            pytest.raises(UserError, match="is in use by run mine on host"),
+            hold_output_dir(config.output_dir, StopRequest()),
+        ):
+            pass
+        attempt.output.check()
+        assert attempt.stop.reason is None
+
+    run(replace(config, run_id="mine"), evaluate)

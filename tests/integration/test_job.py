@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cifar10_dir: Path) -> Path
 
 def test_stdout_is_json_lines_and_stderr_is_quiet(trained: Path) -> None:
     events = [json.loads(line) for line in (trained / "stdout").read_text().splitlines()]
-    assert [event["event"] for event in events] == ["start", "epoch", "epoch", "evaluation"]
+    names = [event["event"] for event in events]
+    assert names == ["start", "epoch", "epoch", "checkpoint", "evaluation"]
     assert (trained / "stderr").read_text() == ""
 
 
@@ -156,15 +156,15 @@ def test_a_run_that_cannot_start_says_why_in_one_line_and_overwrites_nothing(
 ) -> None:
     output = tmp_path / "output"
     output.mkdir()
-    (output / "cifar10_model.h5").write_text("mine")
+    (output / "prediction.png").write_text("mine")
     (tmp_path / "file").write_text("mine")
     result = run_job("train", "--log-format", "text", *arguments)
     assert result.returncode == exit_code
     (line,) = result.stderr.splitlines()
     assert line.startswith("cifar10-job: error: ")
     assert message in line
-    assert [path.name for path in output.iterdir()] == ["cifar10_model.h5"]
-    assert (output / "cifar10_model.h5").read_text() == (tmp_path / "file").read_text() == "mine"
+    assert [path.name for path in output.glob("[!.]*")] == ["prediction.png"]
+    assert (output / "prediction.png").read_text() == (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_promised_gpu_that_is_missing_is_never_replaced_by_the_cpu(run_job: RunJob) -> None:
@@ -175,20 +175,6 @@ def test_a_promised_gpu_that_is_missing_is_never_replaced_by_the_cpu(run_job: Ru
     assert json.loads(result.stdout.splitlines()[-1])["exit_code"] == 3
     asked_for = ("--devices", "cpu:1", "--limit", "512", "--epochs", "1")
     assert run_job("train", "--dataset", "synthetic", *asked_for, env=promise).returncode == 0
-
-
-@pytest.fixture
-def small_volume(tmp_path: Path) -> Iterator[Path]:
-    """A volume of 1 MiB."""
-    volume = tmp_path / "volume"
-    volume.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", volume], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting a small volume needs root: {mounted.stderr.strip()}")
-    yield volume
-    subprocess.run(["umount", volume], check=True)
 
 
 def test_a_full_volume_is_refused_before_training(run_job: RunJob, small_volume: Path) -> None:
@@ -206,9 +192,9 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
         pytest.skip("becoming another user needs root")
     script = (
         "import os, pathlib, sys\n"
-        "from job import artifacts, config\n"
+        "from job import config, output\n"
         "os.setuid(65534)\n"
-        "try: artifacts.prepare_output_dir(pathlib.Path(sys.argv[1]))\n"
+        "try: output.prepare_output_dir(pathlib.Path(sys.argv[1]))\n"
         "except config.UserError as error: print(error)\n"
     )
     (tmp_path / "closed").mkdir(mode=0o700)
@@ -235,14 +221,15 @@ def test_an_artifact_that_does_not_fit_leaves_the_earlier_one(small_volume: Path
     script = (
         "import sys, pathlib\n"
         "from job.startup import load_tensorflow; load_tensorflow()\n"
-        "from job import artifacts, classic\n"
+        "from job import classic, model_file, output\n"
         "model = classic.build_model(1, 10); classic.RECIPE.compile(model, 1e-4, 1)\n"
-        "artifacts.save_model(model, pathlib.Path(sys.argv[1]))\n"
+        "folder = output.OutputDir(pathlib.Path(sys.argv[1]))\n"
+        "model_file.save_model(model, folder, 'model.h5')\n"
     )
     path = small_volume / "model.h5"
     path.write_text("earlier")
     result = subprocess.run(
-        [sys.executable, "-c", script, path],
+        [sys.executable, "-c", script, small_volume],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

@@ -1,0 +1,37 @@
+"""Volumes and trainings that the integration tests share."""
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+MakeVolume = Callable[[int], Path]
+
+
+@pytest.fixture
+def make_volume(tmp_path: Path) -> Iterator[MakeVolume]:
+    """Make and mount a volume of so many MiB."""
+    volumes: list[Path] = []
+
+    def make(mebibytes: int) -> Path:
+        volume = tmp_path / f"volume-{len(volumes)}"
+        volume.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(volume)]
+        mounted = subprocess.run(mount, capture_output=True, text=True)
+        if mounted.returncode:
+            pytest.skip(f"mounting a small volume needs root: {mounted.stderr.strip()}")
+        volumes.append(volume)
+        return volume
+
+    yield make
+    for volume in volumes:
+        if volume.is_mount():
+            # Lazily: a process that has just been killed may still hold a file.
+            subprocess.run(["umount", "-l", volume], check=True)
+
+
+@pytest.fixture
+def small_volume(make_volume: MakeVolume) -> Path:
+    """A volume of 1 MiB."""
+    return make_volume(1)
