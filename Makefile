@@ -5,6 +5,8 @@ OUTPUT_DIR ?= $(or $(JOB_OUTPUT_DIR),output)
 DATA_DIR ?= $(or $(JOB_DATA_DIR),data)
 BENCH_DIR ?= build/bench
 BENCH_ROUNDS ?= 3
+CHAOS_DIR ?= build/chaos
+CHAOS_ROUNDS ?= 100
 PYTEST_ARGS ?=
 
 # A device node tells an NVIDIA GPU even where the driver's tools are not installed.
@@ -49,6 +51,11 @@ lint: $(VENV)/.dev ## Formatting, lint and types
 bench: $(VENV)/.dev ## This job against the conventional Keras script, and where its time goes
 	$(BIN)/python -m tests.benchmarks.bench --data-dir $(DATA_DIR) --rounds $(BENCH_ROUNDS) \
 	  --output-dir $(BENCH_DIR)
+
+.PHONY: chaos
+chaos: $(VENV)/.dev ## Kill and resume a small training CHAOS_ROUNDS times, and compare every bit
+	$(BIN)/python -m tests.integration.chaos --data-dir $(DATA_DIR) --rounds $(CHAOS_ROUNDS) \
+	  --output-dir $(CHAOS_DIR)
 
 .PHONY: lock
 lock: $(VENV)/.dev ## Resolve the dependencies anew and pin them with hashes

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,7 @@ class Chaos:
 
     def make_reference(self) -> None:
         """Train once without a fault."""
+        shutil.rmtree(self._reference, ignore_errors=True)
         attempt = self._launch(self._reference, [])
         _, errors = attempt.process.communicate()
         assert attempt.process.returncode == 0, errors
@@ -93,6 +95,7 @@ class Chaos:
         """Let faults hit a run, let it finish, and examine it."""
         rng = random.Random(seed)
         output = self._folder / f"round-{self._replicas}-{seed}"
+        shutil.rmtree(output, ignore_errors=True)
         result = Round(fault, self._replicas)
         reported: list[int] = []
         for _ in range(rng.randint(1, 3)):
@@ -108,6 +111,8 @@ class Chaos:
         if reported != sorted(set(reported)):
             result.problems.append(f"epochs were repeated: {reported}")
         result.problems += compare(self._reference, output)
+        if not result.problems:
+            shutil.rmtree(output)
         return result
 
     def _hit(
