@@ -95,6 +95,12 @@ def test_a_live_holder_is_named_and_keeps_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("different_hosts")
+def test_a_lease_that_was_given_back_elsewhere_is_free_at_once(tmp_path: Path) -> None:
+    acquire(tmp_path).release()
+    assert seconds(lambda: acquire(tmp_path).release()) < 0.5
+
+
+@pytest.mark.usefixtures("different_hosts")
 def test_a_live_holder_on_another_host_is_known_by_its_counter(tmp_path: Path) -> None:
     held = acquire(tmp_path)
     with pytest.raises(UserError, match="is in use by a run without --run-id"):
@@ -204,6 +210,18 @@ def test_one_of_many_waiters_follows_a_dead_holder(tmp_path: Path) -> None:
     winners[0].release()
 
 
+def test_only_one_of_two_that_want_to_follow_can(tmp_path: Path) -> None:
+    """Both have seen the same holder die, and neither has seen the other."""
+    folder = tmp_path / ".lease"
+    folder.mkdir()
+    first, second = (lease._Waiter(folder, NOBODY, make_stop()) for _ in range(2))
+    winner = first._create(1)
+    assert winner is not None
+    assert second._create(1) is None
+    winner.check()
+    winner.release()
+
+
 def test_a_lease_that_died_at_birth_is_waited_for(tmp_path: Path) -> None:
     (tmp_path / ".lease").mkdir()
     (tmp_path / ".lease" / "00000001").touch()
@@ -220,6 +238,14 @@ def test_clocks_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         acquire(tmp_path)
     held.release()
     acquire(tmp_path).release()
+
+
+def test_a_lease_that_was_removed_is_told(tmp_path: Path) -> None:
+    held = acquire(tmp_path)
+    (tmp_path / ".lease" / "00000001").unlink()
+    with pytest.raises(UserError, match="the lease .* is gone, expected it to stay"):
+        held.check()
+    held.release()
 
 
 def test_a_volume_that_is_gone_is_told(tmp_path: Path) -> None:
