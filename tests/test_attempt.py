@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,16 @@ def test_another_run_in_the_folder_is_refused_and_unchanged(
     with pytest.raises(UserError, match="--seed received 43, expected 42"):
         run(replace(config, seed=43))
     assert manifest(config) == before
+
+
+def test_a_finished_run_needs_no_checkpoint_to_be_recognised(config: TrainConfig) -> None:
+    run(config, finish(config))
+    shutil.rmtree(config.output_dir / "checkpoints")
+    assert run(config).is_finished
+    with pytest.raises(UserError, match="--seed received 43, expected 42"):
+        run(replace(config, seed=43))
+    with pytest.raises(UserError, match="holds a model and no checkpoint to go on from"):
+        run(replace(config, epochs=3))
 
 
 def test_a_model_without_a_checkpoint_is_not_overwritten(config: TrainConfig) -> None:
