@@ -16,7 +16,8 @@ def run() -> None:
         main(stop)
     except SystemExit as end:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # whoever read it has gone
+            # Whoever read it has gone, or it was closed from the start.
+            with contextlib.suppress(OSError, AttributeError):
                 stream.flush()
         # The interpreter's own end takes a while, in which a signal would kill it by default and
         # so replace the exit code.

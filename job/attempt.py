@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from job.checkpoint import Checkpoint, CheckpointStore
 from job.cluster import NO_RUN, RunIdentity, run_identity
 from job.config import ExitCode, StoppedError, TrainConfig, UserError
 from job.fingerprint import require_same_run, run_options
-from job.lease import LeaseLostError, acquire
-from job.manifest import RunManifest
+from job.lease import LeaseLostError
+from job.manifest import RunManifest, was_started_fresh_by
 from job.output import (
     EVALUATION,
     MODEL,
@@ -25,6 +25,7 @@ from job.output import (
     sha256_of,
 )
 from job.preemption import StopRequest, end_process
+from job.takeover import acquire
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Attempt:
         checkpoints: Its checkpoints.
         checkpoint: The one to go on from; None at the start of a run.
         stop: Tells when to end early.
+        fresh: Whether to discard what the folder holds once the training can begin.
         is_finished: Whether nothing is left to do.
     """
 
@@ -45,6 +47,7 @@ class Attempt:
     checkpoints: CheckpointStore
     checkpoint: Checkpoint | None
     stop: StopRequest
+    fresh: bool
     is_finished: bool
 
     def end_hung_process(self) -> None:
@@ -55,7 +58,10 @@ class Attempt:
 
 @contextlib.contextmanager
 def hold_output_dir(
-    path: Path, stop: StopRequest, identity: RunIdentity = NO_RUN
+    path: Path,
+    stop: StopRequest,
+    identity: RunIdentity = NO_RUN,
+    before_asking: Callable[[], None] = lambda: None,
 ) -> Iterator[OutputDir]:
     """Hold an output folder for the time of the body.
 
@@ -63,13 +69,14 @@ def hold_output_dir(
         path: The folder; it is made if it is not there.
         stop: Is asked if the folder is.
         identity: The run whose older attempts are to make room; none by default.
+        before_asking: Raises if they should not, because this attempt could not go on.
 
     Raises:
         UserError: If it cannot be used or another run holds it.
         LeaseLostError: If a newer attempt of this run holds it.
     """
     prepare_output_dir(path)
-    lease = acquire(path, identity, stop)
+    lease = acquire(path, identity, stop, before_asking)
     with stop.last_words(lambda _reason: lease.release()):
         try:
             output = OutputDir(path, lease)
@@ -94,12 +101,18 @@ def open_attempt(config: TrainConfig, stop: StopRequest) -> Iterator[Attempt]:
     if config.stop_after_seconds is not None:
         stop.stop_after(config.stop_after_seconds)
     identity = run_identity(os.environ, config.run_id)
-    with hold_output_dir(config.output_dir, stop, identity) as output:
+
+    def require_same_options() -> None:
+        running = read_json(config.output_dir / RUN)
+        if running and not config.fresh:
+            require_same_run(running["config"], run_options(config), config.output_dir)
+
+    with hold_output_dir(config.output_dir, stop, identity, require_same_options) as output:
         attempt = _prepare(config, identity, output, stop)
         if attempt.is_finished:
             yield attempt
             return
-        attempt.manifest.begin()
+        attempt.manifest.begin(config)
         with stop.last_words(lambda reason: attempt.manifest.finish("stopped", reason)):
             with _recording_failure(attempt.manifest):
                 yield attempt
@@ -126,38 +139,40 @@ def _prepare(
     config: TrainConfig, identity: RunIdentity, output: OutputDir, stop: StopRequest
 ) -> Attempt:
     """Look at what the folder holds: a run to go on with, a finished one, or nothing."""
-    fresh = config.fresh and not _has_started_over(output, identity)
-    if fresh:
-        output.discard()
+    document = read_json(output.path / RUN)
+    is_complete = _is_complete(output.path, document)
     checkpoints = CheckpointStore(output)
+    if config.fresh and not _has_started_over(config, identity, document, is_complete):
+        manifest = RunManifest(output, identity, fresh=True)
+        return Attempt(output, manifest, checkpoints, None, stop, fresh=True, is_finished=False)
     checkpoint = checkpoints.load_latest()
-    manifest = read_json(output.path / RUN)
     options = run_options(config)
-    is_complete = _is_complete(output.path, manifest)
     if is_complete:
-        require_same_run(manifest["config"], options, output.path)
+        require_same_run(document["config"], options, output.path)
     if checkpoint:
         require_same_run(checkpoint.metadata["fingerprint"]["run"], options, output.path)
         _require_epochs(config, checkpoint.metadata["history"])
-    is_finished = is_complete and manifest["config"]["epochs"] == config.epochs
+    is_finished = is_complete and document["config"]["epochs"] == config.epochs
     if not (checkpoint or is_finished) and (output.path / MODEL).exists():
         raise UserError(
             f"--output-dir {output.path} holds a model and no checkpoint to go on from; name "
             f"another folder, or replace the model with --fresh"
         )
-    return Attempt(
-        output,
-        RunManifest(output, identity, fresh=fresh),
-        checkpoints,
-        checkpoint,
-        stop,
-        is_finished,
-    )
+    manifest = RunManifest(output, identity)
+    return Attempt(output, manifest, checkpoints, checkpoint, stop, False, is_finished)
 
 
-def _has_started_over(output: OutputDir, identity: RunIdentity) -> bool:
-    """Whether --fresh was done by an earlier attempt: a scheduler repeats the whole command."""
-    if not RunManifest(output, identity).was_started_fresh_by(identity):
+def _has_started_over(
+    config: TrainConfig, identity: RunIdentity, document: dict[str, Any], is_complete: bool
+) -> bool:
+    """Whether --fresh was done by an earlier attempt: a scheduler repeats the whole command.
+
+    A person who repeats it means another run, or to do a finished one over.
+    """
+    if not was_started_fresh_by(identity, document) or (is_complete and not identity.attempt):
+        return False
+    options = run_options(config)
+    if {name: document["config"].get(name) for name in options} != options:
         return False
     log.event(
         "fresh",

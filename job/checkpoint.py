@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +76,7 @@ class CheckpointStore:
             try:
                 content = path.read_bytes()
             except OSError as error:
-                raise UserError(
-                    f"cannot read the checkpoint {path}: {error.strerror or error}; mend the "
-                    f"volume, or remove the file to go on from the one before"
-                ) from error
+                raise _unreadable(path, error) from error
             if _name(number, _step_of(path), content) != path.name:
                 _report_damaged(path)
                 continue
@@ -111,8 +109,21 @@ class CheckpointStore:
 
     def _list(self) -> list[tuple[int, Path]]:
         """Numbers and paths of all checkpoints, in order."""
-        matches = [(path, _NAME.fullmatch(path.name)) for path in self._folder.glob("*.npz")]
+        try:
+            paths = list(self._folder.iterdir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _unreadable(self._folder, error) from error
+        matches = [(path, _NAME.fullmatch(path.name)) for path in paths]
         return sorted((int(match[1]), path) for path, match in matches if match)
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot read {path}: {error.strerror or error}; mend the volume or give user "
+        f"{os.getuid()} access, or remove it to go on without it"
+    )
 
 
 def _name(number: int, step: int, content: bytes) -> str:

@@ -3,14 +3,16 @@
 TensorFlow is imported inside the commands that need it, so that ``--help`` answers at once.
 """
 
+import contextlib
 import json
 import logging
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -46,8 +48,6 @@ def _option(name: str, **settings: Any) -> Callable[[Any], Any]:
     variable = "JOB_" + name.removeprefix("--").replace("-", "_").upper()
     return click.option(name, envvar=variable, show_envvar=True, show_default=True, **settings)
 
-
-_GO_ON = "run the same command again to go on"
 
 _FOLDER = click.Path(path_type=Path)
 _POSITIVE = click.IntRange(min=1)
@@ -279,32 +279,51 @@ def main(stop: StopRequest) -> NoReturn:
     Args:
         stop: Is asked by signals.
     """
-    with stop.last_words(lambda reason: _report(f"{reason}; {_GO_ON}", ExitCode.RUN_AGAIN)):
+    # While TensorFlow is imported, descriptor 2 leads elsewhere.
+    stderr = _duplicate_stderr()
+
+    def say_why(reason: str) -> None:
+        _report(f"{reason}; run the same command again to go on", ExitCode.RUN_AGAIN, stderr)
+
+    with stop.last_words(say_why):
         try:
             cli.main(prog_name="cifar10-job", standalone_mode=False, obj=stop)
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
             sys.exit(ExitCode.USER_ERROR)
         except click.ClickException as error:
-            _fail(error.format_message(), ExitCode.USER_ERROR)
+            _fail(error.format_message(), ExitCode.USER_ERROR, stderr)
         except JobError as error:
-            _fail(str(error), error.exit_code)
+            _fail(str(error), error.exit_code, stderr)
         except Exception:
-            traceback.print_exc()
-            _fail("this is a defect of the job: please report the trace above", ExitCode.DEFECT)
+            trace = traceback.format_exc()
+            with contextlib.suppress(OSError):
+                print(trace, end="", file=stderr, flush=True)
+            problem = "this is a defect of the job: please report the trace above"
+            _fail(problem, ExitCode.DEFECT, stderr)
     sys.exit(ExitCode.DONE)
 
 
-def _fail(message: str, exit_code: ExitCode) -> NoReturn:
+def _duplicate_stderr() -> TextIO | None:
+    try:
+        return os.fdopen(os.dup(2), "w")
+    except OSError:
+        return None  # it is closed
+
+
+def _fail(message: str, exit_code: ExitCode, stderr: TextIO | None) -> NoReturn:
     """Report the end of the run in one line and end the process."""
-    _report(message, exit_code)
+    _report(message, exit_code, stderr)
     sys.exit(exit_code)
 
 
-def _report(message: str, exit_code: ExitCode) -> None:
+def _report(message: str, exit_code: ExitCode, stderr: TextIO | None) -> None:
     line = " ".join(message.split())
     stopped = exit_code == ExitCode.RUN_AGAIN
-    click.echo(f"cifar10-job: {'stopped' if stopped else 'error'}: {line}", err=True)
+    # The exit code counts, even if whoever read the message has gone.
+    with contextlib.suppress(OSError):
+        text = f"cifar10-job: {'stopped' if stopped else 'error'}: {line}"
+        print(text, file=stderr, flush=True)
     if log.is_json():
         name, level = ("stopped", logging.WARNING) if stopped else ("error", logging.ERROR)
         log.event(name, level, message=line, exit_code=int(exit_code))

@@ -3,6 +3,7 @@
 The only module that picks a `tf.distribute` strategy.
 """
 
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import tensorflow as tf
 
+from job import log
 from job.config import DeviceRequest, Precision, Switch, TrainConfig, UserError
 from job.gpus import Promise, check_promised_gpus, describe_gpu, promised_gpus, visible_gpus
 
@@ -148,7 +150,9 @@ def open_devices(
     if jit == "auto" and previous:
         jit = previous.jit
     if deterministic == "auto":
-        deterministic = "on" if (previous.deterministic if previous else kind == "cpu") else "off"
+        # Not from CPUs to GPUs: those may lack an operation's deterministic form.
+        keep = previous.deterministic if previous and previous.kind == kind else kind == "cpu"
+        deterministic = "on" if keep else "off"
     if deterministic == "on":
         tf.config.experimental.enable_op_determinism()
     return Devices(
@@ -161,18 +165,30 @@ def open_devices(
             network=jit == "on" or (jit == "auto" and kind == "gpu"), elementwise=jit != "off"
         ),
         deterministic=deterministic == "on",
-        threads=len(os.sched_getaffinity(0)),
+        threads=int(os.environ.get("TF_NUM_INTRAOP_THREADS") or len(os.sched_getaffinity(0))),
     )
 
 
 def _automatic_count(kind: str, gpus: int, previous: Previous | None) -> int:
-    """Every visible GPU, or one CPU replica; for a run that goes on its number of CPU replicas."""
-    if kind == "cpu":
-        return previous.replicas if previous and previous.kind == "cpu" else 1
+    """Every visible GPU, or one CPU replica; a run that goes on keeps its number where it can."""
+    visible = gpus if kind == "gpu" else 1
     if previous is None:
-        return gpus
-    # The batch is the run's, so on a node with another number of GPUs some may have to rest.
-    return max(n for n in range(1, gpus + 1) if previous.global_batch_size % n == 0)
+        return visible
+    if previous.kind == kind and (kind == "cpu" or previous.replicas <= gpus):
+        count = previous.replicas
+    else:
+        # The batch is the run's, and it has to divide.
+        count = max(n for n in range(1, visible + 1) if previous.global_batch_size % n == 0)
+    if count < visible:
+        log.event(
+            "idle_gpus",
+            logging.WARNING,
+            used=count,
+            visible=visible,
+            message=f"goes on with {count} of {visible} visible GPUs: the run's number, or the "
+            f"most that its batch divides by; --devices gpu:N takes N, but costs identical bits",
+        )
+    return count
 
 
 def _automatic_precision(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,20 @@ if TYPE_CHECKING:  # this module is used before TensorFlow is imported
     from job.dataset import Dataset
     from job.devices import Devices
 
+# Environment variables by which TensorFlow computes other bits.
+_VARIABLES = (
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_MAX_CPU_ISA",
+    "TF_ENABLE_ONEDNN_OPTS",
+    "TF_XLA_FLAGS",
+    "XLA_FLAGS",
+)
 _OPTIONS = ("recipe", "dataset", "limit", "seed", "batch_size", "learning_rate")
 _CONTENTS = {
     "data": "the images and labels are not those that it was trained with",
-    "network": "the recipe's network, optimizer or loss has changed (a schedule does by --epochs)",
+    "network": "the recipe's network or loss has changed",
 }
+_OPTIMIZER = "optimizer."
 
 
 @dataclass(frozen=True)
@@ -66,15 +76,17 @@ def take_fingerprint(
     network = {
         "layers": [type(layer).__name__ for layer in model.layers],
         "variables": [[list(v.shape), str(v.dtype)] for v in model.variables],
-        "optimizer": {**model.optimizer.get_config(), "name": type(model.optimizer).__name__},
         "loss": model.loss,
     }
-    text = json.dumps(network, sort_keys=True, default=str)
+    # As JSON would give it back. A key that only another version of Keras has is not compared.
+    optimizer = json.loads(json.dumps(model.optimizer.get_config(), default=str))
+    optimizer["name"] = type(model.optimizer).__name__
     return Fingerprint(
         run={
             **run_options(config),
             "data": dataset.fingerprint,
-            "network": hashlib.sha256(text.encode()).hexdigest(),
+            "network": hashlib.sha256(json.dumps(network).encode()).hexdigest(),
+            **{f"{_OPTIMIZER}{key}": value for key, value in optimizer.items()},
         },
         environment={
             "device_kind": devices.kind,
@@ -86,6 +98,7 @@ def take_fingerprint(
             "deterministic": devices.deterministic,
             "versions": versions(),
             "git_commit": git_commit(),
+            "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         },
     )
 
@@ -106,12 +119,17 @@ def require_same_run(saved: dict[str, Any], current: dict[str, Any], output_dir:
         expected = saved.get(name, received)
         if received == expected:
             continue
-        option = f"--{name.replace('_', '-')}"
         differences.append(
-            _CONTENTS.get(name) or f"{option} received {received}, expected {expected}"
+            _CONTENTS.get(name) or f"{_describe(name)} received {received}, expected {expected}"
         )
     if differences:
         raise UserError(
             f"{output_dir} holds another run: {'; '.join(differences)}; go on with its settings, "
             f"start over with --fresh, or name another --output-dir"
         )
+
+
+def _describe(name: str) -> str:
+    if name.startswith(_OPTIMIZER):
+        return f"the optimizer's {name.removeprefix(_OPTIMIZER)} (--epochs may set its schedule)"
+    return f"--{name.replace('_', '-')}"

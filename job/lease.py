@@ -1,9 +1,8 @@
 """At most one attempt writes into an output folder, also when its attempts run on several hosts.
 
-The holder of the folder renews a lease in it. A waiter judges the lease by its own clock: it is
-alive if it changes, and dead if it has not changed for `LEASE_SECONDS`. Clocks of two hosts are
-never compared, and neither process ids nor host names count, since both repeat between containers.
-Where holder and waiter share a kernel, a file lock tells at once.
+The holder of the folder renews a lease in it, and `job.takeover` judges by it whether it is alive.
+Clocks of two hosts are never compared, and neither process ids nor host names count, since both
+repeat between containers.
 
 Each lease is a file of its own, numbered upwards, and taking a folder over means creating the next
 number, which exactly one of several waiters can. So a holder that was stopped for a while and goes
@@ -11,11 +10,8 @@ on cannot overwrite its successor's lease; it finds a higher number and gives up
 """
 
 import contextlib
-import fcntl
 import json
-import logging
 import os
-import socket
 import threading
 import time
 import uuid
@@ -23,24 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from job import log
-from job.cluster import RunIdentity
 from job.config import ExitCode, JobError, UserError
 from job.preemption import StopRequest
 
 FOLDER = ".lease"
 
 RENEW_SECONDS = 2.0
-LEASE_SECONDS = 20.0
-"""A lease that has not changed for so long is dead."""
-
 UNRENEWED_SECONDS = 15.0
 """A holder that could not renew for so long stops: soon others will take it for dead."""
-
-HANDOVER_SECONDS = 15.0
-"""Time that an older attempt of the same run has to save its work when it is asked to stop."""
-
-_POLL_SECONDS = 0.5
 
 
 class LeaseLostError(JobError):
@@ -107,13 +93,15 @@ class Lease:
             LeaseLostError: If another attempt has taken it over.
             UserError: If the lease cannot be read or is gone, and with it probably the volume.
         """
-        path = _path(self._folder, self._generation)
+        path = lease_path(self._folder, self._generation)
         try:
-            latest = _latest(self._folder)
+            latest = latest_generation(self._folder)
         except OSError as error:
-            raise UserError(_unusable(path, error)) from error
+            raise UserError(unusable(path, error)) from error
         if latest > self._generation:
-            _, successor = _read(_path(self._folder, latest))
+            successor = None
+            with contextlib.suppress(OSError):  # it may have been followed in turn
+                _, successor = read_lease(lease_path(self._folder, latest))
             raise LeaseLostError(
                 f"{self._folder.parent} was taken over by {successor or 'another attempt'}; "
                 f"this attempt ends without writing"
@@ -144,7 +132,7 @@ class Lease:
                         return
                     self._write(released=False)
                 renewed = time.monotonic()
-                asking = _asking_path(self._folder, self._generation)
+                asking = asking_path(self._folder, self._generation)
                 if asking.exists() and (name := asking.read_text()):
                     self._stop.request(f"{name} asks for {self._folder.parent}")
             except LeaseLostError as error:
@@ -166,148 +154,22 @@ class Lease:
         return json.dumps({**asdict(self._holder), "beats": self._beats, "released": released})
 
 
-def acquire(output_dir: Path, identity: RunIdentity, stop: StopRequest) -> Lease:
-    """Take the output folder, waiting as long as an earlier holder may be alive.
-
-    Args:
-        output_dir: An existing folder.
-        identity: Which run this process belongs to. An older attempt of the same run is asked to
-            stop and then replaced.
-        stop: Is asked when another attempt wants the folder.
-
-    Raises:
-        UserError: If a live attempt of another run holds it, or the lease cannot be written.
-        LeaseLostError: If a newer attempt of this run holds it.
-    """
-    folder = output_dir / FOLDER
-    try:
-        folder.mkdir(exist_ok=True)
-        return _Waiter(folder, identity, stop).wait()
-    except OSError as error:
-        raise UserError(_unusable(folder, error)) from error
-
-
-class _Waiter:
-    """Watches the latest lease of a folder until it can be succeeded."""
-
-    def __init__(self, folder: Path, identity: RunIdentity, stop: StopRequest) -> None:
-        self._folder, self._identity, self._stop = folder, identity, stop
-        self._watch(0, b"")
-
-    def _watch(self, generation: int, content: bytes) -> None:
-        self._generation, self._content = generation, content
-        self._unchanged_since = time.monotonic()
-        self._asked_at: float | None = None
-        self._announced = False
-
-    def wait(self) -> Lease:
-        while True:
-            generation = _latest(self._folder)
-            if generation == 0 or self._may_follow(generation):
-                lease = self._create(generation + 1)
-                if lease:
-                    return lease
-            else:
-                time.sleep(_POLL_SECONDS)
-
-    def _may_follow(self, generation: int) -> bool:
-        """Whether the holder of a lease has given it back, is dead, or has had its time."""
-        try:
-            return self._is_over(generation)
-        except FileNotFoundError:
-            return False  # its successor has tidied it away
-
-    def _is_over(self, generation: int) -> bool:
-        path = _path(self._folder, generation)
-        content, holder = _read(path)
-        if generation != self._generation:
-            self._watch(generation, content)
-        if _is_released(content):
-            return True
-        lock = _probe(path, holder)
-        if lock == "free":
-            return True
-        alive = lock == "held" or content != self._content
-        if content != self._content:
-            self._content, self._unchanged_since = content, time.monotonic()
-        if holder and alive and not self._identity.replaces(holder.run, holder.attempt):
-            self._refuse(holder)
-        if holder and self._identity.replaces(holder.run, holder.attempt):
-            self._ask_to_stop(generation)
-        self._announce(holder)
-        now = time.monotonic()
-        return now - self._unchanged_since >= LEASE_SECONDS or (
-            self._asked_at is not None and now - self._asked_at >= HANDOVER_SECONDS
-        )
-
-    def _refuse(self, holder: Holder) -> None:
-        if holder.run is not None and holder.run == self._identity.name:
-            raise LeaseLostError(
-                f"{self._folder.parent} is held by a newer attempt of this run: {holder}"
-            )
-        raise UserError(
-            f"--output-dir {self._folder.parent} is in use by {holder}; wait for its end, stop it, "
-            f"or name another folder"
-        )
-
-    def _ask_to_stop(self, generation: int) -> None:
-        if self._asked_at is None:
-            name = f"a newer attempt of {self._identity.name} on host {socket.gethostname()}"
-            _asking_path(self._folder, generation).write_text(name)
-            self._asked_at = time.monotonic()
-
-    def _announce(self, holder: Holder | None) -> None:
-        if not self._announced:
-            self._announced = True
-            log.event(
-                "waiting",
-                logging.WARNING,
-                holder=str(holder) if holder else None,
-                timeout_seconds=LEASE_SECONDS,
-                message=f"{self._folder.parent} is held by {holder or 'somebody'}; waiting until "
-                f"it is given back or not renewed for {LEASE_SECONDS:g} s",
-            )
-
-    def _create(self, generation: int) -> Lease | None:
-        """Create the lease of this number; None if somebody else was faster."""
-        path = _path(self._folder, generation)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            return None
-        kernel = _kernel(path)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            kernel = None  # a file system without locks
-        holder = Holder(
-            self._identity.name,
-            self._identity.attempt,
-            socket.gethostname(),
-            log.utc_now(),
-            kernel,
-        )
-        lease = Lease(self._folder, generation, descriptor, holder, self._stop)
-        for earlier in self._folder.iterdir():
-            if earlier.stem.isdecimal() and int(earlier.stem) < generation:
-                earlier.unlink(missing_ok=True)
-        return lease
-
-
-def _path(folder: Path, generation: int) -> Path:
+def lease_path(folder: Path, generation: int) -> Path:
+    """The file of a lease."""
     return folder / f"{generation:08d}"
 
 
-def _asking_path(folder: Path, generation: int) -> Path:
+def asking_path(folder: Path, generation: int) -> Path:
+    """The file by which the holder of a lease is asked to stop."""
     return folder / f"{generation:08d}.stop"
 
 
-def _latest(folder: Path) -> int:
+def latest_generation(folder: Path) -> int:
     """The highest number of a lease in the folder; 0 where there is none."""
     return max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=0)
 
 
-def _read(path: Path) -> tuple[bytes, Holder | None]:
+def read_lease(path: Path) -> tuple[bytes, Holder | None]:
     """A lease's content and its holder; None where it is being written for the first time."""
     content = path.read_bytes()
     document = _parse(content)
@@ -317,7 +179,8 @@ def _read(path: Path) -> tuple[bytes, Holder | None]:
     return content, Holder(**{field: document[field] for field in fields})
 
 
-def _is_released(content: bytes) -> bool:
+def is_released(content: bytes) -> bool:
+    """Whether the holder has given the folder back, by the content of its lease."""
     return bool(_parse(content).get("released"))
 
 
@@ -329,31 +192,8 @@ def _parse(content: bytes) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
-def _probe(path: Path, holder: Holder | None) -> str:
-    """Whether the holder's file lock is "held", "free", or "unknown" because it is elsewhere."""
-    if holder is None or holder.kernel is None or holder.kernel != _kernel(path):
-        return "unknown"
-    with path.open("rb") as file:
-        try:
-            # Shared, so that two waiters who probe at once do not see each other.
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return "held"
-        except OSError:
-            return "unknown"
-    return "free"
-
-
-def _kernel(path: Path) -> str | None:
-    """Identifies kernel and file system: file locks meet only within both."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{path.stat().st_dev}"
-    except OSError:
-        return None
-
-
-def _unusable(path: Path, error: OSError) -> str:
+def unusable(path: Path, error: OSError) -> str:
+    """The message about a lease that the system refuses."""
     return (
         f"cannot use the lease {path}: {error.strerror or error}; mend the volume or give user "
         f"{os.getuid()} access, then run again"

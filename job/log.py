@@ -19,7 +19,7 @@ def resolve_format(log_format: LogFormat) -> Literal["json", "text"]:
     """Resolve "auto": text on a terminal, JSON lines where stdout is collected by a machine."""
     if log_format != "auto":
         return log_format
-    return "text" if sys.stdout.isatty() else "json"
+    return "text" if sys.stdout and sys.stdout.isatty() else "json"
 
 
 def configure(log_format: LogFormat) -> None:

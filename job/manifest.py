@@ -14,26 +14,28 @@ from job.cluster import RunIdentity
 from job.config import DeviceRequest, TrainConfig
 from job.output import RUN, OutputDir, read_json
 
+DETAILS = ("devices", "replicas", "threads", "precision", "xla", "deterministic", "data")
+"""What the manifest says of devices and data, null before the first training."""
+
 _VERSIONED = ("tensorflow", "keras", "numpy", "h5py")
 
 
 class RunManifest:
     """The manifest of one run over all of its attempts, of which this process is the last.
 
-    It is on the disk from the start of the first training on; an attempt that fails before adds
-    itself to a manifest that is there, and makes none. Safe to use from several threads.
+    Safe to use from several threads.
 
     Args:
         output: The folder that has it or receives it.
         identity: Which run this attempt belongs to.
-        fresh: Whether this attempt started over.
+        fresh: Whether this attempt starts over, once it trains.
     """
 
     def __init__(self, output: OutputDir, identity: RunIdentity, *, fresh: bool = False) -> None:
         self._output = output
         self._lock = threading.Lock()
         self._document: dict[str, Any] = read_json(output.path / RUN)
-        self._is_on_disk = bool(self._document)
+        self._fresh = fresh
         self._attempt: dict[str, Any] = {
             "start": log.utc_now(),
             "end": None,
@@ -54,13 +56,19 @@ class RunManifest:
                     "reason": "left no word: killed, or its machine failed",
                 }
 
-    def begin(self) -> None:
-        """Add this attempt to a manifest that is on the disk.
+    def begin(self, config: TrainConfig) -> None:
+        """Add this attempt.
+
+        Args:
+            config: What it was told; the run's, if there is no other yet.
 
         Raises:
             UserError: If the file cannot be written.
         """
         with self._lock:
+            if not self._document:
+                self._describe(config, dict.fromkeys(DETAILS))
+            self._document.setdefault("attempts", []).append(self._attempt)
             self._write()
 
     def start_training(
@@ -70,7 +78,7 @@ class RunManifest:
 
         Args:
             config: The run's configuration.
-            details: Further fields, such as devices and data.
+            details: The fields of `DETAILS`.
             step: The step it goes on from.
             changes: What differs from the attempt before, at the cost of identical bits.
 
@@ -80,20 +88,9 @@ class RunManifest:
         with self._lock:
             self._attempt |= {"first_step": step, "last_step": step, "changes": changes}
             self._attempt["devices"] = [device.get("model") for device in details["devices"]]
-            self._document = {
-                "config": describe_config(config),
-                "versions": versions(),
-                **details,
-                "git_commit": git_commit(),
-                "start": self._document.get("start", self._attempt["start"]),
-                "end": None,
-                "outcome": "running",
-                "error": None,
-                "best": self._document.get("best"),
-                "elapsed_seconds": self._document.get("elapsed_seconds", 0.0),
-                "attempts": self._document.get("attempts", []),
-            }
-            self._is_on_disk = True
+            if self._fresh:
+                self._document = {"attempts": [self._attempt]}
+            self._describe(config, details)
             self._write()
 
     def progress(self, step: int, best: dict[str, Any] | None, elapsed_seconds: float) -> None:
@@ -119,27 +116,45 @@ class RunManifest:
             UserError: If the file cannot be written.
         """
         with self._lock:
+            if self._attempt["end"]:
+                return  # the first end counts
             end = log.utc_now()
             self._attempt |= {"end": end, "outcome": outcome, "reason": reason}
-            self._document |= {"end": end, "outcome": outcome, "error": None}
-            if outcome == "failed":
-                self._document["error"] = reason
+            has_trained = self._attempt["first_step"] is not None
+            if has_trained or self._document["outcome"] != "done":
+                error = reason if outcome == "failed" else None
+                self._document |= {"end": end, "outcome": outcome, "error": error}
             self._write()
 
-    def was_started_fresh_by(self, identity: RunIdentity) -> bool:
-        """Whether an earlier attempt of the same run has started over already."""
-        return identity.name is not None and any(
-            attempt["fresh"] and attempt["run_id"] == identity.name
-            for attempt in self._document.get("attempts", [])
-        )
+    def _describe(self, config: TrainConfig, details: dict[str, Any]) -> None:
+        """Lay the manifest out anew, for the run as this attempt sees it."""
+        earlier = self._document
+        self._document = {
+            "config": describe_config(config),
+            "versions": versions(),
+            **details,
+            "git_commit": git_commit(),
+            "start": earlier.get("start", self._attempt["start"]),
+            "end": None,
+            "outcome": "running",
+            "error": None,
+            "best": earlier.get("best"),
+            "elapsed_seconds": earlier.get("elapsed_seconds", 0.0),
+            "attempts": earlier.get("attempts", []),
+        }
 
     def _write(self) -> None:
-        if not self._is_on_disk:
-            return
-        attempts = self._document.setdefault("attempts", [])
-        if self._attempt not in attempts:
-            attempts.append(self._attempt)
         self._output.write_json(RUN, self._document)
+
+
+def was_started_fresh_by(identity: RunIdentity, document: dict[str, Any]) -> bool:
+    """Whether an attempt of this run has started over, by the run's manifest."""
+    return identity.name is not None and any(
+        attempt["fresh"]
+        and attempt["run_id"] == identity.name
+        and attempt["first_step"] is not None
+        for attempt in document.get("attempts", [])
+    )
 
 
 def describe_config(config: TrainConfig) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """The model file: a stock Keras model in HDF5, with the optimizer's state."""
 
+import io
 from pathlib import Path
 
 import h5py
 import keras
+from keras.src.legacy.saving.legacy_h5_format import save_model_to_hdf5
 
 from job.config import UserError
 from job.output import OutputDir, require_model
@@ -15,8 +17,11 @@ def save_model(model: keras.Model, output: OutputDir, name: str) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
-    with output.replacing(name) as temporary:
-        model.save(temporary)
+    # HDF5 does not survive a disk that fills while it writes; so it writes to memory.
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        save_model_to_hdf5(model, file)
+    output.write_bytes(name, buffer.getvalue())
 
 
 def load_model(path: Path) -> keras.Model:

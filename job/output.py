@@ -66,6 +66,7 @@ class OutputDir:
         """
         path = self.path / name
         temporary = path.with_name(f".{path.stem}.{self._token}{_PARTIAL}{path.suffix}")
+        self.check()
         try:
             yield temporary
             with temporary.open("rb+") as file:
@@ -212,11 +213,20 @@ def require_model(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty where there is none that can be read."""
+    """Read a JSON object; empty where there is none.
+
+    Raises:
+        UserError: If there is a file that cannot be read.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return {}
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}; mend the volume or give user "
+            f"{os.getuid()} access"
+        ) from error
     return document if isinstance(document, dict) else {}
 
 

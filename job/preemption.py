@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -106,12 +105,14 @@ def end_process(exit_code: ExitCode, last_words: Sequence[Callable[[], None]]) -
             with contextlib.suppress(Exception):
                 say()
 
-    speaker = threading.Thread(target=speak, daemon=True)
-    speaker.start()
-    speaker.join(_LAST_WORDS_SECONDS)
-    if sys.stdout.isatty():
-        os.write(1, b"\x1b[?25h")  # a progress bar hides the cursor
-    os._exit(exit_code)
+    try:
+        speaker = threading.Thread(target=speak, daemon=True)
+        speaker.start()
+        speaker.join(_LAST_WORDS_SECONDS)
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h")  # a progress bar hides the cursor
+    finally:
+        os._exit(exit_code)
 
 
 def listen_to_signals() -> StopRequest:

@@ -113,7 +113,9 @@ def _go_on(engine: Engine, fingerprint: Fingerprint, attempt: Attempt) -> Histor
     """Bring the engine to where the attempt goes on, and its files with it."""
     checkpoint = attempt.checkpoint
     history = History()
-    if checkpoint is None:
+    if attempt.fresh:
+        attempt.output.discard()
+    elif checkpoint is None:
         # Pictures and figures of a model that is no more.
         attempt.output.remove([attempt.output.path / name for name in (EVALUATION, PREDICTION)])
     else:

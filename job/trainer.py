@@ -48,6 +48,7 @@ class Trainer:
         self._elapsed_before = history.elapsed_seconds
         self._start = self._saved_at = time.perf_counter()
         self._is_saved = attempt.checkpoint is not None
+        self._has_trained = self._has_validated = False
 
     @property
     def step(self) -> int:
@@ -65,32 +66,27 @@ class Trainer:
             JobError: If the loss or a variable is no finite number any more.
             UserError: If a file cannot be written.
         """
-        first = True
         with EpochBar(
             self._plan.epochs, self._plan.steps_per_epoch, enabled=not log.is_json()
         ) as bar:
             while len(self._history.epochs) < self._plan.epochs:
-                for _ in self._train_epoch(bar, first=first):
+                for _ in self._train_epoch(bar):
                     self._save_if_due(checkpoint_every_seconds)
                     self._stop_if_asked()
-                self._finish_epoch(self._validate(first=first), checkpoint_every_seconds)
+                self._finish_epoch(self._validate(), checkpoint_every_seconds)
                 self._stop_if_asked()
-                first = False
         self._save_if_due(0.0)
         self._stop.resume_ending_at_once()
 
-    def _train_epoch(self, bar: EpochBar, *, first: bool) -> Iterator[None]:
+    def _train_epoch(self, bar: EpochBar) -> Iterator[None]:
         """Train what is left of the epoch, handing control back after each span of steps."""
         history = self._history
         epoch, seconds_before = len(history.epochs), history.epoch_seconds
         start = time.perf_counter()
-        spans = self._engine.train_epoch(epoch, history.progress)
-        for progress in _watched(spans, self._watchdog, first=first):
+        for progress in self._watched(self._engine.train_epoch(epoch, history.progress)):
             history.progress = progress
             self._require_finite("the training loss became", progress.loss)
-            self._is_saved = False
-            # What was computed must not be thrown away any more.
-            self._stop.defer()
+            self._keep_what_was_done()
             history.epoch_seconds = seconds_before + time.perf_counter() - start
             images = progress.steps * self._plan.global_batch_size
             bar.update(epoch + 1, progress.steps, f"loss {progress.loss / images:.4f}")
@@ -98,20 +94,36 @@ class Trainer:
             yield
             start += time.perf_counter() - paused  # checkpoints are no training
 
-    def _validate(self, *, first: bool) -> Evaluation:
-        with self._watchdog.watch("a validation", compiling=first):
+    def _watched(self, spans: Iterator[Progress]) -> Iterator[Progress]:
+        """Pass an epoch's spans on under the watchdog; a process's first one is compiled."""
+        while True:
+            with self._watchdog.watch("a span of training steps", compiling=not self._has_trained):
+                progress = next(spans, None)
+            if progress is None:
+                return
+            self._has_trained = True
+            yield progress
+
+    def _validate(self) -> Evaluation:
+        with self._watchdog.watch("a validation", compiling=not self._has_validated):
             validation = self._evaluator()
+        self._has_validated = True
         self._require_finite("the validation loss became", validation.loss)
         return validation
 
     def _finish_epoch(self, validation: Evaluation, checkpoint_every_seconds: float) -> None:
         line = self._epoch_line(validation)
         self._history.finish_epoch(line)
-        self._is_saved = False
+        self._keep_what_was_done()
         # First the checkpoint: an epoch that was reported is not trained again if it was due.
         self._save_if_due(checkpoint_every_seconds)
         self._history.write_metrics(self._attempt.output)
         log.event("epoch", **line, message=_describe_epoch(line, self._plan.epochs))
+
+    def _keep_what_was_done(self) -> None:
+        """From now on there is something to save, so no signal may end the process at once."""
+        self._is_saved = False
+        self._stop.defer()
 
     def _stop_if_asked(self) -> None:
         reason = self._stop.reason
@@ -174,17 +186,6 @@ class Trainer:
             "images_per_second": round(images / seconds, 1),
             "elapsed_seconds": round(self._elapsed_before + time.perf_counter() - self._start, 3),
         }
-
-
-def _watched(spans: Iterator[Progress], watchdog: Watchdog, *, first: bool) -> Iterator[Progress]:
-    """Pass an epoch's spans on under the watchdog; a process's first span is compiled."""
-    while True:
-        with watchdog.watch("a span of training steps", compiling=first):
-            progress = next(spans, None)
-        if progress is None:
-            return
-        yield progress
-        first = False
 
 
 def _worst(arrays: Arrays) -> float:

@@ -30,6 +30,8 @@ def run(config: TrainConfig, body: Body = lambda attempt: None) -> Attempt:
     stop.defer()
     with open_attempt(config, stop) as attempt:
         if not attempt.is_finished:
+            if attempt.fresh:
+                attempt.output.discard()
             attempt.manifest.start_training(config, {"devices": []}, 0, [])
         body(attempt)
     return attempt
@@ -99,6 +101,16 @@ def test_an_evaluation_of_another_model_is_not_finished(config: TrainConfig) -> 
     assert not run(config).is_finished
 
 
+def test_a_manifest_that_cannot_be_read_is_not_taken_for_a_missing_one(
+    config: TrainConfig,
+) -> None:
+    run(config)
+    (config.output_dir / "run.json").unlink()
+    (config.output_dir / "run.json").mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*run\.json: Is a directory"):
+        run(config)
+
+
 def test_more_epochs_go_on_from_a_finished_run_and_fewer_are_refused(config: TrainConfig) -> None:
     run(config, finish(config))
     attempt = run(replace(config, epochs=3))
@@ -148,10 +160,16 @@ def test_fresh_keeps_nothing_of_the_run_before(config: TrainConfig) -> None:
     other = replace(config, seed=43, fresh=True)
     stop = StopRequest()
     stop.defer()
+    with pytest.raises(UserError, match="no data"), open_attempt(other, stop):
+        raise UserError("no data")
+    # Nothing is discarded before the new run can begin.
+    assert run(config).is_finished
     with open_attempt(other, stop) as attempt:
         assert attempt.checkpoint is None
-        assert [p.name for p in config.output_dir.iterdir() if p.name[0] != "."] == []
+        attempt.output.discard()
         attempt.manifest.start_training(other, {"devices": []}, 0, [])
+        left = [path.name for path in config.output_dir.iterdir() if path.name[0] != "."]
+        assert left == ["run.json"]
     assert len(manifest(config)["attempts"]) == 1
     assert manifest(config)["config"]["seed"] == 43
 
@@ -166,6 +184,34 @@ def test_fresh_is_done_once_where_a_scheduler_repeats_the_command(config: TrainC
     # Another run, or one without a name, starts over each time.
     assert run(replace(config, fresh=True, run_id="other"), save(config, 1)).checkpoint is None
     assert run(replace(config, fresh=True)).checkpoint is None
+
+
+def test_a_person_who_repeats_fresh_means_it(config: TrainConfig) -> None:
+    fresh = replace(config, fresh=True, run_id="mine")
+    run(fresh, finish(fresh))
+    assert run(fresh, finish(fresh)).fresh
+    assert run(replace(fresh, seed=43)).fresh
+
+
+def test_a_requeued_job_that_has_finished_is_not_done_over(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = replace(config, fresh=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    run(fresh, finish(fresh))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run(fresh).is_finished
+
+
+def test_a_mistaken_command_of_the_same_run_does_not_stop_it(config: TrainConfig) -> None:
+    same = replace(config, run_id="mine")
+
+    def second(attempt: Attempt) -> None:
+        with pytest.raises(UserError, match="--seed received 43, expected 42"):
+            run(replace(same, seed=43))
+        assert attempt.stop.reason is None
+
+    run(same, second)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,19 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(
         store(tmp_path).load_latest()
 
 
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(tmp_path).save(make(15))
+
+    def fail(path: Path) -> Iterator[Path]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    with pytest.raises(UserError, match=r"cannot read .*/checkpoints: Permission denied"):
+        store(tmp_path).load_latest()
+
+
 def test_a_checkpoint_of_another_format_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +134,7 @@ def test_a_checkpoint_of_another_format_is_refused(
 
 KILLED_WHILE_SAVING = """
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from tests.integration.faults import Injector
 import numpy as np
@@ -129,7 +144,7 @@ folder = Path(sys.argv[1])
 store = CheckpointStore(OutputDir(folder))
 step = store.load_latest().step + 15
 arrays = {"network/0000": np.arange(step, step + 1000, dtype=np.float32)}
-Injector(folder, int(sys.argv[2]), sys.argv[3]).install()
+Injector(folder, "checkpoints", int(sys.argv[2]), sys.argv[3]).install()
 store.save(Checkpoint(step, arrays, {}))
 print("saved")
 """

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,6 +74,13 @@ def test_auto_keeps_what_the_attempt_before_came_to(opened: Any) -> None:
     assert not cpu.compilation.elementwise
 
 
+def test_threads_are_those_that_tensorflow_is_told(
+    opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "3")
+    assert opened(0, "", "auto", "auto", "auto").threads == 3
+
+
 def test_a_setting_of_this_attempt_wins(opened: Any) -> None:
     cpu = opened(0, "", "cpu:1", "float32", "on", "on", PREVIOUS)
     assert (cpu.replicas, cpu.precision, cpu.jit, cpu.deterministic) == (1, "float32", "on", True)
@@ -81,5 +89,10 @@ def test_a_setting_of_this_attempt_wins(opened: Any) -> None:
 def test_a_run_goes_on_with_the_gpus_that_the_next_node_has(opened: Any) -> None:
     gpus = opened(3, "new", "auto", "auto", "auto", previous=PREVIOUS)
     assert (gpus.kind, gpus.replicas) == ("gpu", 2)  # 256 does not divide by 3
+    assert not gpus.deterministic
+    on_gpus = replace(PREVIOUS, kind="gpu", replicas=4)
+    assert opened(8, "new", "auto", "auto", "auto", previous=on_gpus).replicas == 4
+    assert opened(3, "new", "auto", "auto", "auto", previous=on_gpus).replicas == 2
+    assert opened(8, "new", "gpu:8", "auto", "auto", previous=on_gpus).replicas == 8
     # GPUs that cannot compute in bfloat16 do not keep it.
     assert opened(1, "old", "auto", "auto", "auto", previous=PREVIOUS).precision == "float32"

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from job import lease, log
+from job import lease, log, takeover
 from job.cluster import RunIdentity
 from job.config import UserError
-from job.lease import Lease, LeaseLostError
+from job.lease import Holder, Lease, LeaseLostError
 from job.preemption import StopRequest
 from tests.conftest import REPOSITORY
 
@@ -28,8 +28,8 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from job.cluster import RunIdentity
-from job.lease import acquire
 from job.preemption import StopRequest
+from job.takeover import acquire
 stop = StopRequest()
 stop.defer()
 held = acquire(Path(sys.argv[1]), RunIdentity(sys.argv[2] or None), stop)
@@ -45,17 +45,17 @@ held.release()
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
-    monkeypatch.setattr(lease, "LEASE_SECONDS", 1.5)
+    monkeypatch.setattr(takeover, "LEASE_SECONDS", 1.5)
     monkeypatch.setattr(lease, "UNRENEWED_SECONDS", 1.0)
-    monkeypatch.setattr(lease, "HANDOVER_SECONDS", 1.0)
-    monkeypatch.setattr(lease, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(takeover, "HANDOVER_SECONDS", 1.0)
+    monkeypatch.setattr(takeover, "_POLL_SECONDS", 0.05)
 
 
 @pytest.fixture
 def different_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look at the kernel is from another one, so that only the counter can tell."""
     numbers = itertools.count()
-    monkeypatch.setattr(lease, "_kernel", lambda path: f"kernel {next(numbers)}")
+    monkeypatch.setattr(takeover, "_kernel", lambda path: f"kernel {next(numbers)}")
 
 
 def make_stop() -> StopRequest:
@@ -65,7 +65,7 @@ def make_stop() -> StopRequest:
 
 
 def acquire(folder: Path, identity: RunIdentity = NOBODY, stop: StopRequest | None = None) -> Lease:
-    return lease.acquire(folder, identity, stop or make_stop())
+    return takeover.acquire(folder, identity, stop or make_stop())
 
 
 def abandon(held: Lease) -> None:
@@ -185,6 +185,42 @@ def test_an_older_attempt_that_does_not_stop_is_replaced(tmp_path: Path) -> None
         held.check()
 
 
+def test_an_attempt_that_could_not_go_on_asks_nobody_to_stop(tmp_path: Path) -> None:
+    stop = make_stop()
+    held = acquire(tmp_path, JOB, stop)
+
+    def refuse() -> None:
+        raise UserError("--seed received 43, expected 42")
+
+    with pytest.raises(UserError, match="--seed"):
+        takeover.acquire(tmp_path, JOB, make_stop(), refuse)
+    time.sleep(0.5)
+    assert stop.reason is None
+    held.check()
+    held.release()
+
+
+@pytest.mark.usefixtures("different_hosts")
+def test_a_volume_that_gave_no_answer_does_not_make_a_holder_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = acquire(tmp_path)
+    read = lease.read_lease
+    looks = itertools.count()
+
+    def slow(path: Path) -> tuple[bytes, Holder | None]:
+        content = read(path)
+        if next(looks) == 1:
+            time.sleep(2.0)  # longer than the lease; the holder could not write either
+        return content
+
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 60.0)
+    time.sleep(0.2)  # until it has begun to wait for that long
+    monkeypatch.setattr(takeover, "read_lease", slow)
+    assert seconds(lambda: acquire(tmp_path).release()) > 3.0
+    abandon(held)
+
+
 def test_a_newer_attempt_of_the_same_run_is_not_replaced(tmp_path: Path) -> None:
     held = acquire(tmp_path, RunIdentity("slurm job 1", attempt=2))
     with pytest.raises(LeaseLostError, match="is held by a newer attempt of this run"):
@@ -214,7 +250,7 @@ def test_only_one_of_two_that_want_to_follow_can(tmp_path: Path) -> None:
     """Both have seen the same holder die, and neither has seen the other."""
     folder = tmp_path / ".lease"
     folder.mkdir()
-    first, second = (lease._Waiter(folder, NOBODY, make_stop()) for _ in range(2))
+    first, second = (takeover._Waiter(folder, NOBODY, make_stop(), lambda: None) for _ in range(2))
     winner = first._create(1)
     assert winner is not None
     assert second._create(1) is None
@@ -243,7 +279,7 @@ def test_clocks_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_lease_that_was_removed_is_told(tmp_path: Path) -> None:
     held = acquire(tmp_path)
     (tmp_path / ".lease" / "00000001").unlink()
-    with pytest.raises(UserError, match="the lease .* is gone, expected it to stay"):
+    with pytest.raises(UserError, match=r"the lease .* is gone, expected it to stay"):
         held.check()
     held.release()
 

@@ -18,7 +18,6 @@ from job.output import OutputDir
 from tests.conftest import REPOSITORY
 from tests.test_train import METRICS_KEYS
 
-DETAILS = ("devices", "replicas", "threads", "precision", "xla", "deterministic", "data")
 README = (REPOSITORY / "README.md").read_text()
 
 
@@ -52,8 +51,7 @@ def test_artifact_tables_name_what_the_program_writes(tmp_path: Path) -> None:
     keys = [*evaluation, "model", "model_sha256"]
     assert first_column(section("### `evaluation.json`")) == keys
     manifest = RunManifest(OutputDir(tmp_path), RunIdentity(None))
-    details: dict[str, list[str]] = {name: [] for name in DETAILS}
-    manifest.start_training(TrainConfig(), details, 0, [])
+    manifest.begin(TrainConfig())
     written = json.loads((tmp_path / "run.json").read_text())
     assert first_column(section("### `run.json`")) == [*written, *written["attempts"][0]]
 

@@ -134,7 +134,7 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(UserError, match="--batch-size received 1024, expected at most the 512"):
         run(replace(config, global_batch_size=1024))
-    assert visible(config.output_dir) == []
+    assert visible(config.output_dir) == ["run.json"]
 
 
 def test_a_defect_is_recorded_as_the_runs_outcome(
@@ -316,6 +316,39 @@ def test_another_environment_is_a_warning_and_on_the_record(
     assert (changed["level"], changed["changes"][-1]) == ("warning", "replicas: 2 -> 1")
     last = read(config.output_dir / "run.json")["attempts"][-1]
     assert last["changes"] == changed["changes"]
+
+
+def test_an_attempt_that_begins_with_a_validation_keeps_it_and_then_compiles(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.engine.STEPS_PER_SPAN", 8)  # a span an epoch
+    stop = StopRequest()
+    stop.stop_after(1e-9)
+    with pytest.raises(StoppedError):
+        run(config, stop)  # before the validation of the first epoch
+    watched = []
+
+    class Recorder(Watchdog):
+        @contextlib.contextmanager
+        def watch(self, what: str, *, compiling: bool = False) -> Iterator[None]:
+            watched.append((what, compiling))
+            yield
+
+    monkeypatch.setattr(train, "Watchdog", Recorder)
+    deferred = []
+    finish = Trainer._finish_epoch
+
+    def recorded(trainer: Trainer, *arguments: Any) -> None:
+        finish(trainer, *arguments)
+        deferred.append(trainer._stop._deferred)
+
+    monkeypatch.setattr(Trainer, "_finish_epoch", recorded)
+    run(config)
+    assert deferred == [True, True]
+    spans = [compiling for what, compiling in watched if what == "a span of training steps"]
+    assert spans == [True, True, False]  # nothing left of one epoch, then the first real span
+    validations = [compiling for what, compiling in watched if what == "a validation"]
+    assert validations == [True, False]
 
 
 def test_a_bad_number_keeps_and_names_the_last_good_checkpoint(

@@ -11,13 +11,13 @@ MakeVolume = Callable[[int], Path]
 
 @pytest.fixture
 def make_volume(tmp_path: Path) -> Iterator[MakeVolume]:
-    """Make and mount a volume of so many MiB."""
+    """Make and mount a volume of so many KiB."""
     volumes: list[Path] = []
 
-    def make(mebibytes: int) -> Path:
+    def make(kibibytes: int) -> Path:
         volume = tmp_path / f"volume-{len(volumes)}"
         volume.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(volume)]
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(volume)]
         mounted = subprocess.run(mount, capture_output=True, text=True)
         if mounted.returncode:
             pytest.skip(f"mounting a small volume needs root: {mounted.stderr.strip()}")
@@ -34,4 +34,4 @@ def make_volume(tmp_path: Path) -> Iterator[MakeVolume]:
 @pytest.fixture
 def small_volume(make_volume: MakeVolume) -> Path:
     """A volume of 1 MiB."""
-    return make_volume(1)
+    return make_volume(1024)

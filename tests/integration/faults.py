@@ -1,7 +1,7 @@
-"""Run the job, and kill it at one of its operations on files: python -m … N MOMENT train …
+"""Run the job, and kill it at one of its operations on files: python -m … WHAT N MOMENT train …
 
-N counts the operations that change the output folder, from 1, leaving out the lease, which another
-thread renews at any time. MOMENT is "before", "after", or "half", which writes half of the content.
+N counts the operations that change checkpoints or artifacts, whichever WHAT says, from 1. MOMENT is
+"before", "after", or "half", which writes half of the content first.
 """
 
 import functools
@@ -19,13 +19,16 @@ class Injector:
     """Counts operations and kills the process at one of them.
 
     Args:
-        folder: Operations elsewhere do not count.
+        folder: The output folder.
+        what: "checkpoints", or "artifacts" for everything else in it but the lease, which another
+            thread renews at any time.
         number: Which operation is the last, from 1.
         moment: "before", "half" or "after" it.
     """
 
-    def __init__(self, folder: Path, number: int, moment: str) -> None:
-        self._folder, self._number, self._moment = str(folder.resolve()), number, moment
+    def __init__(self, folder: Path, what: str, number: int, moment: str) -> None:
+        self._folder, self._what = folder.resolve(), what
+        self._number, self._moment = number, moment
         self._count = 0
 
     def install(self) -> None:
@@ -37,8 +40,13 @@ class Injector:
         path = target
         if isinstance(target, int):
             path = Path(f"/proc/self/fd/{target}").readlink()
-        name = str(Path(path).absolute())
-        if not name.startswith(self._folder) or "/.lease" in name:
+        # Not the file itself, which may be a link or not be there.
+        name = Path(path).parent.resolve() / Path(path).name
+        if not name.is_relative_to(self._folder):
+            return False
+        parts = name.relative_to(self._folder).parts
+        part = "checkpoints" if parts[:1] == ("checkpoints",) else "artifacts"
+        if part != self._what or parts[:1] == (".lease",):
             return False
         self._count += 1
         return self._count == self._number
@@ -77,9 +85,9 @@ def kill() -> None:
 
 
 if __name__ == "__main__":
-    number, moment, *arguments = sys.argv[1:]
+    what, number, moment, *arguments = sys.argv[1:]
     folder = Path(arguments[arguments.index("--output-dir") + 1])
-    Injector(folder, int(number), moment).install()
+    Injector(folder, what, int(number), moment).install()
     from job.__main__ import run
 
     sys.argv[1:] = arguments

@@ -1,0 +1,216 @@
+"""Taking an output folder over from whoever held it before.
+
+A waiter judges the latest lease by its own clock: it is alive if it changes, and dead if the waiter
+has watched it not change for `LEASE_SECONDS`. Where holder and waiter share a kernel, a file lock
+tells at once.
+"""
+
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from job import log
+from job.cluster import RunIdentity
+from job.config import UserError
+from job.lease import (
+    FOLDER,
+    Holder,
+    Lease,
+    LeaseLostError,
+    asking_path,
+    is_released,
+    latest_generation,
+    lease_path,
+    read_lease,
+    unusable,
+)
+from job.preemption import StopRequest
+
+LEASE_SECONDS = 20.0
+"""A lease that has not changed for so long is dead."""
+
+HANDOVER_SECONDS = 15.0
+"""Time that an older attempt of the same run has to save its work when it is asked to stop."""
+
+_POLL_SECONDS = 0.5
+
+
+def acquire(
+    output_dir: Path,
+    identity: RunIdentity,
+    stop: StopRequest,
+    before_asking: Callable[[], None] = lambda: None,
+) -> Lease:
+    """Take the output folder, waiting as long as an earlier holder may be alive.
+
+    Args:
+        output_dir: An existing folder.
+        identity: Which run this process belongs to. An older attempt of the same run is asked to
+            stop and then replaced.
+        stop: Is asked when another attempt wants the folder.
+        before_asking: Raises if an older attempt should not be asked to stop after all.
+
+    Raises:
+        UserError: If a live attempt of another run holds it, or the lease cannot be written.
+        LeaseLostError: If a newer attempt of this run holds it.
+    """
+    folder = output_dir / FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+        return _Waiter(folder, identity, stop, before_asking).wait()
+    except OSError as error:
+        raise UserError(unusable(folder, error)) from error
+
+
+class _Waiter:
+    """Watches the latest lease of a folder until it can be succeeded."""
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: RunIdentity,
+        stop: StopRequest,
+        before_asking: Callable[[], None],
+    ) -> None:
+        self._folder, self._identity, self._stop = folder, identity, stop
+        self._before_asking = before_asking
+        self._watch(0, b"")
+
+    def _watch(self, generation: int, content: bytes) -> None:
+        self._generation, self._content = generation, content
+        self._looked_at = time.monotonic()
+        self._unchanged_seconds = 0.0
+        self._asked_at: float | None = None
+        self._announced = False
+
+    def wait(self) -> Lease:
+        while True:
+            generation = latest_generation(self._folder)
+            if generation == 0 or self._may_follow(generation):
+                lease = self._create(generation + 1)
+                if lease:
+                    return lease
+            else:
+                time.sleep(_POLL_SECONDS)
+
+    def _may_follow(self, generation: int) -> bool:
+        """Whether the holder of a lease has given it back, is dead, or has had its time."""
+        try:
+            return self._is_over(generation)
+        except FileNotFoundError:
+            return False  # its successor has tidied it away
+
+    def _is_over(self, generation: int) -> bool:
+        path = lease_path(self._folder, generation)
+        content, holder = read_lease(path)
+        if generation != self._generation:
+            self._watch(generation, content)
+        if is_released(content):
+            return True
+        lock = _probe(path, holder)
+        if lock == "free":
+            return True
+        alive = lock == "held" or content != self._content
+        self._count_silence(content)
+        if holder and alive and not self._identity.replaces(holder.run, holder.attempt):
+            self._refuse(holder)
+        if holder and self._identity.replaces(holder.run, holder.attempt):
+            self._ask_to_stop(generation)
+        self._announce(holder)
+        return self._unchanged_seconds >= LEASE_SECONDS or (
+            self._asked_at is not None and time.monotonic() - self._asked_at >= HANDOVER_SECONDS
+        )
+
+    def _count_silence(self, content: bytes) -> None:
+        """Count the time in which the lease was seen not to change.
+
+        Not the time in which the volume gave no answer: the holder could not renew it either.
+        """
+        now = time.monotonic()
+        silence = min(now - self._looked_at, 2 * _POLL_SECONDS)
+        self._unchanged_seconds = (
+            self._unchanged_seconds + silence if content == self._content else 0.0
+        )
+        self._looked_at, self._content = now, content
+
+    def _refuse(self, holder: Holder) -> None:
+        if holder.run is not None and holder.run == self._identity.name:
+            raise LeaseLostError(
+                f"{self._folder.parent} is held by a newer attempt of this run: {holder}"
+            )
+        raise UserError(
+            f"--output-dir {self._folder.parent} is in use by {holder}; wait for its end, stop it, "
+            f"or name another folder"
+        )
+
+    def _ask_to_stop(self, generation: int) -> None:
+        if self._asked_at is None:
+            self._before_asking()
+            name = f"a newer attempt of {self._identity.name} on host {socket.gethostname()}"
+            asking_path(self._folder, generation).write_text(name)
+            self._asked_at = time.monotonic()
+
+    def _announce(self, holder: Holder | None) -> None:
+        if not self._announced:
+            self._announced = True
+            log.event(
+                "waiting",
+                logging.WARNING,
+                holder=str(holder) if holder else None,
+                timeout_seconds=LEASE_SECONDS,
+                message=f"{self._folder.parent} is held by {holder or 'somebody'}; waiting until "
+                f"it is given back or not renewed for {LEASE_SECONDS:g} s",
+            )
+
+    def _create(self, generation: int) -> Lease | None:
+        """Create the lease of this number; None if somebody else was faster."""
+        path = lease_path(self._folder, generation)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return None
+        kernel = _kernel(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            kernel = None  # a file system without locks
+        holder = Holder(
+            self._identity.name,
+            self._identity.attempt,
+            socket.gethostname(),
+            log.utc_now(),
+            kernel,
+        )
+        lease = Lease(self._folder, generation, descriptor, holder, self._stop)
+        for earlier in self._folder.iterdir():
+            if earlier.stem.isdecimal() and int(earlier.stem) < generation:
+                earlier.unlink(missing_ok=True)
+        return lease
+
+
+def _probe(path: Path, holder: Holder | None) -> str:
+    """Whether the holder's file lock is "held", "free", or "unknown" because it is elsewhere."""
+    if holder is None or holder.kernel is None or holder.kernel != _kernel(path):
+        return "unknown"
+    with path.open("rb") as file:
+        try:
+            # Shared, so that two waiters who probe at once do not see each other.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "held"
+        except OSError:
+            return "unknown"
+    return "free"
+
+
+def _kernel(path: Path) -> str | None:
+    """Identifies kernel and file system: file locks meet only within both."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{path.stat().st_dev}"
+    except OSError:
+        return None
