@@ -74,7 +74,8 @@ def test_another_run_is_refused_by_what_differs(
     value: str,
     message: str,
 ) -> None:
-    before = {path: path.read_bytes() for path in reference.rglob("[!.]*") if path.is_file()}
+    files = [*reference.glob("[!.]*.*"), *checkpoints(reference)]
+    before = {path: path.read_bytes() for path in files}
     result = run_job(*command, "--output-dir", reference, option, value)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
