@@ -1,7 +1,8 @@
 # Everything a person does with this project. `make` alone installs it, `make help` lists the rest.
 PYTHON ?= python3
 VENV ?= .venv
-OUTPUT_DIR ?= $(or $(JOB_OUTPUT_DIR),output)
+OUTPUT_DIR ?= $(or $(JOB_OUTPUT_DIR),output/train)
+DEMO_DIR ?= output/demo
 DATA_DIR ?= $(or $(JOB_DATA_DIR),data)
 BENCH_DIR ?= build/bench
 BENCH_ROUNDS ?= 3
@@ -26,8 +27,8 @@ install: $(VENV)/.$(LOCK) ## Install into .venv, with the GPU libraries on a mac
 .PHONY: demo
 demo: install ## Train on the embedded synthetic set for a few epochs: no data, no GPU needed
 	$(BIN)/python -m job train --dataset synthetic --epochs 5 --learning-rate 1e-3 \
-	  --output-dir $(OUTPUT_DIR)
-	@ls -l $(OUTPUT_DIR)
+	  --output-dir $(DEMO_DIR)
+	@ls -l $(DEMO_DIR)
 
 .PHONY: train
 train: install ## The real job: CIFAR-10, recipe classic, 50 epochs

@@ -10,7 +10,7 @@ from typing import Any
 from job import log
 from job.checkpoint import Checkpoint, CheckpointStore
 from job.cluster import NO_RUN, RunIdentity, run_identity
-from job.config import ExitCode, StoppedError, TrainConfig, UserError
+from job.config import ExitCode, JobError, StoppedError, TrainConfig, UserError
 from job.fingerprint import require_same_run, run_options
 from job.lease import LeaseLostError
 from job.manifest import RunManifest, was_started_fresh_by
@@ -114,24 +114,28 @@ def open_attempt(config: TrainConfig, stop: StopRequest) -> Iterator[Attempt]:
             return
         attempt.manifest.begin(config)
         with stop.last_words(lambda reason: attempt.manifest.finish("stopped", reason)):
-            with _recording_failure(attempt.manifest):
+            with _recording_failure(attempt):
                 yield attempt
             attempt.manifest.finish("done")
 
 
 @contextlib.contextmanager
-def _recording_failure(manifest: RunManifest) -> Iterator[None]:
+def _recording_failure(attempt: Attempt) -> Iterator[None]:
+    manifest = attempt.manifest
     try:
         yield
     except StoppedError as error:
-        manifest.finish("stopped", str(error))
+        manifest.finish("stopped", attempt.stop.reason or str(error))
         raise
     except LeaseLostError:
         raise  # the folder is somebody else's now
     except BaseException as error:
         # What went wrong first is what the user must hear of.
+        explained = isinstance(error, JobError)
         with contextlib.suppress(UserError, LeaseLostError):
-            manifest.finish("failed", f"{type(error).__name__}: {error}")
+            manifest.finish(
+                "failed", str(error) if explained else f"{type(error).__name__}: {error}"
+            )
         raise
 
 
@@ -144,6 +148,9 @@ def _prepare(
     checkpoints = CheckpointStore(output)
     if config.fresh and not _has_started_over(config, identity, document, is_complete):
         manifest = RunManifest(output, identity, fresh=True)
+        if identity.name is None:
+            # Nothing would tell that the same command goes on with what this one has begun.
+            stop.advice = "run the same command without --fresh to go on"
         return Attempt(output, manifest, checkpoints, None, stop, fresh=True, is_finished=False)
     checkpoint = checkpoints.load_latest()
     options = run_options(config)

@@ -69,9 +69,11 @@ class CheckpointStore:
             None if there is none.
 
         Raises:
-            UserError: If one cannot be read at all, or is of another version of this program.
+            UserError: If none is intact, one cannot be read at all, or the newest is of another
+                version of this program.
         """
-        for number, path in reversed(self._list()):
+        checkpoints = self._list()
+        for number, path in reversed(checkpoints):
             self._last_number = max(self._last_number, number)
             try:
                 content = path.read_bytes()
@@ -82,6 +84,11 @@ class CheckpointStore:
                 continue
             self._kept = [path]
             return _parse(path, content)
+        if checkpoints:
+            raise UserError(
+                f"no checkpoint in {self._folder} is intact, expected one to go on from; restore "
+                f"one from a backup, or start over with --fresh"
+            )
         return None
 
     def save(self, checkpoint: Checkpoint) -> int:

@@ -143,7 +143,7 @@ def main(stop: StopRequest) -> NoReturn:
     stderr = _duplicate_stderr()
 
     def say_why(reason: str) -> None:
-        _report(f"{reason}; run the same command again to go on", ExitCode.RUN_AGAIN, stderr)
+        _report(f"{reason}; {stop.advice}", ExitCode.RUN_AGAIN, stderr)
 
     with stop.last_words(say_why):
         try:

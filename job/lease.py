@@ -10,6 +10,7 @@ on cannot overwrite its successor's lease; it finds a higher number and gives up
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import threading
@@ -43,6 +44,7 @@ class Holder:
         run: Name of its run; None where nothing tells.
         attempt: Number of the attempt in its run.
         host: For people; host names repeat.
+        pid: For people; process ids repeat.
         start: When it took the folder, UTC; for people.
         kernel: What identifies the kernel and the file system as one in which file locks of holder
             and waiter meet; None where the holder could get no lock.
@@ -51,11 +53,13 @@ class Holder:
     run: str | None
     attempt: int
     host: str
+    pid: int
     start: str
     kernel: str | None
 
     def __str__(self) -> str:
-        return f"{self.run or 'a run without --run-id'} on host {self.host} since {self.start}"
+        run = self.run or "a run without --run-id"
+        return f"{run}, process {self.pid} on host {self.host} since {self.start}"
 
 
 class Lease:
@@ -134,7 +138,8 @@ class Lease:
                 renewed = time.monotonic()
                 asking = asking_path(self._folder, self._generation)
                 if asking.exists() and (name := asking.read_text()):
-                    self._stop.request(f"{name} asks for {self._folder.parent}")
+                    reason = f"{name} has asked for {self._folder.parent}"
+                    self._stop.ask(reason, "it goes on with the run")
             except LeaseLostError as error:
                 self._stop.request(str(error))
                 return
@@ -173,7 +178,7 @@ def read_lease(path: Path) -> tuple[bytes, Holder | None]:
     """A lease's content and its holder; None where it is being written for the first time."""
     content = path.read_bytes()
     document = _parse(content)
-    fields = ("run", "attempt", "host", "start", "kernel")
+    fields = [field.name for field in dataclasses.fields(Holder)]
     if not document.keys() >= set(fields):
         return content, None
     return content, Holder(**{field: document[field] for field in fields})

@@ -69,6 +69,8 @@ class RunManifest:
             if not self._document:
                 self._describe(config, dict.fromkeys(DETAILS))
             self._document.setdefault("attempts", []).append(self._attempt)
+            if self._document["outcome"] != "done":
+                self._document |= {"end": None, "outcome": "running", "error": None}
             self._write()
 
     def start_training(

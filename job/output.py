@@ -190,9 +190,11 @@ def prepare_output_dir(output_dir: Path) -> None:
             probe.flush()
         free = shutil.disk_usage(output_dir).free
     except OSError as error:
+        advice = "name another folder, or mend the volume"
+        if isinstance(error, PermissionError):
+            advice = f"name a folder that user {os.getuid()} can write, or change its owner"
         raise UserError(
-            f"cannot write to --output-dir {output_dir}: {error.strerror or error}; name a folder "
-            f"that user {os.getuid()} can write, or change its owner"
+            f"cannot write to --output-dir {output_dir}: {error.strerror or error}; {advice}"
         ) from error
     if free < _FREE_BYTES:
         raise UserError(

@@ -15,7 +15,9 @@ from typing import NoReturn
 
 from job.config import ExitCode
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+RUN_AGAIN = "run the same command again to go on"
 
 _LAST_WORDS_SECONDS = 3.0
 
@@ -25,13 +27,18 @@ class StopRequest:
 
     As long as there is nothing to save, a request ends the process at once. The training loop
     defers that: it looks at `reason` between two calls, saves its work and ends by itself.
+
+    Attributes:
+        advice: What is to be done once the process has stopped.
     """
 
     def __init__(self) -> None:
         self._start = time.monotonic()
         self._stop_after_seconds: float | None = None
+        self.advice = RUN_AGAIN
         self._lock = threading.Lock()
         self._requested: str | None = None
+        self._postponed: str | None = None
         self._deferred = False
         self._last_words: list[Callable[[str], None]] = []
 
@@ -50,17 +57,28 @@ class StopRequest:
         """
         self._stop_after_seconds = seconds
 
+    def ask(self, reason: str, advice: str) -> None:
+        """Ask the process to stop when it has got something done.
+
+        Args:
+            reason: For people to read.
+            advice: Takes the place of `advice`.
+        """
+        with self._lock:
+            if self._requested is None:
+                self._requested, self.advice = reason, advice
+
     def defer(self) -> None:
         """From now on requests are looked at by the caller, who has work to save."""
         self._deferred = True
 
     def resume_ending_at_once(self) -> None:
-        """From now on requests end the process at once again, also one that was made before."""
+        """From now on requests end the process at once again, also one made since `defer`."""
         with self._lock:
             self._deferred = False
-            requested = self._requested
-        if requested:
-            self.request(requested)
+            postponed = self._postponed
+        if postponed:
+            self.request(postponed)
 
     @contextlib.contextmanager
     def last_words(self, say: Callable[[str], None]) -> Iterator[None]:
@@ -86,6 +104,8 @@ class StopRequest:
         with self._lock:
             self._requested = self._requested or reason
             at_once = at_once or not self._deferred
+            if not at_once:
+                self._postponed = reason
         if at_once:
             end_process(ExitCode.RUN_AGAIN, [partial(say, reason) for say in self._last_words])
 
@@ -116,7 +136,7 @@ def end_process(exit_code: ExitCode, last_words: Sequence[Callable[[], None]]) -
 
 
 def listen_to_signals() -> StopRequest:
-    """Turn SIGTERM, SIGINT and SIGUSR1 into a request to stop; a second SIGINT ends at once.
+    """Turn `SIGNALS` into a request to stop; a second SIGINT ends at once.
 
     Python runs handlers between two bytecodes of the main thread, which may be inside of a compiled
     call for long. So the handlers do nothing, and a thread reads what arrived.
@@ -125,7 +145,9 @@ def listen_to_signals() -> StopRequest:
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     for number in SIGNALS:
-        signal.signal(number, _handled_by_the_listener)
+        # What nohup has made the process deaf to stays unheard.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _handled_by_the_listener)
     signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     # The sender goes along because the socket closes with its last reference.
     listener = threading.Thread(target=_listen, args=(receiver, sender, stop), daemon=True)

@@ -182,6 +182,7 @@ class _Waiter:
             self._identity.name,
             self._identity.attempt,
             socket.gethostname(),
+            os.getpid(),
             log.utc_now(),
             kernel,
         )

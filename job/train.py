@@ -114,6 +114,10 @@ def _go_on(engine: Engine, fingerprint: Fingerprint, attempt: Attempt) -> Histor
     checkpoint = attempt.checkpoint
     history = History()
     if attempt.fresh:
+        log.event(
+            "fresh",
+            message=f"--fresh: starting over, without what was in {attempt.output.path}/",
+        )
         attempt.output.discard()
     elif checkpoint is None:
         # Pictures and figures of a model that is no more.

@@ -132,7 +132,7 @@ class Trainer:
         self._save_if_due(0.0)
         raise StoppedError(
             f"{reason}; everything up to step {self.step} of {self._plan.total_steps} is in "
-            f"{self._attempt.checkpoints.latest}; run the same command again to go on"
+            f"{self._attempt.checkpoints.latest}; {self._stop.advice}"
         )
 
     def _save_if_due(self, checkpoint_every_seconds: float) -> None:

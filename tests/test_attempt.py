@@ -15,7 +15,7 @@ from job.config import StoppedError, TrainConfig, UserError
 from job.fingerprint import run_options
 from job.history import History, Progress
 from job.lease import LeaseLostError
-from job.preemption import StopRequest
+from job.preemption import RUN_AGAIN, StopRequest
 
 Body = Callable[[Attempt], None]
 
@@ -193,6 +193,13 @@ def test_a_person_who_repeats_fresh_means_it(config: TrainConfig) -> None:
     assert run(replace(fresh, seed=43)).fresh
 
 
+def test_a_fresh_run_without_a_name_is_not_to_be_repeated(config: TrainConfig) -> None:
+    fresh = replace(config, fresh=True)
+    assert run(fresh).stop.advice == "run the same command without --fresh to go on"
+    assert run(replace(fresh, run_id="mine")).stop.advice == RUN_AGAIN
+    assert run(config).stop.advice == RUN_AGAIN
+
+
 def test_a_requeued_job_that_has_finished_is_not_done_over(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,7 +226,7 @@ def test_a_mistaken_command_of_the_same_run_does_not_stop_it(config: TrainConfig
     [
         (StoppedError("SIGTERM"), "stopped", "SIGTERM"),
         (RuntimeError("broken"), "failed", "RuntimeError: broken"),
-        (UserError("wrong"), "failed", "UserError: wrong"),
+        (UserError("wrong"), "failed", "wrong"),
         (LeaseLostError("taken over"), "running", None),
     ],
 )
@@ -240,7 +247,7 @@ def test_the_folder_is_free_after_an_attempt(config: TrainConfig) -> None:
 
 def test_a_folder_that_is_held_is_refused(config: TrainConfig) -> None:
     def second(attempt: Attempt) -> None:
-        with pytest.raises(UserError, match="is in use by a run without --run-id on host"):
+        with pytest.raises(UserError, match="is in use by a run without --run-id, process"):
             run(config)
 
     run(config, second)
@@ -251,7 +258,7 @@ def test_whoever_belongs_to_no_run_replaces_nobody(config: TrainConfig) -> None:
 
     def evaluate(attempt: Attempt) -> None:
         with (
-            pytest.raises(UserError, match="is in use by run mine on host"),
+            pytest.raises(UserError, match="is in use by run mine, process"),
             hold_output_dir(config.output_dir, StopRequest()),
         ):
             pass

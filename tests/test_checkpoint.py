@@ -90,10 +90,13 @@ def test_a_damaged_checkpoint_is_reported_and_skipped(
     assert [name[7:20] for name in names(tmp_path)] == ["step-00000015", "step-00000020"]
 
 
-def test_damage_to_all_leaves_nothing_to_go_on_from(tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_by_itself(
+    tmp_path: Path,
+) -> None:
     store(tmp_path).save(make(15))
     (tmp_path / "checkpoints" / names(tmp_path)[0]).write_bytes(b"")
-    assert store(tmp_path).load_latest() is None
+    with pytest.raises(UserError, match=r"no checkpoint in .* is intact, .* start over with"):
+        store(tmp_path).load_latest()
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(

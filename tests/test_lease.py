@@ -88,7 +88,9 @@ def test_a_lease_that_was_given_back_is_free_at_once(tmp_path: Path) -> None:
 
 def test_a_live_holder_is_named_and_keeps_the_folder(tmp_path: Path) -> None:
     held = acquire(tmp_path, OTHER_JOB)
-    with pytest.raises(UserError, match=f"{tmp_path} is in use by slurm job 2 on host .* since"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path} is in use by slurm job 2, process .* on host .* since"
+    ):
         acquire(tmp_path, JOB)
     held.check()
     held.release()
@@ -175,6 +177,7 @@ def test_an_older_attempt_of_the_same_run_is_asked_and_then_followed(tmp_path: P
     thread.join()
     assert stop.reason
     assert stop.reason.startswith("a newer attempt of slurm job 1 on host")
+    assert stop.advice == "it goes on with the run"
 
 
 def test_an_older_attempt_that_does_not_stop_is_replaced(tmp_path: Path) -> None:

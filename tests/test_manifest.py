@@ -57,6 +57,7 @@ def test_every_attempt_is_listed_with_its_end(tmp_path: Path) -> None:
     # It is killed here. The next one fails before it trains, the third one gets to the end.
     second = RunManifest(output, SLURM)
     second.begin(CONFIG)
+    assert (read(tmp_path)["outcome"], read(tmp_path)["end"]) == ("running", None)
     second.finish("failed", "no GPU")
     third = RunManifest(output, SLURM)
     third.begin(CONFIG)

@@ -49,7 +49,7 @@ def running(body: str, last_words: str = "None") -> Iterator[subprocess.Popen[st
         process.communicate()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_with_nothing_to_save_ends_at_once(name: str) -> None:
     with running(UNINTERRUPTIBLE) as process:
         start = time.monotonic()
@@ -105,6 +105,27 @@ def test_a_request_that_was_deferred_is_not_forgotten() -> None:
     stop.resume_ending_at_once()"""
     with running(body) as process:
         assert process.wait(timeout=10) == 75
+
+
+def test_a_process_under_nohup_does_not_hear_of_the_terminals_end() -> None:
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with running("time.sleep(1); sys.exit(0)") as process:
+            process.send_signal(signal.SIGHUP)
+            assert process.wait(timeout=10) == 0
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+
+
+def test_being_asked_waits_until_something_is_done() -> None:
+    body = """stop.ask("another", "it goes on")
+    time.sleep(0.5)
+    stop.defer()
+    print(stop.reason, stop.advice, flush=True)
+    stop.resume_ending_at_once()"""
+    with running(body) as process:
+        output, _ = process.communicate(timeout=10)
+    assert (process.returncode, output) == (0, "another it goes on\n")
 
 
 def test_the_first_reason_counts() -> None:

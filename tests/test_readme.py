@@ -90,6 +90,6 @@ def test_commands_run_and_the_model_loads_as_shown(tmp_path: Path) -> None:
         assert result.returncode == 0, result.stderr
 
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    snippet = snippet.replace("output/", "output/try/")  # where the commands above wrote
+    snippet = snippet.replace("output/demo/", "output/try/")  # where the commands above wrote
     check = f"{snippet}\nassert model.output_shape == (None, 10)"
     subprocess.run([sys.executable, "-W", "ignore", "-c", check], cwd=tmp_path, check=True)

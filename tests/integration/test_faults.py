@@ -164,7 +164,7 @@ def test_two_runs_do_not_share_a_folder(
     second = run_job(*command, "--output-dir", output)
     assert second.returncode == 2
     (line,) = second.stderr.splitlines()
-    assert f"--output-dir {output} is in use by slurm job 41 on host" in line
+    assert f"--output-dir {output} is in use by slurm job 41, process" in line
     assert first.finish().returncode == 0
     assert compare(reference, output) == []
 
@@ -179,7 +179,7 @@ def test_a_requeued_job_takes_over_from_its_older_attempt(
     # The node hangs; it comes back only when the next attempt has taken over.
     older.send_signal(signal.SIGSTOP)
     newer = start_job(*command, "--output-dir", output, env={**slurm, "SLURM_RESTART_COUNT": "1"})
-    assert newer.wait_for("waiting")["holder"].startswith("slurm job 41 on host")
+    assert newer.wait_for("waiting")["holder"].startswith("slurm job 41, process")
     assert newer.wait_for("start")["step"] > 0
     older.send_signal(signal.SIGCONT)
     ended = older.finish()
@@ -203,6 +203,7 @@ def test_an_older_attempt_that_lives_is_asked_to_save_its_work(
     ended = older.finish()
     assert ended.returncode == 75
     assert "a newer attempt of run mine on host" in ended.stderr
+    assert ended.stderr.endswith("; it goes on with the run\n")
     saved = manifest(output)["attempts"][0]["last_step"]
     assert newer.wait_for("start")["step"] == saved > 0
 
