@@ -25,4 +25,4 @@ def test_device_request_refuses_anything_else(text: str) -> None:
 
 def test_errors_carry_the_documented_exit_codes() -> None:
     assert (JobError.exit_code, UserError.exit_code, GpuMissingError.exit_code) == (1, 2, 3)
-    assert [code.value for code in ExitCode] == [0, 1, 2, 3]
+    assert [code.value for code in ExitCode] == [0, 1, 2, 3, 75]
