@@ -25,10 +25,13 @@ class Compilation:
         network: The forward and backward passes. XLA's CPU convolutions take ten times as long as
             oneDNN's, so this is for GPUs.
         elementwise: Augmentation and optimizer update, chains of small ops that become one kernel.
+        loops: Whole loops over steps, so that nothing is launched from the host between two of
+            them. Only for a single replica: an all-reduce has to stay outside of XLA.
     """
 
     network: bool
     elementwise: bool
+    loops: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,7 @@ def open_devices(
         deterministic = "on" if keep else "off"
     if deterministic == "on":
         tf.config.experimental.enable_op_determinism()
+    compile_network = jit == "on" or (jit == "auto" and kind == "gpu")
     return Devices(
         strategy=tf.distribute.MirroredStrategy(names),
         kind=kind,
@@ -162,7 +166,10 @@ def open_devices(
         precision=precision,
         jit=jit,
         compilation=Compilation(
-            network=jit == "on" or (jit == "auto" and kind == "gpu"), elementwise=jit != "off"
+            network=compile_network,
+            elementwise=jit != "off",
+            # On CPUs XLA's convolutions are slower still inside of a loop.
+            loops=compile_network and kind == "gpu" and len(names) == 1,
         ),
         deterministic=deterministic == "on",
         threads=int(os.environ.get("TF_NUM_INTRAOP_THREADS") or len(os.sched_getaffinity(0))),

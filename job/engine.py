@@ -90,11 +90,14 @@ class Engine:
         self._prepare = tf.function(self._prepare_rows, jit_compile=compilation.elementwise)
         self._gradients = tf.function(self._compute_gradients, jit_compile=compilation.network)
         self._update = tf.function(self._apply_gradients, jit_compile=compilation.elementwise)
+        self._compiled_span = (
+            tf.function(self._replica_span, jit_compile=True) if compilation.loops else None
+        )
 
         self.original = recipe.build_model(plan.seed, self._classes)
         recipe.compile(self.original, learning_rate, plan.total_steps)
         with self._strategy.scope(), tf.variable_creator_scope(_replica_local):
-            self.model = training_network(self.original, devices.precision)
+            self.model = training_network(self.original, devices.precision, compilation.network)
             self._optimizer = recipe.build_optimizer(learning_rate, plan.total_steps)
             self._optimizer.build(self.model.trainable_variables)
             self._sums = tf.Variable([0.0, 0.0], trainable=False, name="sums")
@@ -139,9 +142,7 @@ class Engine:
         done = done or Progress()
         for start in range(done.steps, plan.steps_per_epoch, STEPS_PER_SPAN):
             end = min(start + STEPS_PER_SPAN, plan.steps_per_epoch)
-            sums = self._span(
-                batches, draws, tf.constant(start), tf.constant(end), tf.constant(first_step)
-            )
+            sums = self._span(batches[start:end], draws[start:end], tf.constant(first_step + start))
             # Reading the sums waits for the devices: the span is over.
             loss, correct = sums.numpy()
             done = Progress(end, done.loss + float(loss), done.correct + int(correct))
@@ -188,31 +189,44 @@ class Engine:
         )
 
     @tf.function
-    def _span(
-        self,
-        batches: tf.Tensor,
-        draws: tf.Tensor,
-        start: tf.Tensor,
-        end: tf.Tensor,
-        first_step: tf.Tensor,
-    ) -> tf.Tensor:
-        """Run the steps from start to end of an epoch whose first step is first_step of the run.
+    def _span(self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor) -> tf.Tensor:
+        """Run a span of steps.
+
+        Args:
+            batches: [steps, global_batch_size] int64 rows of the training set.
+            draws: [steps, global_batch_size, ...] what augments them.
+            first_step: Scalar int32, step of the run that the span begins with.
 
         Returns:
             [2] float32: the sum of the losses and the correct predictions, exact up to 2**24.
         """
         self._strategy.run(self._reset_sums)
-        unrolled_end = end - (end - start) % STEPS_UNROLLED
-        for first in tf.range(start, unrolled_end, STEPS_UNROLLED):
-            for step in [first + offset for offset in range(STEPS_UNROLLED)]:
-                self._strategy.run(
-                    self._replica_step, (batches[step], draws[step], first_step + step)
-                )
-        for step in tf.range(unrolled_end, end):
-            self._strategy.run(self._replica_step, (batches[step], draws[step], first_step + step))
+        if self._compiled_span:
+            self._strategy.run(self._compiled_span, (batches, draws, first_step))
+        else:
+            self._run_steps(batches, draws, first_step)
         if self._replicas > 1 and self._statistics:
             self._strategy.run(self._average_statistics)
         return self._strategy.reduce("SUM", self._strategy.run(self._read_sums), axis=None)
+
+    def _run_steps(self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor) -> None:
+        """Run a span's steps one after the other on all replicas."""
+        steps = batches.shape[0]
+        unrolled = steps - steps % STEPS_UNROLLED
+
+        def run(step: tf.Tensor) -> None:
+            self._strategy.run(self._replica_step, (batches[step], draws[step], first_step + step))
+
+        for first in tf.range(0, unrolled, STEPS_UNROLLED):
+            for offset in range(STEPS_UNROLLED):
+                run(first + offset)
+        for step in tf.range(unrolled, steps):
+            run(step)
+
+    def _replica_span(self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor) -> None:
+        """A span's steps on the only replica."""
+        for step in tf.range(batches.shape[0]):
+            self._replica_step(batches[step], draws[step], first_step + step)
 
     def _reset_sums(self) -> None:
         self._sums.assign([0.0, 0.0])

@@ -85,7 +85,11 @@ class Evaluator:
         self._strategy, self._replicas = devices.strategy, devices.replicas
         self._data = ResidentImages(self._strategy, images, labels)
         self._rows = min(ROWS_PER_REPLICA, -(-len(images) // self._replicas))
-        self._score = tf.function(self._score_rows, jit_compile=devices.compilation.network)
+        compilation = devices.compilation
+        self._score = tf.function(self._score_rows, jit_compile=compilation.network)
+        self._compiled_loop = (
+            tf.function(self._replica_loop, jit_compile=True) if compilation.loops else None
+        )
 
     def __call__(self) -> Evaluation:
         """Evaluate all examples."""
@@ -96,12 +100,25 @@ class Evaluator:
 
     @tf.function
     def _evaluate(self) -> tuple[tf.Tensor, tf.Tensor]:
+        if self._compiled_loop:
+            results: tuple[tf.Tensor, tf.Tensor] = self._strategy.run(self._compiled_loop)
+            return results
         classes = self._model.output_shape[-1]
         loss, confusion = tf.constant(0.0), tf.zeros([classes, classes])
         for start in tf.range(0, self._data.examples, self._rows * self._replicas, tf.int64):
             replica_loss, replica_confusion = self._strategy.run(self._replica_part, (start,))
             loss += self._strategy.reduce("SUM", replica_loss, axis=None)
             confusion += self._strategy.reduce("SUM", replica_confusion, axis=None)
+        return loss, confusion
+
+    def _replica_loop(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Evaluate all examples on the only replica."""
+        classes = self._model.output_shape[-1]
+        loss, confusion = tf.constant(0.0), tf.zeros([classes, classes])
+        for start in tf.range(0, self._data.examples, self._rows, tf.int64):
+            part_loss, part_confusion = self._replica_part(start)
+            loss += part_loss
+            confusion += part_confusion
         return loss, confusion
 
     def _replica_part(self, start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

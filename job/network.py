@@ -7,13 +7,14 @@ import keras
 import tensorflow as tf
 
 
-def training_network(model: keras.Model, precision: str) -> keras.Model:
+def training_network(model: keras.Model, precision: str, compiled: bool = False) -> keras.Model:
     """Rebuild a network for training.
 
     Args:
         model: A Sequential or Functional network of float32 layers.
         precision: "float32", or "bfloat16" to compute all but the last layer in bfloat16; the
             variables are float32 in both.
+        compiled: Whether XLA is to compile it.
 
     Returns:
         A network with variables of its own, one for each of the model's and with their values.
@@ -28,8 +29,9 @@ def training_network(model: keras.Model, precision: str) -> keras.Model:
         kind = type(layer)
         if layer.name in convolutions:
             config["activation"] = None
-        elif layer.name in poolings:
-            kind = MaxPoolingThenRelu
+        elif type(layer) is keras.layers.MaxPooling2D:
+            config |= {"relu": layer.name in poolings, "elementwise": compiled}
+            kind = TrainingMaxPooling
         elif kind is keras.layers.BatchNormalization and FusedBatchNormalization.can_replace(layer):
             kind = FusedBatchNormalization
         return kind.from_config(config)
@@ -57,16 +59,64 @@ def _pooled_relu_convolutions(model: keras.Model) -> tuple[set[str], set[str]]:
     return convolutions, poolings
 
 
-class MaxPoolingThenRelu(keras.layers.MaxPooling2D):  # type: ignore[misc]
-    """Max pooling with the ReLU of the convolution before it, moved behind the pooling.
+class TrainingMaxPooling(keras.layers.MaxPooling2D):  # type: ignore[misc]
+    """Max pooling, with the ReLU of the convolution before it if that is moved behind it.
 
     ReLU is monotonic, so the largest of the rectified values is the rectified largest value, and
     where that is zero no gradient passes in either order. Behind the pooling ReLU and its gradient
     have a quarter of the values to go over.
+
+    Args:
+        relu: Whether to rectify the pooled values.
+        elementwise: Whether to pool by `max_pool_2x2` where the layer's settings are its.
+        options: Those of Keras's layer.
     """
 
+    def __init__(self, relu: bool, elementwise: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self._relu = relu
+        self._elementwise = (
+            elementwise
+            and self.pool_size == self.strides == (2, 2)
+            and (self.padding, self.data_format) == ("valid", "channels_last")
+        )
+
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        return tf.nn.relu(super().call(inputs))
+        pooled = max_pool_2x2(inputs) if self._elementwise else super().call(inputs)
+        return tf.nn.relu(pooled) if self._relu else pooled
+
+
+@tf.custom_gradient
+def max_pool_2x2(inputs: tf.Tensor) -> Any:
+    """`tf.nn.max_pool2d` with windows and strides of 2, in elementwise ops that XLA fuses.
+
+    XLA has no kernel of its own for the gradient of max pooling: it scatters with atomic additions,
+    which is slow, and on GPUs refused where determinism is asked for. Windows that do not overlap
+    need none of it. The gradient goes to the first of equal largest values, as TensorFlow's does.
+
+    Args:
+        inputs: [batch, height, width, channels]; an odd last row or column is left out.
+
+    Returns:
+        [batch, height // 2, width // 2, channels].
+    """
+    _, height, width, channels = inputs.shape
+    rows, columns = height // 2, width // 2
+    windows = tf.reshape(inputs[:, : 2 * rows, : 2 * columns], [-1, rows, 2, columns, 2, channels])
+    corners = [windows[:, :, i, :, j] for i in range(2) for j in range(2)]
+    pooled = tf.maximum(tf.maximum(corners[0], corners[1]), tf.maximum(corners[2], corners[3]))
+
+    def gradient(upstream: tf.Tensor) -> tf.Tensor:
+        first = tf.fill(tf.shape(pooled), 3)
+        for corner in (2, 1, 0):
+            first = tf.where(tf.equal(corners[corner], pooled), corner, first)
+        numbers = tf.reshape(tf.range(4), [1, 1, 2, 1, 2, 1])
+        is_first = tf.equal(first[:, :, None, :, None], numbers)
+        spread = tf.where(is_first, upstream[:, :, None, :, None], tf.zeros([], upstream.dtype))
+        spread = tf.reshape(spread, [-1, 2 * rows, 2 * columns, channels])
+        return tf.pad(spread, [[0, 0], [0, height - 2 * rows], [0, width - 2 * columns], [0, 0]])
+
+    return pooled, gradient
 
 
 class FusedBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]

@@ -213,20 +213,23 @@ def test_an_epoch_is_handed_back_in_spans_that_cover_it(
     assert 0 < progress[-1].correct <= 512
 
 
-def test_xla_compiles_the_network_to_the_same_step(
-    small_dataset: Dataset, make_devices: MakeDevices
+@pytest.mark.parametrize("loops", [False, True])
+def test_xla_compiles_the_network_to_the_same_steps(
+    small_dataset: Dataset, make_devices: MakeDevices, loops: bool
 ) -> None:
-    weights = []
-    for network in (False, True):
+    weights, sums = [], []
+    for compiled in (False, True):
         engine = make_engine(
             small_dataset,
             make_devices,
             PLAIN,
-            learning_rate=1.0,
-            compilation=Compilation(network=network, elementwise=network),
+            steps=3,
+            learning_rate=0.1,
+            compilation=Compilation(compiled, compiled, loops=compiled and loops),
         )
-        list(engine.train_epoch(0))
+        sums.append(list(engine.train_epoch(0))[-1])
         weights.append(engine.export().get_weights())
+    assert sums[0].loss == pytest.approx(sums[1].loss, abs=1e-3)
     for one, two in zip(*weights, strict=True):
         np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
 
@@ -270,9 +273,21 @@ NO_KERNEL_NEEDED = {"Placeholder", "_Arg", "_Retval"}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("compiled", [True, False], ids=["xla", "plain"])
+@pytest.mark.parametrize(
+    ("replicas", "compilation"),
+    [
+        (1, Compilation(True, True, loops=True)),
+        (2, Compilation(True, True)),
+        (2, Compilation(False, False)),
+    ],
+    ids=["loops", "xla", "plain"],
+)
 def test_every_op_of_the_training_step_has_a_gpu_kernel(
-    small_dataset: Dataset, make_devices: MakeDevices, precision: str, compiled: bool
+    small_dataset: Dataset,
+    make_devices: MakeDevices,
+    precision: str,
+    replicas: int,
+    compilation: Compilation,
 ) -> None:
     if not tf.test.is_built_with_cuda():
         pytest.skip("this TensorFlow is built without CUDA")
@@ -280,15 +295,15 @@ def test_every_op_of_the_training_step_has_a_gpu_kernel(
         small_dataset,
         make_devices,
         precision=precision,
-        compilation=Compilation(network=compiled, elementwise=compiled),
-        replicas=2,
+        compilation=compilation,
+        replicas=replicas,
     )
     scalar, batches = tf.constant(0), tf.zeros([1, BATCH], tf.int64)
     draws = tf.zeros([1, BATCH, 6])
     checked = {"GPU": 0, "XLA_GPU_JIT": 0}
     missing = set()
     for function in (
-        engine._span.get_concrete_function(batches, draws, scalar, scalar, scalar),
+        engine._span.get_concrete_function(batches, draws, scalar),
         engine._draw.get_concrete_function(scalar),
     ):
         graph = function.graph.as_graph_def()
@@ -302,7 +317,7 @@ def test_every_op_of_the_training_step_has_a_gpu_kernel(
             if node.op not in NO_KERNEL_NEEDED and not has_kernel(device, node):
                 missing.add((device, node.op, str(sorted(node.attr))))
     assert sum(checked.values()) > 500
-    assert (checked["XLA_GPU_JIT"] > 200) == compiled
+    assert (checked["XLA_GPU_JIT"] > 200) == compilation.network
     assert not missing
 
 

@@ -1,10 +1,17 @@
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from job import classic
-from job.network import FusedBatchNormalization, MaxPoolingThenRelu, training_network
+from job.network import (
+    FusedBatchNormalization,
+    TrainingMaxPooling,
+    max_pool_2x2,
+    training_network,
+)
 
 
 @pytest.fixture
@@ -50,7 +57,7 @@ def test_the_classic_network_is_rebuilt_in_its_fast_form(
 ) -> None:
     fast = training_network(original, "float32")
     kinds = [type(layer) for layer in fast.layers[:3]]
-    assert kinds == [keras.layers.Conv2D, MaxPoolingThenRelu, FusedBatchNormalization]
+    assert kinds == [keras.layers.Conv2D, TrainingMaxPooling, FusedBatchNormalization]
     assert [v.path.split("/", 1)[1] for v in fast.variables] == [
         v.path.split("/", 1)[1] for v in original.variables
     ]
@@ -59,17 +66,41 @@ def test_the_classic_network_is_rebuilt_in_its_fast_form(
     )
 
 
-def test_relu_behind_the_pooling_gives_the_same_bits(
-    original: keras.Model, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("compiled", [True, False])
+def test_moved_relu_and_elementwise_pooling_give_the_same_bits(
+    original: keras.Model, images: np.ndarray, monkeypatch: pytest.MonkeyPatch, compiled: bool
 ) -> None:
     monkeypatch.setattr(FusedBatchNormalization, "can_replace", lambda layer: False)
-    fast = training_network(original, "float32")
-    assert isinstance(fast.layers[1], MaxPoolingThenRelu)
+    fast = training_network(original, "float32", compiled)
+    assert isinstance(fast.layers[1], TrainingMaxPooling)
     outputs, values = gradients(fast, images)
     expected_outputs, expected_values = gradients(original, images)
     np.testing.assert_array_equal(outputs, expected_outputs)
     for value, expected in zip(values, expected_values, strict=True):
         np.testing.assert_array_equal(value, expected)
+
+
+@pytest.mark.parametrize("jit", [True, False], ids=["xla", "plain"])
+@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16], ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("size", [(8, 6), (5, 7)])
+def test_elementwise_pooling_equals_tensorflows_where_values_tie(
+    size: tuple[int, int], dtype: tf.DType, jit: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    # Few different values, so that most windows have several largest ones.
+    inputs = tf.cast(rng.integers(-2, 3, (16, *size, 4)), dtype)
+    upstream = tf.cast(rng.normal(size=(16, size[0] // 2, size[1] // 2, 4)), dtype)
+
+    def pool_and_gradient(pool: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            pooled = pool(inputs)
+        return pooled, tape.gradient(pooled, inputs, upstream)
+
+    results = tf.function(lambda: pool_and_gradient(max_pool_2x2), jit_compile=jit)()
+    expected = pool_and_gradient(lambda images: tf.nn.max_pool2d(images, 2, 2, "VALID"))
+    for result, right in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(result.numpy(), right.numpy())
 
 
 def test_fused_batch_normalization_computes_what_keras_computes(images: np.ndarray) -> None:
@@ -130,7 +161,9 @@ def test_other_layers_and_networks_are_left_as_they_are() -> None:
     normal = keras.layers.BatchNormalization(scale=False)(joined)
     model = keras.Model(inputs, keras.layers.Dense(2)(normal))
     fast = training_network(model, "float32")
-    assert [type(layer) for layer in fast.layers] == [type(layer) for layer in model.layers]
+    expected = [type(layer) for layer in model.layers]
+    expected[expected.index(keras.layers.MaxPooling2D)] = TrainingMaxPooling
+    assert [type(layer) for layer in fast.layers] == expected
     x = np.random.default_rng(0).random((4, 8, 8, 3), np.float32)
     np.testing.assert_array_equal(fast(x), model(x))
 
