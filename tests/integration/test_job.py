@@ -45,7 +45,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cifar10_dir: Path) -> Path
     """An output folder of a bfloat16 run on two replicas."""
     folder = tmp_path_factory.mktemp("trained")
     command = [sys.executable, "-m", "job", "train", *SMALL, "--devices", "cpu:2"]
-    options = f"--precision bfloat16 --data-dir {cifar10_dir} --output-dir {folder}".split()
+    # On a busy machine two epochs may take longer than the default time between two checkpoints.
+    options = f"--precision bfloat16 --checkpoint-every 3600 --data-dir {cifar10_dir}".split()
+    options += ["--output-dir", str(folder)]
     result = subprocess.run([*command, *options], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     (folder / "stdout").write_text(result.stdout)
