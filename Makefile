@@ -9,6 +9,12 @@ BENCH_ROUNDS ?= 3
 CHAOS_DIR ?= build/chaos
 CHAOS_ROUNDS ?= 100
 PYTEST_ARGS ?=
+KUBECTL ?= kubectl
+NAMESPACE ?=
+# Names of folders in k8s/overlays.
+OVERLAY ?=
+# Not OUTPUT_DIR, which may hold a run of this machine.
+FETCH_DIR ?= output/k8s
 
 # A device node tells an NVIDIA GPU even where the driver's tools are not installed.
 LOCK := $(if $(wildcard /dev/nvidia[0-9]*),gpu,cpu)
@@ -19,7 +25,7 @@ BIN := $(VENV)/bin
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: install
 install: $(VENV)/.$(LOCK) ## Install into .venv, with the GPU libraries on a machine with an NVIDIA GPU
@@ -66,6 +72,52 @@ lock: $(VENV)/.dev ## Resolve the dependencies anew and pin them with hashes
 
 UV_COMPILE := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
   --custom-compile-command 'make lock' --no-annotate
+
+K8S_DIR := build/k8s
+K8S := $(KUBECTL) $(if $(NAMESPACE),--namespace=$(NAMESPACE))
+# Overlay sweep adds to the names, as its nameSuffix says.
+K8S_SUFFIX := $(if $(filter sweep,$(OVERLAY)),-sweep)
+K8S_DELETE_JOB := $(K8S) delete job cifar10$(K8S_SUFFIX) --ignore-not-found --cascade=foreground
+
+# A Job's template cannot be changed. The old Job's Pods are gone, with a checkpoint, before the new
+# Job begins, because two Jobs are two runs, and a folder has room for one.
+.PHONY: k8s-run
+k8s-run: k8s-render ## Start the Job on Kubernetes, again if there is one; OVERLAY="gpus kueue"
+	$(K8S_DELETE_JOB)
+	$(K8S) apply -k $(K8S_DIR) --selector 'app.kubernetes.io/component!=fetch'
+
+.PHONY: k8s-logs
+k8s-logs: ## Follow the logs of all of its Pods
+	$(K8S) logs --selector batch.kubernetes.io/job-name=cifar10$(K8S_SUFFIX) --follow --tail=-1 \
+	  --prefix --max-log-requests=100
+
+# Through a file, because the shell would not see kubectl fail in a pipe. With 1 tar tells that a
+# file was replaced while it was read; it has a whole one all the same.
+.PHONY: k8s-fetch
+k8s-fetch: POD := cifar10-fetch$(K8S_SUFFIX)
+k8s-fetch: k8s-render ## Copy the artifacts from the volume to FETCH_DIR
+	@set -e; trap '$(K8S) delete pod $(POD) --ignore-not-found' EXIT; trap 'exit 130' INT TERM; \
+	  $(K8S) apply -k $(K8S_DIR) --selector app.kubernetes.io/component=fetch; \
+	  $(K8S) wait --for=condition=Ready pod/$(POD) --timeout=300s; \
+	  $(K8S) exec $(POD) -- sh -c 'tar --create --directory=/output --exclude=checkpoints \
+	    --exclude=".[!/]*" . || test $$? -eq 1' > $(K8S_DIR)/artifacts.tar; \
+	  mkdir -p $(FETCH_DIR); \
+	  tar --extract --file=$(K8S_DIR)/artifacts.tar --directory=$(FETCH_DIR) --no-same-owner
+	@ls -l $(FETCH_DIR)
+
+.PHONY: k8s-delete
+k8s-delete: ## Delete the Job, never its volumes
+	$(K8S_DELETE_JOB)
+
+# kustomize takes no folder that the kustomization itself is in, so this one is not in k8s/.
+.PHONY: k8s-render
+k8s-render:
+	$(foreach name,$(OVERLAY),$(if $(wildcard k8s/overlays/$(name)),, \
+	  $(error OVERLAY has $(name), expected any of $(notdir $(wildcard k8s/overlays/*)))))
+	@mkdir -p $(K8S_DIR)
+	@cp k8s/fetch.yaml $(K8S_DIR)/
+	@printf '%s\n' 'resources: [../../k8s, fetch.yaml]' 'components:' > $(K8S_DIR)/kustomization.yaml
+	@for name in $(OVERLAY); do echo "- ../../k8s/overlays/$$name"; done >> $(K8S_DIR)/kustomization.yaml
 
 .PHONY: clean
 clean: ## Remove what was built, never the output or the data

@@ -1,0 +1,479 @@
+"""What the cluster is told: the manifests as they are rendered, judged field by field."""
+
+import os
+import re
+import shutil
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from kubernetes_validate.utils import all_versions
+
+from job import __version__
+from job.cli import train
+from job.cluster import run_identity
+from job.options import train_config
+from tests.conftest import REPOSITORY
+
+Manifest = dict[str, Any]
+
+OVERLAYS = sorted(folder.name for folder in (REPOSITORY / "k8s" / "overlays").iterdir())
+VERSIONS = [
+    version for version in all_versions() if tuple(map(int, version.split(".")[:2])) >= (1, 31)
+]
+
+
+def copy_of_the_repository(folder: Path) -> Path:
+    """What the make targets need, in a folder that they may write."""
+    shutil.copytree(REPOSITORY / "k8s", folder / "k8s")
+    shutil.copy(REPOSITORY / "Makefile", folder)
+    return folder
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environ = {"PATH": os.environ["PATH"]}
+    return subprocess.run(
+        ["make", *arguments], cwd=folder, env=environ, capture_output=True, text=True
+    )
+
+
+def kustomize(folder: Path) -> str:
+    for command in (["kustomize", "build"], ["kubectl", "kustomize"]):
+        if shutil.which(command[0]):
+            rendered = subprocess.run([*command, folder], capture_output=True, text=True)
+            assert rendered.returncode == 0, rendered.stderr
+            return rendered.stdout
+    missing = "neither kustomize nor kubectl is installed"
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+
+
+def render(folder: Path, overlays: tuple[str, ...]) -> list[Manifest]:
+    """The Job, its claims and the Pod of `make k8s-fetch`, with overlays."""
+    made = make(copy_of_the_repository(folder), "k8s-render", f"OVERLAY={' '.join(overlays)}")
+    assert made.returncode == 0, made.stderr
+    return list(yaml.safe_load_all(kustomize(folder / "build" / "k8s")))
+
+
+def as_they_are() -> list[Manifest]:
+    texts = [(REPOSITORY / "k8s" / name).read_text() for name in ("job.yaml", "fetch.yaml")]
+    return [manifest for text in texts for manifest in yaml.safe_load_all(text)]
+
+
+RENDERINGS: dict[str, tuple[str, ...]] = {
+    "base": (),
+    **{overlay: (overlay,) for overlay in OVERLAYS},
+    "all": tuple(OVERLAYS),
+}
+
+
+@pytest.fixture(scope="module", params=["files", *RENDERINGS])
+def manifests(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[Manifest]:
+    """The files as they are, and rendered with no overlay, with each, and with all together."""
+    if request.param == "files":
+        return as_they_are()
+    return render(tmp_path_factory.mktemp(request.param), RENDERINGS[request.param])
+
+
+def of_kind(kind: str, manifests: list[Manifest]) -> list[Manifest]:
+    return [manifest for manifest in manifests if manifest["kind"] == kind]
+
+
+def the_job(manifests: list[Manifest]) -> Manifest:
+    (job,) = of_kind("Job", manifests)
+    return job
+
+
+def the_container(pod: Manifest) -> Manifest:
+    (container,) = pod["containers"]
+    assert isinstance(container, dict)
+    return container
+
+
+@pytest.fixture
+def job(manifests: list[Manifest]) -> Manifest:
+    return the_job(manifests)
+
+
+@pytest.fixture
+def pod(job: Manifest) -> Manifest:
+    template: Manifest = job["spec"]["template"]["spec"]
+    return template
+
+
+@pytest.fixture
+def container(pod: Manifest) -> Manifest:
+    return the_container(pod)
+
+
+@pytest.fixture(params=["job", "fetch"])
+def any_pod(request: pytest.FixtureRequest, manifests: list[Manifest]) -> Manifest:
+    """The Job's Pod, and the one of `make k8s-fetch`."""
+    (fetch,) = of_kind("Pod", manifests)
+    spec = the_job(manifests)["spec"]["template"]["spec"]
+    chosen: Manifest = spec if request.param == "job" else fetch["spec"]
+    return chosen
+
+
+# Validity
+
+
+def test_manifests_are_valid_for_every_supported_version(manifests: list[Manifest]) -> None:
+    assert VERSIONS[0].startswith("1.31.")
+    for version in VERSIONS:
+        for manifest in manifests:
+            kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def test_the_validation_refuses_a_field_that_does_not_exist() -> None:
+    job = the_job(as_they_are())
+    job["spec"]["backofLimit"] = 4
+    with pytest.raises(kubernetes_validate.ValidationError, match="backofLimit"):
+        kubernetes_validate.validate(job, VERSIONS[-1], strict=True)
+
+
+def test_without_overlays_kustomize_gives_the_files(tmp_path: Path) -> None:
+    def by_name(manifests: list[Manifest]) -> dict[str, Manifest]:
+        return {manifest["metadata"]["name"]: manifest for manifest in manifests}
+
+    assert by_name(render(tmp_path, ())) == by_name(as_they_are())
+    alone = yaml.safe_load_all(kustomize(REPOSITORY / "k8s"))
+    kinds = [manifest["kind"] for manifest in alone]
+    assert sorted(kinds) == ["Job", "PersistentVolumeClaim", "PersistentVolumeClaim"]
+
+
+# Security
+
+
+def test_pods_keep_to_the_restricted_standard(any_pod: Manifest) -> None:
+    assert any_pod["securityContext"] == {
+        "runAsNonRoot": True,
+        "runAsUser": 10001,
+        "runAsGroup": 10001,
+        "fsGroup": 10001,
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    assert the_container(any_pod)["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "readOnlyRootFilesystem": True,
+    }
+    assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & any_pod.keys()
+    for volume in any_pod["volumes"]:
+        assert volume.keys() - {"name"} <= {"persistentVolumeClaim", "emptyDir"}
+
+
+def test_pods_get_neither_a_token_nor_the_services_variables(any_pod: Manifest) -> None:
+    assert any_pod["automountServiceAccountToken"] is False
+    assert any_pod["enableServiceLinks"] is False
+
+
+def test_the_images_tag_is_this_version(any_pod: Manifest) -> None:
+    assert re.fullmatch(rf"(\S+/)?cifar10-job:{re.escape(__version__)}", the_container(any_pod)["image"])
+
+
+def test_the_image_is_one_line_of_the_job() -> None:
+    lines = (REPOSITORY / "k8s" / "job.yaml").read_text().splitlines()
+    images = [line.strip() for line in lines if "cifar10-job:" in line]
+    assert images == [f"image: cifar10-job:{__version__}"]
+
+
+# Retries
+
+
+def reaction(job: Manifest, exit_code: int, disrupted: bool = False) -> str:
+    """What happens to a Pod that ended: the first rule that matches decides, and none counts it."""
+    for rule in job["spec"]["podFailurePolicy"]["rules"]:
+        if "onPodConditions" in rule:
+            condition = {"type": "DisruptionTarget", "status": "True"}
+            matches = disrupted and condition in rule["onPodConditions"]
+        else:
+            codes = rule["onExitCodes"]
+            assert codes["operator"] == "In"
+            name = the_container(job["spec"]["template"]["spec"])["name"]
+            matches = codes["containerName"] == name and exit_code in codes["values"]
+        if matches:
+            return str(rule["action"])
+    return "Count"
+
+
+def test_each_end_of_a_pod_has_its_consequence(job: Manifest) -> None:
+    indexed = job["spec"].get("completionMode") == "Indexed"
+    for exit_code in (1, 2, 3, 75, 137, 143):
+        assert reaction(job, exit_code, disrupted=True) == "Ignore"
+    assert reaction(job, 75) == "Ignore"
+    assert reaction(job, 2) == ("FailIndex" if indexed else "FailJob")
+    assert [reaction(job, exit_code) for exit_code in (1, 3, 137)] == ["Count"] * 3
+
+
+def test_retries_are_bounded(job: Manifest) -> None:
+    spec = job["spec"]
+    if spec.get("completionMode") == "Indexed":
+        # A limit over all indexes would be used up by one of them.
+        assert "backoffLimit" not in spec
+        assert 1 <= spec["backoffLimitPerIndex"] <= 6
+        assert spec["maxFailedIndexes"] < spec["completions"]
+    else:
+        assert 1 <= spec["backoffLimit"] <= 6
+    assert spec["podReplacementPolicy"] == "Failed"
+    assert 3600 <= spec["activeDeadlineSeconds"] <= 7 * 86400
+    assert spec["ttlSecondsAfterFinished"] >= 86400
+
+
+def test_a_pod_has_the_time_to_write_its_checkpoint(pod: Manifest) -> None:
+    assert pod["restartPolicy"] == "Never"
+    # The README tells 2.9 s; a slow volume may need ten times as long.
+    assert pod["terminationGracePeriodSeconds"] >= 30
+
+
+# Resources
+
+
+def test_requests_equal_limits(any_pod: Manifest) -> None:
+    resources = the_container(any_pod)["resources"]
+    assert resources["requests"] == resources["limits"]
+    assert {"cpu", "memory"} <= resources["limits"].keys()
+
+
+def test_the_gpus_are_limited_required_and_tolerated(pod: Manifest, container: Manifest) -> None:
+    limit = container["resources"]["limits"]["nvidia.com/gpu"]
+    params = train.make_context("train", container["args"][1:]).params
+    assert params["require_gpus"] == int(limit)
+    toleration = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    assert toleration in pod["tolerations"]
+
+
+def test_shared_memory_is_memory_and_less_than_the_limit(
+    pod: Manifest, container: Manifest
+) -> None:
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    shm = volumes[mounts["/dev/shm"]]["emptyDir"]
+    assert shm["medium"] == "Memory"
+    gib = [
+        int(text.removesuffix("Gi"))
+        for text in (shm["sizeLimit"], container["resources"]["limits"]["memory"])
+    ]
+    assert gib[0] * 4 <= gib[1]
+    assert "medium" not in volumes[mounts["/tmp"]]["emptyDir"]
+
+
+# The program
+
+
+def environment(container: Manifest, index: int = 3) -> dict[str, str]:
+    """The variables as Kubernetes gives them to the Pod of a Job or of an index."""
+    pod = {
+        "metadata.labels['batch.kubernetes.io/controller-uid']": "6a41c0ac",
+        "metadata.annotations['batch.kubernetes.io/job-completion-index']": str(index),
+    }
+    environ: dict[str, str] = {}
+    for variable in container["env"]:
+        if "valueFrom" in variable:
+            value = pod[variable["valueFrom"]["fieldRef"]["fieldPath"]]
+        else:
+            # Only variables further up are replaced.
+            value = re.sub(r"\$\((\w+)\)", lambda name: environ[name[1]], variable["value"])
+        environ[variable["name"]] = value
+    return environ
+
+
+def outcome(monkeypatch: pytest.MonkeyPatch, container: Manifest, environ: dict[str, str]) -> Any:
+    """What the program makes of arguments and variables."""
+    command, *arguments = container["args"]
+    assert command == "train"
+    with monkeypatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("JOB_")]:
+            patch.delenv(name)
+        for name, value in environ.items():
+            patch.setenv(name, value)
+        config = train_config(
+            {
+                name: value
+                for name, value in train.make_context("train", arguments).params.items()
+                if name != "log_format"
+            }
+        )
+    return config, run_identity(environ, config.run_id)
+
+
+def test_every_variable_reaches_the_program(
+    container: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ = environment(container)
+    config, identity = outcome(monkeypatch, container, environ)
+    assert identity.name == "kubernetes job 6a41c0ac"
+    for name in environ:
+        without = {other: value for other, value in environ.items() if other != name}
+        assert outcome(monkeypatch, container, without) != (config, identity), name
+
+
+def test_the_folders_are_on_the_claims(
+    manifests: list[Manifest], container: Manifest, pod: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = outcome(monkeypatch, container, environment(container))
+    mounts = {mount["name"]: Path(mount["mountPath"]) for mount in container["volumeMounts"]}
+    claims = {
+        volume["persistentVolumeClaim"]["claimName"]: mounts[volume["name"]]
+        for volume in pod["volumes"]
+        if "persistentVolumeClaim" in volume
+    }
+    made = {claim["metadata"]["name"] for claim in of_kind("PersistentVolumeClaim", manifests)}
+    assert claims.keys() == made
+    output, data = claims.values()
+    assert config.output_dir.is_relative_to(output)
+    assert config.data.data_dir == data
+    (fetch,) = of_kind("Pod", manifests)
+    (volume,) = fetch["spec"]["volumes"]
+    assert volume["persistentVolumeClaim"]["claimName"] == next(iter(claims))
+
+
+def test_nothing_owns_the_claims(manifests: list[Manifest]) -> None:
+    for manifest in manifests:
+        assert "ownerReferences" not in manifest["metadata"]
+
+
+# Overlays
+
+
+def test_overlay_gpus_asks_for_several(tmp_path: Path) -> None:
+    container = the_container(the_job(render(tmp_path, ("gpus",)))["spec"]["template"]["spec"])
+    assert int(container["resources"]["limits"]["nvidia.com/gpu"]) > 1
+
+
+def test_overlay_image_pulls_from_a_private_registry(tmp_path: Path) -> None:
+    manifests = render(tmp_path, ("image",))
+    (fetch,) = of_kind("Pod", manifests)
+    for pod in (the_job(manifests)["spec"]["template"]["spec"], fetch["spec"]):
+        assert pod["imagePullSecrets"]
+        assert the_container(pod)["image"].count("/") >= 1
+
+
+def test_overlay_kueue_waits_in_a_queue(tmp_path: Path) -> None:
+    job = the_job(render(tmp_path, ("kueue",)))
+    assert job["spec"]["suspend"] is True
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+
+
+def test_overlay_sweep_gives_each_seed_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifests = render(tmp_path, ("sweep",))
+    spec = the_job(manifests)["spec"]
+    container = the_container(spec["template"]["spec"])
+    assert (spec["completionMode"], spec["parallelism"] > 1) == ("Indexed", True)
+    configs = [
+        outcome(monkeypatch, container, environment(container, index))[0]
+        for index in range(spec["completions"])
+    ]
+    assert [config.data.seed for config in configs] == list(range(spec["completions"]))
+    for one, other in pairwise(sorted(configs, key=lambda config: config.output_dir)):
+        assert not other.output_dir.is_relative_to(one.output_dir)
+    for claim in of_kind("PersistentVolumeClaim", manifests):
+        assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+# Targets of the Makefile, with a stand-in that records what kubectl was told: there is no cluster
+
+KUBECTL = """#!/bin/sh
+echo "$*" >> {log}
+case " $* " in
+  *" {failing} "*) exit 1 ;;
+  *" exec "*)
+    while [ "$1" != -- ]; do shift; done
+    exec sh -c "$(echo "$4" | sed s,/output,{volume},)" ;;
+esac
+"""
+
+
+class Cluster:
+    """A folder to run make in, with what kubectl is told and a volume to fetch from."""
+
+    def __init__(self, folder: Path, failing: str = "-") -> None:
+        self.folder = copy_of_the_repository(folder)
+        self.volume = folder / "volume"
+        self.log = folder / "log"
+        self.kubectl = folder / "kubectl"
+        self.kubectl.write_text(
+            KUBECTL.format(log=self.log, volume=self.volume, failing=failing)
+        )
+        self.kubectl.chmod(0o755)
+
+    def make(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        self.log.write_text("")
+        return make(self.folder, *arguments, f"KUBECTL={self.kubectl}")
+
+    @property
+    def told(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+
+def test_k8s_run_replaces_the_job_and_leaves_the_fetching_pod_out(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path)
+    assert cluster.make("k8s-run", "NAMESPACE=team").returncode == 0
+    assert cluster.told == [
+        "--namespace=team delete job cifar10 --ignore-not-found --cascade=foreground",
+        "--namespace=team apply -k build/k8s --selector app.kubernetes.io/component!=fetch",
+    ]
+    (fetch,) = of_kind("Pod", as_they_are())
+    assert fetch["metadata"]["labels"]["app.kubernetes.io/component"] == "fetch"
+
+
+@pytest.mark.parametrize("overlays", ["", "gpus sweep"])
+def test_the_targets_name_what_was_rendered(tmp_path: Path, overlays: str) -> None:
+    cluster = Cluster(tmp_path)
+    (tmp_path / "volume").mkdir()
+    for target in ("k8s-run", "k8s-logs", "k8s-fetch", "k8s-delete"):
+        assert cluster.make(target, f"OVERLAY={overlays}").returncode == 0
+        rendered = list(yaml.safe_load_all(kustomize(tmp_path / "build" / "k8s")))
+        (fetch,) = of_kind("Pod", rendered)
+        job_name, pod_name = (one["metadata"]["name"] for one in (the_job(rendered), fetch))
+        names = set(re.findall(r"\bcifar10[a-z-]*", " ".join(cluster.told)))
+        assert names == {pod_name if target == "k8s-fetch" else job_name}
+
+
+def test_an_overlay_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path)
+    refused = cluster.make("k8s-run", "OVERLAY=kueue gpu")
+    assert refused.returncode != 0
+    assert "OVERLAY has gpu, expected any of gpus image kueue sweep" in refused.stderr
+    assert cluster.told == []
+
+
+def test_k8s_delete_deletes_the_job_alone(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path)
+    assert cluster.make("k8s-delete").returncode == 0
+    assert cluster.told == ["delete job cifar10 --ignore-not-found --cascade=foreground"]
+
+
+def test_k8s_fetch_copies_the_artifacts_and_removes_its_pod(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path)
+    names = ("run.json", "seed-1/run.json", "seed-1/prediction.png")
+    others = (".lease/1", "checkpoints/1.npz", "seed-1/checkpoints/1.npz", "seed-1/.run.1.json")
+    for name in (*names, *others):
+        file = cluster.volume / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+    assert cluster.make("k8s-fetch", "FETCH_DIR=here").returncode == 0
+    fetched = {
+        str(path.relative_to(tmp_path / "here")): path.read_text()
+        for path in (tmp_path / "here").rglob("*")
+        if path.is_file()
+    }
+    assert fetched == {name: name for name in names}
+    assert cluster.told[0] == "apply -k build/k8s --selector app.kubernetes.io/component=fetch"
+    assert cluster.told[-1] == "delete pod cifar10-fetch --ignore-not-found"
+
+
+@pytest.mark.parametrize("failing", ["wait", "exec"])
+def test_k8s_fetch_removes_its_pod_when_it_fails(tmp_path: Path, failing: str) -> None:
+    cluster = Cluster(tmp_path, failing)
+    assert cluster.make("k8s-fetch", "FETCH_DIR=here").returncode != 0
+    assert cluster.told[-1] == "delete pod cifar10-fetch --ignore-not-found"
+    assert not (tmp_path / "here").exists()
