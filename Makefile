@@ -98,7 +98,7 @@ k8s-fetch: POD := cifar10-fetch$(K8S_SUFFIX)
 k8s-fetch: k8s-render ## Copy the artifacts from the volume to FETCH_DIR
 	@set -e; trap '$(K8S) delete pod $(POD) --ignore-not-found' EXIT; trap 'exit 130' INT TERM; \
 	  $(K8S) apply -k $(K8S_DIR) --selector app.kubernetes.io/component=fetch; \
-	  $(K8S) wait --for=condition=Ready pod/$(POD) --timeout=300s; \
+	  $(K8S) wait --for=condition=Ready pod/$(POD) --timeout=900s; \
 	  $(K8S) exec $(POD) -- sh -c 'tar --create --directory=/output --exclude=checkpoints \
 	    --exclude=".[!/]*" . || test $$? -eq 1' > $(K8S_DIR)/artifacts.tar; \
 	  mkdir -p $(FETCH_DIR); \

@@ -58,15 +58,20 @@ def test_artifact_tables_name_what_the_program_writes(tmp_path: Path) -> None:
 
 def test_every_make_target_named_exists() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-    named = set(re.findall(r"`make ([a-z]+)|^make ([a-z]+)", README, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", makefile, re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z0-9-]+)|^make ([a-z0-9-]+)", README, re.MULTILINE))
     assert {first or second for first, second in named} <= targets
-    assert {"demo", "train", "test"} <= targets
+    assert {"demo", "train", "test", "k8s-run"} <= targets
 
 
 def test_every_file_named_exists() -> None:
-    for name in re.findall(r"`((?:job|tests|locks|docs)/[^`]*)`|\]\(([^)]+)\)", README):
+    for name in re.findall(r"`((?:job|tests|locks|docs|k8s)/[^`]*)`|\]\(([^)]+)\)", README):
         assert (REPOSITORY / (name[0] or name[1])).exists(), name
+
+
+def test_every_overlay_is_documented() -> None:
+    overlays = sorted(folder.name for folder in (REPOSITORY / "k8s" / "overlays").iterdir())
+    assert first_column(section("## Kubernetes")) == overlays
 
 
 def commands() -> list[str]:

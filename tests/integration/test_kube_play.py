@@ -1,0 +1,176 @@
+"""The Job's Pod as podman plays it: evicted, played again on the same volumes, and fetched from.
+
+podman 4.3 differs from Kubernetes: it makes every emptyDir a folder on the disk, /dev/shm too, and
+ignores fsGroup, seccompProfile (it has a default of its own) and the grace period.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import REPOSITORY
+from tests.integration.containers import HERE, podman
+from tests.test_manifests import Manifest, copy_of_the_repository, make
+
+UID = "6a41c0ac-5a6b-4f6e-9d2e-0f4f2f1c7a11"
+CONTAINER = "cifar10-cifar10"
+
+KUBECTL = """#!/bin/sh -e
+export CONTAINERS_CONF={config}
+case $1 in
+  apply) podman kube play {pod} ;;
+  wait) ;;
+  exec) shift 3; exec podman exec cifar10-fetch-fetch "$@" ;;
+  delete) podman pod rm --force --time 0 "$3" ;;
+esac
+"""
+
+
+def load(name: str) -> list[Manifest]:
+    return list(yaml.safe_load_all((REPOSITORY / "k8s" / name).read_text()))
+
+
+def run(*args: str | Path) -> str:
+    result = podman(*map(str, args))
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def pod_of(job: Manifest, image: str) -> Manifest:
+    """The Pod that Kubernetes makes, but for the image, the GPU and the size of the run."""
+    template = job["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    container["image"] = image
+    container["args"][container["args"].index("--require-gpus") + 1] = "0"
+    container["args"] += ["--epochs", "3", "--limit", "2560"]
+    for resources in container["resources"].values():
+        del resources["nvidia.com/gpu"]
+        resources.update(cpu="2", memory="8Gi")
+    # The Job's controller adds the label.
+    labels = {**template["metadata"]["labels"], "batch.kubernetes.io/controller-uid": UID}
+    metadata = {"name": job["metadata"]["name"], "labels": labels}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+
+
+def wait_for_an_epoch() -> None:
+    deadline = time.monotonic() + 300
+    while '"event": "epoch"' not in podman("logs", CONTAINER).stdout:
+        running = run("inspect", "--format", "{{.State.Running}}", CONTAINER) == "true"
+        assert running, podman("logs", CONTAINER)
+        assert time.monotonic() < deadline, "no epoch within five minutes"
+        time.sleep(0.2)
+
+
+@dataclass
+class Played:
+    """What two Pods of one Job left.
+
+    Attributes:
+        exit_codes: Of the Pod that was evicted, and of the one that replaced it.
+        inspected: The first container's settings.
+        output: Folder of the output volume.
+    """
+
+    exit_codes: tuple[int, int]
+    inspected: dict[str, Any]
+    output: Path
+
+
+@pytest.fixture(scope="module")
+def volumes(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """The claims' volumes by name, from the manifest."""
+    claims = tmp_path_factory.mktemp("claims") / "claims.yaml"
+    documents = load("job.yaml")
+    volumes = [one for one in documents if one["kind"] == "PersistentVolumeClaim"]
+    claims.write_text(yaml.safe_dump_all(volumes))
+    run("kube", "play", claims)  # fails where there are volumes of these names
+    names = [volume["metadata"]["name"] for volume in volumes]
+    try:
+        yield {
+            name: Path(run("volume", "inspect", "--format", "{{.Mountpoint}}", name))
+            for name in names
+        }
+    finally:
+        run("volume", "rm", "--force", *names)
+
+
+@pytest.fixture(scope="module")
+def played(
+    image: str,
+    volumes: dict[str, Path],
+    cifar10_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Played:
+    """The Job's Pod, evicted after an epoch, and the one that replaces it."""
+    shutil.copytree(cifar10_dir, volumes["cifar10-data"], dirs_exist_ok=True)
+    (job,) = (one for one in load("job.yaml") if one["kind"] == "Job")
+    pod = pod_of(job, image)
+    manifest = tmp_path_factory.mktemp("pod") / "pod.yaml"
+    manifest.write_text(yaml.safe_dump(pod))
+    exit_codes = []
+    for evicted in (True, False):
+        try:
+            run("kube", "play", manifest)
+            if evicted:
+                (inspected,) = json.loads(run("inspect", CONTAINER))
+                wait_for_an_epoch()
+                grace = str(pod["spec"]["terminationGracePeriodSeconds"])
+                run("stop", "--time", grace, CONTAINER)
+            exit_codes.append(int(run("wait", CONTAINER)))
+        finally:
+            run("kube", "down", manifest)
+    return Played((exit_codes[0], exit_codes[1]), inspected, volumes["cifar10-output"])
+
+
+def test_an_evicted_pod_is_replaced_and_the_run_completes(played: Played) -> None:
+    assert played.exit_codes == (75, 0)
+    lines = (played.output / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+    attempts = json.loads((played.output / "run.json").read_text())["attempts"]
+    assert [attempt["outcome"] for attempt in attempts] == ["stopped", "done"]
+    assert {attempt["run_id"] for attempt in attempts} == {f"kubernetes job {UID}"}
+    assert attempts[1]["first_step"] == attempts[0]["last_step"] > 0
+    assert json.loads((played.output / "evaluation.json").read_text())["examples"] == 10_000
+
+
+def test_it_ran_under_the_manifests_restrictions(played: Played) -> None:
+    settings, host = played.inspected, played.inspected["HostConfig"]
+    assert settings["Config"]["User"] == "10001:10001"
+    assert not settings["EffectiveCaps"]
+    assert host["ReadonlyRootfs"]
+    assert "no-new-privileges" in host["SecurityOpt"]
+    assert host["Memory"] == 8 * 2**30
+    mounts = {mount["Destination"] for mount in settings["Mounts"]}
+    assert mounts == {"/output", "/data", "/tmp", "/dev/shm"}
+    owners = {(path.stat().st_uid, path.stat().st_gid) for path in played.output.iterdir()}
+    assert owners == {(10001, 10001)}
+
+
+def test_k8s_fetch_copies_the_artifacts_out_of_the_volume(
+    played: Played, image: str, tmp_path: Path
+) -> None:
+    (fetch,) = load("fetch.yaml")
+    (container,) = fetch["spec"]["containers"]
+    container["image"] = image
+    pod, kubectl = tmp_path / "fetch.yaml", tmp_path / "kubectl"
+    pod.write_text(yaml.safe_dump(fetch))
+    kubectl.write_text(KUBECTL.format(config=HERE / "containers.conf", pod=pod))
+    kubectl.chmod(0o755)
+    folder = copy_of_the_repository(tmp_path / "repository")
+    fetched = make(folder, "k8s-fetch", f"KUBECTL={kubectl}", "FETCH_DIR=fetched")
+    assert fetched.returncode == 0, fetched.stderr
+    artifacts = {path.name: path.read_bytes() for path in (folder / "fetched").iterdir()}
+    assert artifacts == {
+        path.name: path.read_bytes()
+        for path in played.output.iterdir()
+        if path.is_file() and not path.name.startswith(".")
+    }
+    assert {"cifar10_model.h5", "evaluation.json", "prediction.png"} <= artifacts.keys()
+    assert podman("pod", "exists", "cifar10-fetch").returncode == 1
