@@ -62,7 +62,13 @@ chaos: $(VENV)/.dev ## Kill and resume a small training CHAOS_ROUNDS times, and 
 lock: $(VENV)/.dev ## Resolve the dependencies anew and pin them with hashes
 	$(BIN)/uv pip compile $(UV_COMPILE) pyproject.toml -o locks/cpu.txt
 	$(BIN)/uv pip compile $(UV_COMPILE) pyproject.toml --extra gpu -c locks/cpu.txt -o locks/gpu.txt
+	$(BIN)/uv pip compile $(UV_COMPILE) pyproject.toml --group image -c locks/gpu.txt \
+	  $(foreach package,$(FROM_BASE),--no-emit-package $(package)) -o locks/image.txt
 	$(BIN)/uv pip compile $(UV_COMPILE) pyproject.toml --group dev -c locks/cpu.txt -o locks/dev.txt
+
+# The base image has these: TensorFlow, what only its build or other platforms need, and the CUDA
+# libraries that cuDNN asks for.
+FROM_BASE := tensorflow libclang wheel setuptools nvidia-cublas-cu12 nvidia-cuda-nvrtc-cu12
 
 UV_COMPILE := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
   --custom-compile-command 'make lock' --no-annotate
