@@ -9,6 +9,10 @@ BENCH_ROUNDS ?= 3
 CHAOS_DIR ?= build/chaos
 CHAOS_ROUNDS ?= 100
 PYTEST_ARGS ?=
+DOCKER ?= docker
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' job/__init__.py)
+IMAGE ?= cifar10-job:$(VERSION)
+BASE_IMAGE ?= tensorflow/tensorflow:2.21.0-gpu
 KUBECTL ?= kubectl
 NAMESPACE ?=
 # Names of folders in k8s/overlays.
@@ -44,6 +48,35 @@ train: install ## The real job: CIFAR-10, recipe classic, 50 epochs
 doctor: install ## Examine this machine's GPUs, libraries and folders
 	$(BIN)/python -m job doctor --data-dir $(DATA_DIR) --output-dir $(OUTPUT_DIR)
 
+BUILD_IMAGE = --file docker/Dockerfile --tag $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
+  --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) .
+
+.PHONY: image
+image: ## Build the image IMAGE on BASE_IMAGE
+	$(DOCKER) build $(BUILD_IMAGE)
+
+.PHONY: image-test
+image-test: image ## Train in the image for a moment: any user, nothing writable, no network, no GPU
+	$(DOCKER) run --rm --read-only --cap-drop all --network none --user 42424:42424 \
+	  --tmpfs /output:mode=1777 --env JOB_REQUIRE_GPUS=0 $(IMAGE) \
+	  train --dataset synthetic --limit 2560 --epochs 1
+
+.PHONY: docker-run
+docker-run: ## Train in the image on every GPU, into ./output
+	mkdir -p output data
+	$(DOCKER) run --rm --gpus all --user "$$(id -u):$$(id -g)" \
+	  --volume "$$PWD/output:/output" --volume "$$PWD/data:/data" $(IMAGE)
+
+.PHONY: push
+push: ## Build and push IMAGE=registry/name:tag with its SBOM and provenance
+	@case "$(IMAGE)" in */*) ;; *) echo "IMAGE is $(IMAGE), expected the name of a registry in it;" \
+	  "say make push IMAGE=registry.example.com/team/cifar10-job:$(VERSION)" >&2; exit 2;; esac
+	$(DOCKER) buildx build --push --sbom=true --provenance=mode=max $(BUILD_IMAGE)
+
+.PHONY: audit
+audit: $(VENV)/.dev ## Look the locked packages up among the known vulnerabilities
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes $(foreach lock,$(wildcard locks/*.txt),-r $(lock))
+
 .PHONY: test
 test: $(VENV)/.dev ## Everything that can be tested on this machine
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -53,6 +86,8 @@ lint: $(VENV)/.dev ## Formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile tests/integration/base.Dockerfile
+	$(BIN)/shellcheck .ci/run
 
 .PHONY: bench
 bench: $(VENV)/.dev ## This job against the conventional Keras script, and where its time goes
@@ -68,7 +103,13 @@ chaos: $(VENV)/.dev ## Kill and resume a small training CHAOS_ROUNDS times, and 
 lock: $(VENV)/.dev ## Resolve the dependencies anew and pin them with hashes
 	$(BIN)/uv pip compile $(UV_COMPILE) pyproject.toml -o locks/cpu.txt
 	$(BIN)/uv pip compile $(UV_COMPILE) pyproject.toml --extra gpu -c locks/cpu.txt -o locks/gpu.txt
+	$(BIN)/uv pip compile $(UV_COMPILE) pyproject.toml --group image -c locks/gpu.txt \
+	  $(foreach package,$(FROM_BASE),--no-emit-package $(package)) -o locks/image.txt
 	$(BIN)/uv pip compile $(UV_COMPILE) pyproject.toml --group dev -c locks/cpu.txt -o locks/dev.txt
+
+# The base image has these: TensorFlow, what only its build or other platforms need, and the CUDA
+# libraries that cuDNN asks for.
+FROM_BASE := tensorflow libclang wheel setuptools nvidia-cublas-cu12 nvidia-cuda-nvrtc-cu12
 
 UV_COMPILE := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
   --custom-compile-command 'make lock' --no-annotate

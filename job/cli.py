@@ -20,6 +20,7 @@ from job.options import (
     FOLDER,
     data_options,
     devices_option,
+    expect_mount_option,
     log_format_option,
     option,
     output_dir_option,
@@ -50,9 +51,12 @@ def cli() -> None:
 @require_gpus_option
 @stall_timeout_option
 @run_id_option
+@expect_mount_option
 @log_format_option
 @click.pass_obj
-def train(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) -> None:
+def train(
+    stop: StopRequest, /, log_format: log.LogFormat, expect_mount: bool, **options: Any
+) -> None:
     """Train, and leave model, evaluation and prediction picture in the output folder.
 
     A run that was stopped or killed goes on where its last checkpoint was; a finished one is done.
@@ -60,7 +64,10 @@ def train(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) -> No
     log.configure(log_format)
     run_config = train_config(options)
     from job.attempt import open_attempt
+    from job.output import warn_unless_mounted
 
+    if expect_mount:
+        warn_unless_mounted(run_config.output_dir)
     with open_attempt(run_config, stop) as attempt:
         if attempt.is_finished:
             _report_finished(run_config)

@@ -19,6 +19,7 @@ from job.gpus import (
     cuda_libraries,
     promised_gpus,
     visible_gpus,
+    xla_tools,
 )
 from job.manifest import versions
 from job.watchdog import Watchdog
@@ -72,6 +73,7 @@ def examine(
             "required": require_gpus,
             "visible": visible,
             "libraries": [asdict(library) for library in cuda_libraries()],
+            "tools": [asdict(tool) for tool in xla_tools()],
             "tensorflow_says": startup_lines if visible < _expected(promise, require_gpus) else [],
         },
         "devices": list(devices.descriptions),
@@ -94,6 +96,8 @@ def as_text(report: Report) -> str:
     if gpus["visible"] or gpus["promised"] or gpus["required"]:
         for library in gpus["libraries"]:
             lines.append(f"  library    {library['name']}: {library['path'] or 'not found'}")
+        for tool in gpus["tools"]:
+            lines.append(f"  XLA tool   {tool['name']}: {tool['path'] or 'not found'}")
     for said in gpus["tensorflow_says"]:
         lines.append(f"  TensorFlow {said}")
     for device in report["devices"]:

@@ -1,7 +1,9 @@
 """The GPUs that this process was promised, those that TensorFlow can use, and why not more."""
 
 import ctypes
+import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,12 @@ import tensorflow as tf
 
 from job.config import GpuMissingError, UserError
 
-# What TensorFlow 2.21, built for CUDA 12.5 and cuDNN 9, opens at start-up; libcuda is the driver's.
+DRIVER_LIBRARY = "libcuda.so.1"
+"""Comes with the driver of the host; a container has it if it was given a GPU."""
+
+# What TensorFlow 2.21, built for CUDA 12.5 and cuDNN 9, opens at start-up.
 _CUDA_LIBRARIES = (
-    "libcuda.so.1",
+    DRIVER_LIBRARY,
     "libcudart.so.12",
     "libcublas.so.12",
     "libcublasLt.so.12",
@@ -95,24 +100,30 @@ def check_promised_gpus(promise: Promise, visible: int, required: int) -> None:
 
 def _why() -> str:
     missing = [library.name for library in cuda_libraries() if library.path is None]
+    if DRIVER_LIBRARY in missing:
+        # Without the driver the others tell nothing.
+        return (
+            f" (cannot find {DRIVER_LIBRARY}: this machine has no NVIDIA driver, or the container "
+            f"was started without --gpus or an nvidia.com/gpu limit)"
+        )
     return f" (cannot find {', '.join(missing)})" if missing else ""
 
 
 @dataclass(frozen=True)
-class CudaLibrary:
-    """A shared library that TensorFlow opens before it uses a GPU.
+class CudaPart:
+    """A file of CUDA that TensorFlow needs before it can use a GPU.
 
     Attributes:
         name: Its file name.
-        path: What loads it: a path inside a wheel, or the name where the system's loader finds it;
-            None where it cannot be loaded.
+        path: Where it is: a path, or the name of a library that the system's loader finds; None
+            where it is not found or cannot be loaded.
     """
 
     name: str
     path: str | None
 
 
-def cuda_libraries() -> list[CudaLibrary]:
+def cuda_libraries() -> list[CudaPart]:
     """Look for the libraries that this build of TensorFlow needs for GPUs.
 
     They come from the driver and the system, or from the ``nvidia-*`` wheels, which TensorFlow
@@ -127,8 +138,23 @@ def cuda_libraries() -> list[CudaLibrary]:
             ctypes.CDLL(str(path))
         except OSError:
             path = None
-        found.append(CudaLibrary(name, path))
+        found.append(CudaPart(name, path))
     return found
+
+
+def xla_tools() -> list[CudaPart]:
+    """Look for what XLA compiles with: the assembler ptxas and the bitcode library libdevice.
+
+    In XLA's own order: ``--xla_gpu_cuda_data_dir`` aside, ptxas on the PATH, then both in
+    /usr/local/cuda and in the wheel beside TensorFlow.
+    """
+    roots = [Path("/usr/local/cuda"), Path(tf.__file__).parent.parent / "nvidia" / "cuda_nvcc"]
+    search_path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{root}/bin" for root in roots)])
+    bitcode = [root / "nvvm" / "libdevice" / "libdevice.10.bc" for root in roots]
+    return [
+        CudaPart("ptxas", shutil.which("ptxas", path=search_path)),
+        CudaPart("libdevice.10.bc", next((str(path) for path in bitcode if path.exists()), None)),
+    ]
 
 
 def visible_gpus() -> list[tf.config.PhysicalDevice]:

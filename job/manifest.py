@@ -1,5 +1,6 @@
 """``run.json``: what ran, on what, in which attempts, and how each ended."""
 
+import os
 import platform
 import socket
 import subprocess
@@ -178,7 +179,12 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this program runs from; None outside of one."""
+    """The commit of the image or checkout that this program runs from; None where nothing tells.
+
+    An image holds no checkout; its build sets ``JOB_GIT_COMMIT``.
+    """
+    if "JOB_GIT_COMMIT" in os.environ:
+        return os.environ["JOB_GIT_COMMIT"]
     try:
         result = subprocess.run(
             ["git", "rev-parse", "HEAD"],

@@ -39,7 +39,8 @@ def option(name: str, **settings: Any) -> Callable[[Any], Any]:
     return click.option(name, envvar=variable, show_envvar=True, show_default=True, **settings)
 
 
-FOLDER = click.Path(path_type=Path)
+# Whether a folder can be read is found out where it is, with advice for that folder.
+FOLDER = click.Path(path_type=Path, readable=False)
 _POSITIVE = click.IntRange(min=1)
 _POSITIVE_FLOAT = _PositiveFloatType(min=0, min_open=True)
 _WEEK_SECONDS = 604_800.0
@@ -58,6 +59,11 @@ require_gpus_option = option(
     type=click.IntRange(min=0),
     default=0,
     help="End with exit code 3 unless this many GPUs are visible.",
+)
+expect_mount_option = option(
+    "--expect-mount",
+    is_flag=True,
+    help="Warn if the output folder is no mounted volume and so is lost with its container.",
 )
 stall_timeout_option = option(
     "--stall-timeout",

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from job import log
 from job.config import UserError
 from job.lease import Lease
 
@@ -192,7 +194,10 @@ def prepare_output_dir(output_dir: Path) -> None:
     except OSError as error:
         advice = "name another folder, or mend the volume"
         if isinstance(error, PermissionError):
-            advice = f"name a folder that user {os.getuid()} can write, or change its owner"
+            advice = (
+                f"name a folder that user {os.getuid()} can write, change its owner, or run as its "
+                f"owner (docker run --user, in Kubernetes securityContext.fsGroup)"
+            )
         raise UserError(
             f"cannot write to --output-dir {output_dir}: {error.strerror or error}; {advice}"
         ) from error
@@ -200,6 +205,25 @@ def prepare_output_dir(output_dir: Path) -> None:
         raise UserError(
             f"--output-dir {output_dir} has {free // 2**20} MiB free, expected at least "
             f"{_FREE_BYTES // 2**20} MiB; free some space or name another folder"
+        )
+
+
+def warn_unless_mounted(output_dir: Path, mounts: Path = Path("/proc/self/mountinfo")) -> None:
+    """Warn if the output folder is on no volume of its own, for it will go with its container.
+
+    Args:
+        output_dir: The folder, which need not exist.
+        mounts: The kernel's table of this process's mounts, see proc(5).
+    """
+    points = [Path(line.split()[4]) for line in mounts.read_text().splitlines()]
+    folder = output_dir.resolve()
+    if not any(folder.is_relative_to(point) for point in points if point != Path("/")):
+        log.event(
+            "not_mounted",
+            logging.WARNING,
+            output_dir=str(output_dir),
+            message=f"--output-dir {output_dir} is no mounted volume: everything in it is lost "
+            f'with the container; mount one there, as in docker run -v "$PWD/output:{folder}"',
         )
 
 

@@ -4,7 +4,6 @@ import contextlib
 import faulthandler
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 
 
@@ -42,7 +41,8 @@ def _captured_stderr(lines: list[str]) -> Iterator[None]:
     original = os.dup(2)
     # A crash in here must still be seen: its trace goes to the real stderr.
     faulthandler.enable(original)
-    with tempfile.TemporaryFile() as sink:
+    # In memory: a container may have no temporary folder that it can write.
+    with os.fdopen(os.memfd_create("stderr"), "w+b") as sink:
         os.dup2(sink.fileno(), 2)
         try:
             yield

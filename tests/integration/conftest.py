@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.containers import IMAGE, build_image, require_containers
+
 MakeVolume = Callable[[int], Path]
 
 
@@ -35,3 +37,11 @@ def make_volume(tmp_path: Path) -> Iterator[MakeVolume]:
 def small_volume(make_volume: MakeVolume) -> Path:
     """A volume of 1 MiB."""
     return make_volume(1024)
+
+
+@pytest.fixture(scope="session")
+def image() -> str:
+    """The project's image, built on a stand-in for its base."""
+    require_containers()
+    build_image()
+    return IMAGE

@@ -1,0 +1,209 @@
+"""The image as clusters run it: any user, nothing writable but the volumes, no network."""
+
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job import __version__
+from job.manifest import versions
+from tests.conftest import REPOSITORY
+from tests.integration.containers import REVISION, build_image, podman
+
+LOCKED_DOWN = (
+    *("--read-only", "--read-only-tmpfs=false", "--cap-drop", "all"),
+    *("--security-opt", "no-new-privileges", "--network", "none", "--shm-size", "64m"),
+)
+ON_CPU = ("--env", "JOB_REQUIRE_GPUS=0")
+SMALL = ("train", "--limit", "768", "--checkpoint-every", "0.01", "--epochs")
+ARTIFACTS = [
+    *(".lease", "checkpoints", "cifar10_model.h5", "evaluation.json"),
+    *("metrics.jsonl", "prediction.png", "run.json"),
+]
+
+MakeFolder = Callable[[int], Path]
+
+
+@pytest.fixture(scope="module")
+def data(cifar10_dir: Path) -> Path:
+    """The real data set, readable for every user."""
+    cifar10_dir.chmod(0o755)
+    return cifar10_dir
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> MakeFolder:
+    """Make an output folder that belongs to a user id and to nobody else."""
+
+    def make(user: int) -> Path:
+        folder = tmp_path / f"output-{user}"
+        folder.mkdir(mode=0o700)
+        subprocess.run(["chown", f"{user}:{user}", folder], check=True)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def container() -> Iterator[str]:
+    """A name for a container that is gone after the test."""
+    name = "cifar10-job-test"
+    podman("rm", "--force", name)
+    yield name
+    podman("rm", "--force", name)
+
+
+def volumes(output: Path, data: Path) -> tuple[str, ...]:
+    return ("--volume", f"{output}:/output", "--volume", f"{data}:/data:ro")
+
+
+def events(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def without_times(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    times = ("seconds", "images_per_second", "elapsed_seconds")
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in times}
+        for line in lines
+    ]
+
+
+def test_configuration(image: str) -> None:
+    (document,) = json.loads(podman("image", "inspect", image).stdout)
+    config = document["Config"]
+    assert config["Entrypoint"] == ["python", "-m", "job"]
+    assert config["Cmd"] == ["train"]
+    assert config["User"] == "10001:0"
+    assert "JOB_REQUIRE_GPUS=1" in config["Env"]
+    # An anonymous volume would hide that nothing is mounted, and be lost all the same.
+    assert "Volumes" not in config
+    labels = {name.rpartition(".")[2]: text for name, text in config["Labels"].items()}
+    assert (labels["version"], labels["revision"]) == (__version__, REVISION)
+
+
+def test_no_compiler_cache_or_test_is_added(image: str) -> None:
+    look = (
+        "command -v cc gcc clang nvcc cicc git; ls /app; "
+        "find / -xdev -name libnvvm.so -o -path '*/.cache/*' -o -path '/app/*test*'"
+    )
+    found = podman("run", "--rm", "--user", "0", "--entrypoint", "sh", image, "-c", look)
+    assert found.stdout.split() == ["docker", "job", "locks"]
+
+
+@pytest.mark.parametrize("user", [0, 10001, 42_424])
+def test_trains_as_any_user_with_nothing_writable_but_the_volume(
+    image: str, make_folder: MakeFolder, data: Path, user: int
+) -> None:
+    folder = make_folder(user)
+    as_user = ("--user", f"{user}:{user}")
+    result = podman(
+        *("run", "--rm", *LOCKED_DOWN, *ON_CPU, *as_user, *volumes(folder, data), image),
+        *(*SMALL, "1"),
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    names = [event["event"] for event in events(result.stdout)]
+    assert [name for name in names if name != "checkpoint"] == ["start", "epoch", "evaluation"]
+    assert sorted(path.name for path in folder.iterdir()) == ARTIFACTS
+    owners = {path.stat().st_uid for path in folder.rglob("*")}
+    assert owners == {user}
+    run = json.loads((folder / "run.json").read_text())
+    assert run["git_commit"] == REVISION
+    # TensorFlow and Python are the base's; everything else is what the tests run with.
+    assert run["versions"] | {"python": ""} == versions() | {"python": ""}
+
+
+def test_a_stopped_container_is_gone_on_with_to_the_same_bits(
+    image: str, container: str, make_folder: MakeFolder, data: Path
+) -> None:
+    whole, interrupted = make_folder(10001), make_folder(10002)
+    subprocess.run(["chown", "-R", "10001:0", interrupted], check=True)
+    run = (*LOCKED_DOWN, *ON_CPU)
+    result = podman("run", "--rm", *run, *volumes(whole, data), image, *SMALL, "3")
+    assert result.returncode == 0, result.stderr
+
+    started = ("run", "--detach", "--name", container, *run, *volumes(interrupted, data))
+    podman(*started, image, *SMALL, "3").check_returncode()
+    with subprocess.Popen(
+        ["podman", "logs", "--follow", container], stdout=subprocess.PIPE, text=True
+    ) as logs:
+        assert logs.stdout
+        assert any('"checkpoint"' in line for line in logs.stdout)
+        podman("stop", "--time", "30", container).check_returncode()
+    assert podman("wait", container).stdout.strip() == "75"
+    # The same container again, as a daemon with a restart policy does it.
+    again = podman("start", "--attach", container)
+    assert again.returncode == 0, again.stderr
+
+    model = "cifar10_model.h5"
+    assert (interrupted / model).read_bytes() == (whole / model).read_bytes()
+    assert without_times(interrupted) == without_times(whole)
+    outcomes = [
+        attempt["outcome"]
+        for attempt in json.loads((interrupted / "run.json").read_text())["attempts"]
+    ]
+    assert outcomes == ["stopped", "done"]
+
+
+def test_an_unwritable_volume_is_an_error_that_names_the_fix(
+    image: str, make_folder: MakeFolder, data: Path
+) -> None:
+    folder = make_folder(4242)
+    result = podman("run", "--rm", *LOCKED_DOWN, *ON_CPU, *volumes(folder, data), image)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert re.search(r"cannot write to --output-dir /output.* user 10001 .*--user.*fsGroup", line)
+    assert list(folder.iterdir()) == []
+
+
+def test_no_gpu_is_exit_code_3_and_no_mount_a_warning(image: str) -> None:
+    result = podman("run", "--rm", "--network", "none", image)
+    assert result.returncode == 3
+    warning, error = events(result.stdout)
+    assert (warning["level"], warning["event"]) == ("warning", "not_mounted")
+    assert "lost with the container" in warning["message"]
+    assert (error["event"], error["exit_code"]) == ("error", 3)
+    (line,) = result.stderr.splitlines()
+    assert re.search(
+        r"expected 1 GPUs, TensorFlow sees 0 \(cannot find libcuda\.so\.1: .*--gpus", line
+    )
+
+    doctor = podman("run", "--rm", "--network", "none", image, "doctor")
+    assert doctor.returncode == 3
+    (finding,) = json.loads(doctor.stdout)["findings"]
+    assert finding == error["message"]
+
+
+def test_the_build_fails_without_a_library_that_tensorflow_needs(
+    image: str, tmp_path: Path
+) -> None:
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    packages = "/usr/local/lib/python3.11/dist-packages/nvidia"
+    hidden = [f"--volume={nothing}:{packages}/{name}" for name in ("nccl", "cuda_nvcc")]
+    check = ("--entrypoint", "python", image, "/app/docker/check_libraries.py")
+    result = podman("run", "--rm", *hidden, *check)
+    assert result.returncode == 1
+    assert "would not find libnccl.so.2, ptxas, libdevice.10.bc, expected" in result.stderr
+
+
+def test_a_source_change_keeps_the_layer_of_the_packages(image: str, tmp_path: Path) -> None:
+    for name in ("docker", "job", "locks"):
+        subprocess.run(["cp", "-r", REPOSITORY / name, tmp_path], check=True)
+    (tmp_path / ".dockerignore").write_text((REPOSITORY / ".dockerignore").read_text())
+    with (tmp_path / "job" / "train.py").open("a") as file:
+        file.write("\n# changed\n")
+    changed = f"{image}-changed"
+    build_image(changed, tmp_path)
+    documents = [json.loads(podman("image", "inspect", tag).stdout)[0] for tag in (image, changed)]
+    podman("rmi", changed)
+    before, after = (document["RootFS"]["Layers"] for document in documents)
+    kept = sum(one == other for one, other in zip(before, after, strict=True))
+    steps = [step for step in documents[0]["History"] if not step.get("empty_layer")]
+    assert "/app/job" in steps[kept]["created_by"]
+    assert any("pip install" in step["created_by"] for step in steps[:kept])
