@@ -15,8 +15,7 @@ from kubernetes_validate.utils import all_versions
 
 from job import __version__
 from job.cli import train
-from job.cluster import run_identity
-from job.options import train_config
+from job.cluster import RunIdentity, run_identity
 from tests.conftest import REPOSITORY
 
 Manifest = dict[str, Any]
@@ -288,8 +287,10 @@ def environment(container: Manifest, index: int = 3) -> dict[str, str]:
     return environ
 
 
-def outcome(monkeypatch: pytest.MonkeyPatch, container: Manifest, environ: dict[str, str]) -> Any:
-    """What the program makes of arguments and variables."""
+def outcome(
+    monkeypatch: pytest.MonkeyPatch, container: Manifest, environ: dict[str, str]
+) -> tuple[dict[str, Any], RunIdentity]:
+    """The options and the run's identity that the program makes of arguments and variables."""
     command, *arguments = container["args"]
     assert command == "train"
     with monkeypatch.context() as patch:
@@ -297,31 +298,25 @@ def outcome(monkeypatch: pytest.MonkeyPatch, container: Manifest, environ: dict[
             patch.delenv(name)
         for name, value in environ.items():
             patch.setenv(name, value)
-        config = train_config(
-            {
-                name: value
-                for name, value in train.make_context("train", arguments).params.items()
-                if name != "log_format"
-            }
-        )
-    return config, run_identity(environ, config.run_id)
+        params = train.make_context("train", arguments).params
+    return params, run_identity(environ, params["run_id"])
 
 
 def test_every_variable_reaches_the_program(
     container: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environ = environment(container)
-    config, identity = outcome(monkeypatch, container, environ)
+    params, identity = outcome(monkeypatch, container, environ)
     assert identity.name == "kubernetes job 6a41c0ac"
     for name in environ:
         without = {other: value for other, value in environ.items() if other != name}
-        assert outcome(monkeypatch, container, without) != (config, identity), name
+        assert outcome(monkeypatch, container, without) != (params, identity), name
 
 
 def test_the_folders_are_on_the_claims(
     manifests: list[Manifest], container: Manifest, pod: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, _ = outcome(monkeypatch, container, environment(container))
+    params, _ = outcome(monkeypatch, container, environment(container))
     mounts = {mount["name"]: Path(mount["mountPath"]) for mount in container["volumeMounts"]}
     claims = {
         volume["persistentVolumeClaim"]["claimName"]: mounts[volume["name"]]
@@ -331,8 +326,8 @@ def test_the_folders_are_on_the_claims(
     made = {claim["metadata"]["name"] for claim in of_kind("PersistentVolumeClaim", manifests)}
     assert claims.keys() == made
     output, data = claims.values()
-    assert config.output_dir.is_relative_to(output)
-    assert config.data.data_dir == data
+    assert params["output_dir"].is_relative_to(output)
+    assert params["data_dir"] == data
     (fetch,) = of_kind("Pod", manifests)
     (volume,) = fetch["spec"]["volumes"]
     assert volume["persistentVolumeClaim"]["claimName"] == next(iter(claims))
@@ -372,13 +367,13 @@ def test_overlay_sweep_gives_each_seed_a_folder(
     spec = the_job(manifests)["spec"]
     container = the_container(spec["template"]["spec"])
     assert (spec["completionMode"], spec["parallelism"] > 1) == ("Indexed", True)
-    configs = [
+    options = [
         outcome(monkeypatch, container, environment(container, index))[0]
         for index in range(spec["completions"])
     ]
-    assert [config.data.seed for config in configs] == list(range(spec["completions"]))
-    for one, other in pairwise(sorted(configs, key=lambda config: config.output_dir)):
-        assert not other.output_dir.is_relative_to(one.output_dir)
+    assert [params["seed"] for params in options] == list(range(spec["completions"]))
+    for one, other in pairwise(sorted(params["output_dir"] for params in options)):
+        assert not other.is_relative_to(one)
     for claim in of_kind("PersistentVolumeClaim", manifests):
         assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
 
