@@ -58,6 +58,9 @@ def test_auto_takes_every_gpu_and_is_deterministic_on_cpus(opened: Any) -> None:
     gpus = opened(4, "new", "auto", "auto", "auto")
     assert (gpus.kind, gpus.replicas, gpus.precision) == ("gpu", 4, "bfloat16")
     assert (gpus.deterministic, gpus.compilation.network) == (False, True)
+    # Collectives stay outside of XLA, so only a single replica's loop is compiled.
+    assert not gpus.compilation.loops
+    assert opened(1, "new", "auto", "auto", "auto").compilation.loops
     cpu = opened(0, "", "auto", "auto", "auto")
     assert (cpu.kind, cpu.replicas) == ("cpu", 1)
     assert (cpu.deterministic, cpu.compilation.network) == (True, False)

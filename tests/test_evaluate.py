@@ -6,6 +6,7 @@ import pytest
 
 from job import classic
 from job.dataset import Dataset
+from job.devices import Compilation
 from job.evaluate import Evaluation, Evaluator
 from tests.conftest import MakeDevices
 
@@ -17,7 +18,11 @@ def model() -> keras.Model:
     return model
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("replicas", "compilation"),
+    [(1, None), (1, Compilation(True, True, loops=True)), (2, None), (4, None)],
+    ids=["1", "1-compiled", "2", "4"],
+)
 @pytest.mark.parametrize("examples", [300, 299, 3])
 def test_counts_each_example_once_whatever_the_split(
     model: keras.Model,
@@ -25,11 +30,13 @@ def test_counts_each_example_once_whatever_the_split(
     make_devices: MakeDevices,
     monkeypatch: pytest.MonkeyPatch,
     replicas: int,
+    compilation: Compilation | None,
     examples: int,
 ) -> None:
     monkeypatch.setattr("job.evaluate.ROWS_PER_REPLICA", 64)
     images, labels = small_dataset.test_images[:examples], small_dataset.test_labels[:examples]
-    evaluation = Evaluator(model, classic.RECIPE, make_devices(replicas), images, labels)()
+    devices = make_devices(replicas, compilation=compilation)
+    evaluation = Evaluator(model, classic.RECIPE, devices, images, labels)()
 
     probabilities = model.predict(images / np.float32(255), verbose=0)
     expected = np.zeros((10, 10), int)

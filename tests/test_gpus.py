@@ -3,8 +3,16 @@ from pathlib import Path
 
 import pytest
 
+from job import gpus
 from job.config import GpuMissingError, UserError
-from job.gpus import Promise, check_promised_gpus, cuda_libraries, promised_gpus
+from job.gpus import (
+    CudaPart,
+    Promise,
+    check_promised_gpus,
+    cuda_libraries,
+    promised_gpus,
+    xla_tools,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,3 +61,27 @@ def test_libraries_are_looked_up_by_name() -> None:
     names = [library.name for library in cuda_libraries()]
     assert {"libcuda.so.1", "libcudnn.so.9", "libnccl.so.2"} <= set(names)
     assert all(re.fullmatch(r"lib\w+\.so\.\d+", name) for name in names)
+
+
+def test_a_missing_driver_is_the_reason_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries = [CudaPart("libcuda.so.1", None), CudaPart("libcudnn.so.9", None)]
+    monkeypatch.setattr(gpus, "cuda_libraries", lambda: libraries)
+    with pytest.raises(
+        GpuMissingError, match=r"libcuda\.so\.1: .* no NVIDIA driver, .*--gpus"
+    ) as end:
+        check_promised_gpus(Promise(0, "nothing"), visible=0, required=1)
+    assert "libcudnn" not in str(end.value)
+    monkeypatch.setattr(gpus, "cuda_libraries", lambda: libraries[1:])
+    with pytest.raises(GpuMissingError, match=r"\(cannot find libcudnn\.so\.9\)"):
+        check_promised_gpus(Promise(0, "nothing"), visible=0, required=1)
+
+
+def test_the_assembler_is_looked_for_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [tool.name for tool in xla_tools()] == ["ptxas", "libdevice.10.bc"]
+    assembler = tmp_path / "ptxas"
+    assembler.write_text("#!/bin/sh\n")
+    assembler.chmod(0o755)
+    assert xla_tools()[0].path == str(assembler)

@@ -3,9 +3,10 @@ from typing import cast
 
 import pytest
 
+from job import log
 from job.config import UserError
 from job.lease import Lease, LeaseLostError
-from job.output import OutputDir, prepare_output_dir
+from job.output import OutputDir, prepare_output_dir, warn_unless_mounted
 
 
 def listing(folder: Path) -> list[str]:
@@ -87,3 +88,32 @@ def test_a_folder_that_was_taken_over_is_not_written(tmp_path: Path) -> None:
         output.discard()
     assert listing(tmp_path) == ["file.txt"]
     assert (tmp_path / "file.txt").read_text() == "theirs"
+
+
+@pytest.mark.parametrize(
+    ("mount_point", "is_lost"),
+    [("/", True), ("/out", False), ("/out/put", False), ("/out/put/below", True), ("/o", True)],
+)
+def test_a_folder_on_no_volume_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mount_point: str, is_lost: bool
+) -> None:
+    table = tmp_path / "mountinfo"
+    table.write_text(
+        "21 1 0:20 / / rw,relatime - overlay overlay rw\n"
+        f"22 21 8:1 /home/user/output {mount_point} rw,relatime - ext4 /dev/sda1 rw\n"
+    )
+    log.configure("text")
+    warn_unless_mounted(Path("/out/put"), table)
+    said = capsys.readouterr().out
+    assert ("is no mounted volume: everything in it is lost" in said) == is_lost
+
+
+def test_a_volume_that_may_not_be_written_names_what_to_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(UserError, match=r"Permission denied; .*docker run --user.*\.fsGroup"):
+        prepare_output_dir(tmp_path)

@@ -34,6 +34,11 @@ def podman(*args: str | Path) -> subprocess.CompletedProcess[str]:
     return _run("podman", *args)
 
 
+def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script whose podman is set up like `podman`."""
+    return _run("bash", "-c", script, folder=folder)
+
+
 def build_image(tag: str = IMAGE, context: Path = REPOSITORY) -> None:
     """Build the Dockerfile as it stands on the stand-in base; unchanged layers are reused."""
     _build(
@@ -77,6 +82,6 @@ def _build(*args: str | Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+def _run(*command: str | Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "CONTAINERS_CONF": str(HERE / "containers.conf")}
-    return subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
+    return subprocess.run([*map(str, command)], cwd=folder, env=env, capture_output=True, text=True)

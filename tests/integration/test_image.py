@@ -12,7 +12,7 @@ import pytest
 from job import __version__
 from job.manifest import versions
 from tests.conftest import REPOSITORY
-from tests.integration.containers import REVISION, build_image, podman
+from tests.integration.containers import REVISION, build_image, podman, shell
 
 LOCKED_DOWN = (
     *("--read-only", "--read-only-tmpfs=false", "--cap-drop", "all"),
@@ -207,3 +207,42 @@ def test_a_source_change_keeps_the_layer_of_the_packages(image: str, tmp_path: P
     steps = [step for step in documents[0]["History"] if not step.get("empty_layer")]
     assert "/app/job" in steps[kept]["created_by"]
     assert any("pip install" in step["created_by"] for step in steps[:kept])
+
+
+# An ordinary user whose commands a daemon carries out, on a machine without GPUs and with podman.
+ORDINARY_USER = """
+id() { echo 42424; }
+mkdir() { setpriv --reuid 42424 --regid 42424 --clear-groups mkdir "$@"; }
+docker() {
+  [[ "$*" == "run --rm --gpus all "* ]] || exit 99
+  shift 4
+  podman run --rm --env JOB_REQUIRE_GPUS=0 --env JOB_DATASET=synthetic --env JOB_EPOCHS=1 \
+    --env JOB_LIMIT=256 "$@"
+}
+set -e
+"""
+
+
+def test_the_readmes_command_leaves_files_that_belong_to_the_user(
+    image: str, make_folder: MakeFolder
+) -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    command = next(block for block in blocks if "docker run" in block)
+    podman("tag", image, f"localhost/cifar10-job:{__version__}").check_returncode()
+    folder = make_folder(42_424)
+    result = shell(ORDINARY_USER + command, folder)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (folder / "output").iterdir()) == ARTIFACTS
+    assert {path.stat().st_uid for path in folder.rglob("*")} == {42_424}
+
+
+def test_make_runs_the_readmes_command() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    make = subprocess.run(
+        ["make", "--dry-run", "docker-run"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert make.stdout in readme
