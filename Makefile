@@ -156,9 +156,9 @@ k8s-render:
 	$(foreach name,$(OVERLAY),$(if $(wildcard k8s/overlays/$(name)),, \
 	  $(error OVERLAY has $(name), expected any of $(notdir $(wildcard k8s/overlays/*)))))
 	@mkdir -p $(K8S_DIR)
-	@cp k8s/fetch.yaml $(K8S_DIR)/
-	@printf '%s\n' 'resources: [../../k8s, fetch.yaml]' 'components:' > $(K8S_DIR)/kustomization.yaml
-	@for name in $(OVERLAY); do echo "- ../../k8s/overlays/$$name"; done >> $(K8S_DIR)/kustomization.yaml
+	@printf '%s\n' 'resources: [../../k8s]' 'components:' \
+	  $(foreach name,fetch $(addprefix overlays/,$(OVERLAY)),'- ../../k8s/$(name)') \
+	  > $(K8S_DIR)/kustomization.yaml
 
 .PHONY: clean
 clean: ## Remove what was built, never the output or the data

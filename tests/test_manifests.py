@@ -60,7 +60,7 @@ def render(folder: Path, overlays: tuple[str, ...]) -> list[Manifest]:
 
 
 def as_they_are() -> list[Manifest]:
-    texts = [(REPOSITORY / "k8s" / name).read_text() for name in ("job.yaml", "fetch.yaml")]
+    texts = [(REPOSITORY / "k8s" / name).read_text() for name in ("job.yaml", "fetch/pod.yaml")]
     return [manifest for text in texts for manifest in yaml.safe_load_all(text)]
 
 
@@ -181,10 +181,17 @@ def test_the_images_tag_is_this_version(any_pod: Manifest) -> None:
     )
 
 
-def test_the_image_is_one_line_of_the_job() -> None:
-    lines = (REPOSITORY / "k8s" / "job.yaml").read_text().splitlines()
-    images = [line.strip() for line in lines if "cifar10-job:" in line]
-    assert images == [f"image: cifar10-job:{__version__}"]
+def test_the_image_is_one_line_of_the_job_which_the_fetching_pod_follows(tmp_path: Path) -> None:
+    image, mine = f"image: cifar10-job:{__version__}", "registry.example.com/mine:1"
+    assert (REPOSITORY / "k8s" / "job.yaml").read_text().count(image) == 1
+    folder = copy_of_the_repository(tmp_path)
+    job = folder / "k8s" / "job.yaml"
+    job.write_text(job.read_text().replace(image, f"image: {mine}"))
+    assert make(folder, "k8s-render").returncode == 0
+    rendered = list(yaml.safe_load_all(kustomize(folder / "build" / "k8s")))
+    (fetch,) = of_kind("Pod", rendered)
+    for pod in (the_job(rendered)["spec"]["template"]["spec"], fetch["spec"]):
+        assert the_container(pod)["image"] == mine
 
 
 # Retries

@@ -156,7 +156,7 @@ def test_it_ran_under_the_manifests_restrictions(played: Played) -> None:
 def test_k8s_fetch_copies_the_artifacts_out_of_the_volume(
     played: Played, image: str, tmp_path: Path
 ) -> None:
-    (fetch,) = load("fetch.yaml")
+    (fetch,) = load("fetch/pod.yaml")
     (container,) = fetch["spec"]["containers"]
     container["image"] = image
     pod, kubectl = tmp_path / "fetch.yaml", tmp_path / "kubectl"
