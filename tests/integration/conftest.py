@@ -1,6 +1,8 @@
 """Volumes and trainings that the integration tests share."""
 
+import fcntl
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,5 +45,9 @@ def small_volume(make_volume: MakeVolume) -> Path:
 def image() -> str:
     """The project's image, built on a stand-in for its base."""
     require_containers()
-    build_image()
+    # Test files run in several processes; the first builds it for all.
+    lock = Path(tempfile.gettempdir()) / "cifar10-job-test-image.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        build_image()
     return IMAGE

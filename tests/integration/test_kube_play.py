@@ -49,7 +49,7 @@ def pod_of(job: Manifest, image: str) -> Manifest:
     (container,) = template["spec"]["containers"]
     container["image"] = image
     container["args"][container["args"].index("--require-gpus") + 1] = "0"
-    container["args"] += ["--epochs", "3", "--limit", "2560"]
+    container["args"] += ["--epochs", "3", "--limit", "768"]
     for resources in container["resources"].values():
         del resources["nvidia.com/gpu"]
         resources.update(cpu="2", memory="8Gi")
