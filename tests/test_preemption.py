@@ -13,6 +13,7 @@ from tests.conftest import REPOSITORY
 # A call that Python cannot interrupt stands for a compiled one.
 PROGRAM = """
 import hashlib, os, signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started with
 from job.preemption import listen_to_signals
 stop = listen_to_signals()
 with (
