@@ -49,7 +49,10 @@ doctor: install ## Examine this machine's GPUs, libraries and folders
 	$(BIN)/python -m job doctor --data-dir $(DATA_DIR) --output-dir $(OUTPUT_DIR)
 
 BUILD_IMAGE = --file docker/Dockerfile --tag $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
-  --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) .
+  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) .
+
+# With -dirty where the checkout is not what the commit says.
+REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude '*')
 
 .PHONY: image
 image: ## Build the image IMAGE on BASE_IMAGE
@@ -87,7 +90,7 @@ lint: $(VENV)/.dev ## Formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/hadolint docker/Dockerfile tests/integration/base.Dockerfile
-	$(BIN)/shellcheck .ci/run
+	$(BIN)/shellcheck .ci/run k8s/*.sh
 
 .PHONY: bench
 bench: $(VENV)/.dev ## This job against the conventional Keras script, and where its time goes
@@ -103,13 +106,12 @@ chaos: $(VENV)/.dev ## Kill and resume a small training CHAOS_ROUNDS times, and 
 lock: $(VENV)/.dev ## Resolve the dependencies anew and pin them with hashes
 	$(BIN)/uv pip compile $(UV_COMPILE) pyproject.toml -o locks/cpu.txt
 	$(BIN)/uv pip compile $(UV_COMPILE) pyproject.toml --extra gpu -c locks/cpu.txt -o locks/gpu.txt
-	$(BIN)/uv pip compile $(UV_COMPILE) pyproject.toml --group image -c locks/gpu.txt \
+	$(BIN)/uv pip compile $(UV_COMPILE) pyproject.toml --extra gpu -c locks/gpu.txt \
 	  $(foreach package,$(FROM_BASE),--no-emit-package $(package)) -o locks/image.txt
 	$(BIN)/uv pip compile $(UV_COMPILE) pyproject.toml --group dev -c locks/cpu.txt -o locks/dev.txt
 
-# The base image has these: TensorFlow, what only its build or other platforms need, and the CUDA
-# libraries that cuDNN asks for.
-FROM_BASE := tensorflow libclang wheel setuptools nvidia-cublas-cu12 nvidia-cuda-nvrtc-cu12
+# Of the image: TensorFlow and what only its build needs.
+FROM_BASE := tensorflow libclang wheel setuptools
 
 UV_COMPILE := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
   --custom-compile-command 'make lock' --no-annotate
@@ -128,23 +130,12 @@ k8s-run: k8s-render ## Start the Job on Kubernetes, again if there is one; OVERL
 	$(K8S) apply -k $(K8S_DIR) --selector 'app.kubernetes.io/component!=fetch'
 
 .PHONY: k8s-logs
-k8s-logs: ## Follow the logs of all of its Pods
-	$(K8S) logs --selector batch.kubernetes.io/job-name=cifar10$(K8S_SUFFIX) --follow --tail=-1 \
-	  --prefix --max-log-requests=100
+k8s-logs: ## Follow the logs of all of its Pods until it has ended
+	@KUBECTL="$(K8S)" k8s/logs.sh cifar10$(K8S_SUFFIX)
 
-# Through a file, because the shell would not see kubectl fail in a pipe. With 1 tar tells that a
-# file was replaced while it was read; it has a whole one all the same.
 .PHONY: k8s-fetch
-k8s-fetch: POD := cifar10-fetch$(K8S_SUFFIX)
 k8s-fetch: k8s-render ## Copy the artifacts from the volume to FETCH_DIR
-	@set -e; trap '$(K8S) delete pod $(POD) --ignore-not-found' EXIT; trap 'exit 130' INT TERM; \
-	  $(K8S) apply -k $(K8S_DIR) --selector app.kubernetes.io/component=fetch; \
-	  $(K8S) wait --for=condition=Ready pod/$(POD) --timeout=900s; \
-	  $(K8S) exec $(POD) -- sh -c 'tar --create --directory=/output --exclude=checkpoints \
-	    --exclude=".[!/]*" . || test $$? -eq 1' > $(K8S_DIR)/artifacts.tar; \
-	  mkdir -p $(FETCH_DIR); \
-	  tar --extract --file=$(K8S_DIR)/artifacts.tar --directory=$(FETCH_DIR) --no-same-owner
-	@ls -l $(FETCH_DIR)
+	@KUBECTL="$(K8S)" k8s/fetch.sh $(K8S_DIR) cifar10-fetch$(K8S_SUFFIX) $(FETCH_DIR)
 
 .PHONY: k8s-delete
 k8s-delete: ## Delete the Job, never its volumes

@@ -1,22 +1,41 @@
-"""Fail the build of the image if TensorFlow would miss something on a GPU host.
+"""Fail the build of the image if the job would miss something on a GPU host.
 
-The driver, libcuda, is the host's: the container runtime mounts it.
+The driver is the host's: the container runtime mounts it.
 """
 
+import ctypes
+import subprocess
 import sys
 
 from job.startup import load_tensorflow
 
 load_tensorflow()
 
-from job.gpus import DRIVER_LIBRARY, cuda_libraries, xla_tools  # noqa: E402 (needs TensorFlow)
+import job.train  # noqa: E402, F401 (every package that training needs)
+from job.gpus import CUDA_LIBRARIES, DRIVER_LIBRARY, cuda_libraries, xla_tools  # noqa: E402
 
-found = [*cuda_libraries(), *xla_tools()]
-for part in found:
+
+def unknown_to_the_loader() -> list[str]:
+    """The CUDA libraries that no process finds by name. First of all: a loaded one is found."""
+    unknown = []
+    for name in CUDA_LIBRARIES:
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            unknown.append(name)
+    return unknown
+
+
+unknown = unknown_to_the_loader()
+parts = [*cuda_libraries(), *xla_tools()]
+for part in parts:
     print(f"{part.name}: {part.path or 'not found'}")
-missing = [part.name for part in found if part.path is None and part.name != DRIVER_LIBRARY]
+missing = {*unknown, *(part.name for part in parts if part.path is None)} - {DRIVER_LIBRARY}
 if missing:
     sys.exit(
-        f"TensorFlow would not find {', '.join(missing)}, expected in the base image or in "
-        f"locks/image.txt; add it there (pyproject.toml, group image)"
+        f"TensorFlow would not find {', '.join(sorted(missing))}, expected from the wheels of "
+        f"locks/image.txt; see pyproject.toml, extra gpu"
     )
+if DRIVER_LIBRARY not in unknown:
+    sys.exit(f"{DRIVER_LIBRARY} is in the image, expected from the host; remove the base's stub")
+subprocess.run(["ptxas", "--version"], check=True)

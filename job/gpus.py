@@ -17,7 +17,7 @@ DRIVER_LIBRARY = "libcuda.so.1"
 """Comes with the driver of the host; a container has it if it was given a GPU."""
 
 # What TensorFlow 2.21, built for CUDA 12.5 and cuDNN 9, opens at start-up.
-_CUDA_LIBRARIES = (
+CUDA_LIBRARIES = (
     DRIVER_LIBRARY,
     "libcudart.so.12",
     "libcublas.so.12",
@@ -28,6 +28,7 @@ _CUDA_LIBRARIES = (
     "libcudnn.so.9",
     "libnccl.so.2",
 )
+"""File names of the shared libraries that TensorFlow needs for GPUs."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def cuda_libraries() -> list[CudaPart]:
     """
     site_packages = Path(tf.__file__).parent.parent
     found = []
-    for name in _CUDA_LIBRARIES:
+    for name in CUDA_LIBRARIES:
         wheels = sorted(site_packages.glob(f"nvidia/*/lib/{name}"))
         path: str | None = str(wheels[0]) if wheels else name
         try:
@@ -145,12 +146,16 @@ def cuda_libraries() -> list[CudaPart]:
 def xla_tools() -> list[CudaPart]:
     """Look for what XLA compiles with: the assembler ptxas and the bitcode library libdevice.
 
-    In XLA's own order: ``--xla_gpu_cuda_data_dir`` aside, ptxas on the PATH, then both in
-    /usr/local/cuda and in the wheel beside TensorFlow.
+    As XLA does: in the folder of ``--xla_gpu_cuda_data_dir``, then in /usr/local/cuda and in the
+    wheel beside TensorFlow, and for ptxas on the PATH before these two.
     """
-    roots = [Path("/usr/local/cuda"), Path(tf.__file__).parent.parent / "nvidia" / "cuda_nvcc"]
-    search_path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{root}/bin" for root in roots)])
-    bitcode = [root / "nvvm" / "libdevice" / "libdevice.10.bc" for root in roots]
+    flag = re.search(r"--xla_gpu_cuda_data_dir=(\S+)", os.environ.get("XLA_FLAGS", ""))
+    chosen = [Path(flag[1])] if flag else []
+    usual = [Path("/usr/local/cuda"), Path(tf.__file__).parent.parent / "nvidia" / "cuda_nvcc"]
+    folders = [str(root / "bin") for root in chosen]
+    folders += [os.environ.get("PATH", ""), *(str(root / "bin") for root in usual)]
+    search_path = os.pathsep.join(folders)
+    bitcode = [root / "nvvm" / "libdevice" / "libdevice.10.bc" for root in (*chosen, *usual)]
     return [
         CudaPart("ptxas", shutil.which("ptxas", path=search_path)),
         CudaPart("libdevice.10.bc", next((str(path) for path in bitcode if path.exists()), None)),

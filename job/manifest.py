@@ -184,7 +184,7 @@ def git_commit() -> str | None:
     An image holds no checkout; its build sets ``JOB_GIT_COMMIT``.
     """
     if "JOB_GIT_COMMIT" in os.environ:
-        return os.environ["JOB_GIT_COMMIT"]
+        return os.environ["JOB_GIT_COMMIT"] or None
     try:
         result = subprocess.run(
             ["git", "rev-parse", "HEAD"],

@@ -124,3 +124,5 @@ def test_git_commit_is_the_checkouts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_image_tells_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOB_GIT_COMMIT", "0123abcd")
     assert git_commit() == "0123abcd"
+    monkeypatch.setenv("JOB_GIT_COMMIT", "")
+    assert git_commit() is None

@@ -2,8 +2,6 @@
 
 import os
 import re
-import shutil
-import subprocess
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,51 +15,22 @@ from job import __version__
 from job.cli import train
 from job.cluster import RunIdentity, run_identity
 from tests.conftest import REPOSITORY
-
-Manifest = dict[str, Any]
+from tests.manifests import (
+    Manifest,
+    copy_of_the_repository,
+    kustomize,
+    make,
+    of_kind,
+    read_manifests,
+    render,
+    the_container,
+    the_job,
+)
 
 OVERLAYS = sorted(folder.name for folder in (REPOSITORY / "k8s" / "overlays").iterdir())
 VERSIONS = [
     version for version in all_versions() if tuple(map(int, version.split(".")[:2])) >= (1, 31)
 ]
-
-
-def copy_of_the_repository(folder: Path) -> Path:
-    """What the make targets need, in a folder that they may write."""
-    shutil.copytree(REPOSITORY / "k8s", folder / "k8s")
-    shutil.copy(REPOSITORY / "Makefile", folder)
-    return folder
-
-
-def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environ = {"PATH": os.environ["PATH"]}
-    return subprocess.run(
-        ["make", *arguments], cwd=folder, env=environ, capture_output=True, text=True
-    )
-
-
-def kustomize(folder: Path) -> str:
-    for command in (["kustomize", "build"], ["kubectl", "kustomize"]):
-        if shutil.which(command[0]):
-            rendered = subprocess.run([*command, folder], capture_output=True, text=True)
-            assert rendered.returncode == 0, rendered.stderr
-            return rendered.stdout
-    missing = "neither kustomize nor kubectl is installed"
-    if os.environ.get("CI"):
-        pytest.fail(missing)
-    pytest.skip(missing)
-
-
-def render(folder: Path, overlays: tuple[str, ...]) -> list[Manifest]:
-    """The Job, its claims and the Pod of `make k8s-fetch`, with overlays."""
-    made = make(copy_of_the_repository(folder), "k8s-render", f"OVERLAY={' '.join(overlays)}")
-    assert made.returncode == 0, made.stderr
-    return list(yaml.safe_load_all(kustomize(folder / "build" / "k8s")))
-
-
-def as_they_are() -> list[Manifest]:
-    texts = [(REPOSITORY / "k8s" / name).read_text() for name in ("job.yaml", "fetch/pod.yaml")]
-    return [manifest for text in texts for manifest in yaml.safe_load_all(text)]
 
 
 RENDERINGS: dict[str, tuple[str, ...]] = {
@@ -77,23 +46,8 @@ def manifests(
 ) -> list[Manifest]:
     """The files as they are, and rendered with no overlay, with each, and with all together."""
     if request.param == "files":
-        return as_they_are()
+        return read_manifests()
     return render(tmp_path_factory.mktemp(request.param), RENDERINGS[request.param])
-
-
-def of_kind(kind: str, manifests: list[Manifest]) -> list[Manifest]:
-    return [manifest for manifest in manifests if manifest["kind"] == kind]
-
-
-def the_job(manifests: list[Manifest]) -> Manifest:
-    (job,) = of_kind("Job", manifests)
-    return job
-
-
-def the_container(pod: Manifest) -> Manifest:
-    (container,) = pod["containers"]
-    assert isinstance(container, dict)
-    return container
 
 
 @pytest.fixture
@@ -121,9 +75,6 @@ def any_pod(request: pytest.FixtureRequest, manifests: list[Manifest]) -> Manife
     return chosen
 
 
-# Validity
-
-
 def test_manifests_are_valid_for_every_supported_version(manifests: list[Manifest]) -> None:
     assert VERSIONS[0].startswith("1.31.")
     for version in VERSIONS:
@@ -132,7 +83,7 @@ def test_manifests_are_valid_for_every_supported_version(manifests: list[Manifes
 
 
 def test_the_validation_refuses_a_field_that_does_not_exist() -> None:
-    job = the_job(as_they_are())
+    job = the_job(read_manifests())
     job["spec"]["backofLimit"] = 4
     with pytest.raises(kubernetes_validate.ValidationError, match="backofLimit"):
         kubernetes_validate.validate(job, VERSIONS[-1], strict=True)
@@ -142,13 +93,10 @@ def test_without_overlays_kustomize_gives_the_files(tmp_path: Path) -> None:
     def by_name(manifests: list[Manifest]) -> dict[str, Manifest]:
         return {manifest["metadata"]["name"]: manifest for manifest in manifests}
 
-    assert by_name(render(tmp_path, ())) == by_name(as_they_are())
+    assert by_name(render(tmp_path, ())) == by_name(read_manifests())
     alone = yaml.safe_load_all(kustomize(REPOSITORY / "k8s"))
     kinds = [manifest["kind"] for manifest in alone]
     assert sorted(kinds) == ["Job", "PersistentVolumeClaim", "PersistentVolumeClaim"]
-
-
-# Security
 
 
 def test_pods_keep_to_the_restricted_standard(any_pod: Manifest) -> None:
@@ -194,12 +142,14 @@ def test_the_image_is_one_line_of_the_job_which_the_fetching_pod_follows(tmp_pat
         assert the_container(pod)["image"] == mine
 
 
-# Retries
+def rules(job: Manifest) -> list[Manifest]:
+    listed: list[Manifest] = job["spec"]["podFailurePolicy"]["rules"]
+    return listed
 
 
 def reaction(job: Manifest, exit_code: int, disrupted: bool = False) -> str:
     """What happens to a Pod that ended: the first rule that matches decides, and none counts it."""
-    for rule in job["spec"]["podFailurePolicy"]["rules"]:
+    for rule in rules(job):
         if "onPodConditions" in rule:
             condition = {"type": "DisruptionTarget", "status": "True"}
             matches = disrupted and condition in rule["onPodConditions"]
@@ -220,6 +170,9 @@ def test_each_end_of_a_pod_has_its_consequence(job: Manifest) -> None:
     assert reaction(job, 75) == "Ignore"
     assert reaction(job, 2) == ("FailIndex" if indexed else "FailJob")
     assert [reaction(job, exit_code) for exit_code in (1, 3, 137)] == ["Count"] * 3
+    # Said aloud, although it is what happens without a rule.
+    codes = [rule.get("onExitCodes", {}).get("values") for rule in rules(job)]
+    assert [3] in codes
 
 
 def test_retries_are_bounded(job: Manifest) -> None:
@@ -240,9 +193,6 @@ def test_a_pod_has_the_time_to_write_its_checkpoint(pod: Manifest) -> None:
     assert pod["restartPolicy"] == "Never"
     # The README tells 2.9 s; a slow volume may need ten times as long.
     assert pod["terminationGracePeriodSeconds"] >= 30
-
-
-# Resources
 
 
 def test_requests_equal_limits(any_pod: Manifest) -> None:
@@ -272,9 +222,6 @@ def test_shared_memory_is_memory_and_less_than_the_limit(
     ]
     assert gib[0] * 4 <= gib[1]
     assert "medium" not in volumes[mounts["/tmp"]]["emptyDir"]
-
-
-# The program
 
 
 def environment(container: Manifest, index: int = 3) -> dict[str, str]:
@@ -340,17 +287,17 @@ def test_the_folders_are_on_the_claims(
     assert volume["persistentVolumeClaim"]["claimName"] == next(iter(claims))
 
 
-def test_nothing_owns_the_claims(manifests: list[Manifest]) -> None:
-    for manifest in manifests:
-        assert "ownerReferences" not in manifest["metadata"]
-
-
-# Overlays
-
-
 def test_overlay_gpus_asks_for_several(tmp_path: Path) -> None:
     container = the_container(the_job(render(tmp_path, ("gpus",)))["spec"]["template"]["spec"])
     assert int(container["resources"]["limits"]["nvidia.com/gpu"]) > 1
+
+
+def test_overlay_gpus_refuses_arguments_that_it_does_not_know(tmp_path: Path) -> None:
+    render(tmp_path, ("gpus",))
+    job = tmp_path / "k8s" / "job.yaml"
+    job.write_text(job.read_text().replace("[train, ", '[train, --epochs, "9", '))
+    with pytest.raises(AssertionError, match="args/1"):
+        kustomize(tmp_path / "build" / "k8s")
 
 
 def test_overlay_image_pulls_from_a_private_registry(tmp_path: Path) -> None:
@@ -383,101 +330,3 @@ def test_overlay_sweep_gives_each_seed_a_folder(
         assert not other.is_relative_to(one)
     for claim in of_kind("PersistentVolumeClaim", manifests):
         assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-
-
-# Targets of the Makefile, with a stand-in that records what kubectl was told: there is no cluster
-
-KUBECTL = """#!/bin/sh
-echo "$*" >> {log}
-case " $* " in
-  *" {failing} "*) exit 1 ;;
-  *" exec "*)
-    while [ "$1" != -- ]; do shift; done
-    exec sh -c "$(echo "$4" | sed s,/output,{volume},)" ;;
-esac
-"""
-
-
-class Cluster:
-    """A folder to run make in, with what kubectl is told and a volume to fetch from."""
-
-    def __init__(self, folder: Path, failing: str = "-") -> None:
-        self.folder = copy_of_the_repository(folder)
-        self.volume = folder / "volume"
-        self.log = folder / "log"
-        self.kubectl = folder / "kubectl"
-        self.kubectl.write_text(KUBECTL.format(log=self.log, volume=self.volume, failing=failing))
-        self.kubectl.chmod(0o755)
-
-    def make(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        self.log.write_text("")
-        return make(self.folder, *arguments, f"KUBECTL={self.kubectl}")
-
-    @property
-    def told(self) -> list[str]:
-        return self.log.read_text().splitlines()
-
-
-def test_k8s_run_replaces_the_job_and_leaves_the_fetching_pod_out(tmp_path: Path) -> None:
-    cluster = Cluster(tmp_path)
-    assert cluster.make("k8s-run", "NAMESPACE=team").returncode == 0
-    assert cluster.told == [
-        "--namespace=team delete job cifar10 --ignore-not-found --cascade=foreground",
-        "--namespace=team apply -k build/k8s --selector app.kubernetes.io/component!=fetch",
-    ]
-    (fetch,) = of_kind("Pod", as_they_are())
-    assert fetch["metadata"]["labels"]["app.kubernetes.io/component"] == "fetch"
-
-
-@pytest.mark.parametrize("overlays", ["", "gpus sweep"])
-def test_the_targets_name_what_was_rendered(tmp_path: Path, overlays: str) -> None:
-    cluster = Cluster(tmp_path)
-    (tmp_path / "volume").mkdir()
-    for target in ("k8s-run", "k8s-logs", "k8s-fetch", "k8s-delete"):
-        assert cluster.make(target, f"OVERLAY={overlays}").returncode == 0
-        rendered = list(yaml.safe_load_all(kustomize(tmp_path / "build" / "k8s")))
-        (fetch,) = of_kind("Pod", rendered)
-        job_name, pod_name = (one["metadata"]["name"] for one in (the_job(rendered), fetch))
-        names = set(re.findall(r"\bcifar10[a-z-]*", " ".join(cluster.told)))
-        assert names == {pod_name if target == "k8s-fetch" else job_name}
-
-
-def test_an_overlay_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    cluster = Cluster(tmp_path)
-    refused = cluster.make("k8s-run", "OVERLAY=kueue gpu")
-    assert refused.returncode != 0
-    assert "OVERLAY has gpu, expected any of gpus image kueue sweep" in refused.stderr
-    assert cluster.told == []
-
-
-def test_k8s_delete_deletes_the_job_alone(tmp_path: Path) -> None:
-    cluster = Cluster(tmp_path)
-    assert cluster.make("k8s-delete").returncode == 0
-    assert cluster.told == ["delete job cifar10 --ignore-not-found --cascade=foreground"]
-
-
-def test_k8s_fetch_copies_the_artifacts_and_removes_its_pod(tmp_path: Path) -> None:
-    cluster = Cluster(tmp_path)
-    names = ("run.json", "seed-1/run.json", "seed-1/prediction.png")
-    others = (".lease/1", "checkpoints/1.npz", "seed-1/checkpoints/1.npz", "seed-1/.run.1.json")
-    for name in (*names, *others):
-        file = cluster.volume / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(name)
-    assert cluster.make("k8s-fetch", "FETCH_DIR=here").returncode == 0
-    fetched = {
-        str(path.relative_to(tmp_path / "here")): path.read_text()
-        for path in (tmp_path / "here").rglob("*")
-        if path.is_file()
-    }
-    assert fetched == {name: name for name in names}
-    assert cluster.told[0] == "apply -k build/k8s --selector app.kubernetes.io/component=fetch"
-    assert cluster.told[-1] == "delete pod cifar10-fetch --ignore-not-found"
-
-
-@pytest.mark.parametrize("failing", ["wait", "exec"])
-def test_k8s_fetch_removes_its_pod_when_it_fails(tmp_path: Path, failing: str) -> None:
-    cluster = Cluster(tmp_path, failing)
-    assert cluster.make("k8s-fetch", "FETCH_DIR=here").returncode != 0
-    assert cluster.told[-1] == "delete pod cifar10-fetch --ignore-not-found"
-    assert not (tmp_path / "here").exists()

@@ -13,7 +13,6 @@ from tests.conftest import REPOSITORY
 # A call that Python cannot interrupt stands for a compiled one.
 PROGRAM = """
 import hashlib, os, signal, sys, time
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started with
 from job.preemption import listen_to_signals
 stop = listen_to_signals()
 with (
@@ -30,6 +29,14 @@ LOOP = """stop.defer()
     print("saving because of", stop.reason, flush=True)
     time.sleep({seconds})
     sys.exit(75)"""
+
+
+@pytest.fixture(autouse=True)
+def hearing_of_hangups() -> Iterator[None]:
+    """Processes inherit what is ignored, and these tests may run under nohup."""
+    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, handler)
 
 
 @contextmanager

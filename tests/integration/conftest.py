@@ -49,5 +49,6 @@ def image() -> str:
     lock = Path(tempfile.gettempdir()) / "cifar10-job-test-image.lock"
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        build_image()
+        build = build_image()
+    assert build.returncode == 0, build.stdout + build.stderr
     return IMAGE

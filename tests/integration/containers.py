@@ -39,9 +39,9 @@ def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return _run("bash", "-c", script, folder=folder)
 
 
-def build_image(tag: str = IMAGE, context: Path = REPOSITORY) -> None:
+def build_image(tag: str = IMAGE, context: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     """Build the Dockerfile as it stands on the stand-in base; unchanged layers are reused."""
-    _build(
+    return _build(
         *("--file", context / "docker" / "Dockerfile", "--tag", tag),
         *("--build-arg", f"BASE_IMAGE={_base()}"),
         *("--build-arg", f"VERSION={__version__}", "--build-arg", f"REVISION={REVISION}"),
@@ -69,17 +69,17 @@ def _base() -> str:
             podman("import", debian, _DEBIAN).check_returncode()
             debian.unlink()
             (context / "tensorflow.txt").write_text(tensorflow[0])
-            _build("--file", HERE / "base.Dockerfile", "--tag", tag, context)
+            base = _build("--file", HERE / "base.Dockerfile", "--tag", tag, context)
+            assert base.returncode == 0, base.stdout + base.stderr
         finally:
             shutil.rmtree(context)
     return tag
 
 
-def _build(*args: str | Path) -> None:
+def _build(*args: str | Path) -> subprocess.CompletedProcess[str]:
     # The certificates are those of a package mirror that a machine may be behind.
     settings = "--layers --isolation chroot --network host -v /etc/ssl/certs:/etc/ssl/certs:ro"
-    result = _run("buildah", "build", *settings.split(), *args)
-    assert result.returncode == 0, result.stdout + result.stderr
+    return _run("buildah", "build", *settings.split(), *args)
 
 
 def _run(*command: str | Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:

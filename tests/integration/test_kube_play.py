@@ -17,7 +17,7 @@ import yaml
 
 from tests.conftest import REPOSITORY
 from tests.integration.containers import HERE, podman
-from tests.test_manifests import Manifest, copy_of_the_repository, make
+from tests.manifests import Manifest, copy_of_the_repository, make
 
 UID = "6a41c0ac-5a6b-4f6e-9d2e-0f4f2f1c7a11"
 CONTAINER = "cifar10-cifar10"
@@ -52,7 +52,6 @@ def pod_of(job: Manifest, image: str) -> Manifest:
     container["args"] += ["--epochs", "3", "--limit", "768"]
     for resources in container["resources"].values():
         del resources["nvidia.com/gpu"]
-        resources.update(cpu="2", memory="8Gi")
     # The Job's controller adds the label.
     labels = {**template["metadata"]["labels"], "batch.kubernetes.io/controller-uid": UID}
     metadata = {"name": job["metadata"]["name"], "labels": labels}
@@ -146,7 +145,7 @@ def test_it_ran_under_the_manifests_restrictions(played: Played) -> None:
     assert not settings["EffectiveCaps"]
     assert host["ReadonlyRootfs"]
     assert "no-new-privileges" in host["SecurityOpt"]
-    assert host["Memory"] == 8 * 2**30
+    assert host["Memory"] == 16 * 2**30
     mounts = {mount["Destination"] for mount in settings["Mounts"]}
     assert mounts == {"/output", "/data", "/tmp", "/dev/shm"}
     owners = {(path.stat().st_uid, path.stat().st_gid) for path in played.output.iterdir()}
