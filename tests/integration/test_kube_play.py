@@ -28,7 +28,7 @@ case $1 in
   apply) podman kube play {pod} ;;
   wait) ;;
   exec) shift 3; exec podman exec cifar10-fetch-fetch "$@" ;;
-  delete) podman pod rm --force --time 0 "$3" ;;
+  delete) podman pod rm --force --ignore --time 0 "$3" ;;
 esac
 """
 
