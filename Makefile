@@ -60,8 +60,8 @@ image: ## Build the image IMAGE on BASE_IMAGE
 
 .PHONY: image-test
 image-test: image ## Train in the image for a moment: any user, nothing writable, no network, no GPU
-	$(DOCKER) run --rm --read-only --cap-drop all --network none --user 42424:42424 \
-	  --tmpfs /output:mode=1777 --env JOB_REQUIRE_GPUS=0 $(IMAGE) \
+	$(DOCKER) run --rm --read-only --cap-drop all --network none --user 42424:0 \
+	  --tmpfs /output --env JOB_REQUIRE_GPUS=0 $(IMAGE) \
 	  train --dataset synthetic --limit 2560 --epochs 1
 
 .PHONY: docker-run
