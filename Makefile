@@ -72,8 +72,10 @@ docker-run: ## Train in the image on every GPU, into ./output
 
 .PHONY: push
 push: ## Build and push IMAGE=registry/name:tag with its SBOM and provenance
-	@case "$(IMAGE)" in */*) ;; *) echo "IMAGE is $(IMAGE), expected the name of a registry in it;" \
+	@case "$(IMAGE)" in */*:*) ;; *) echo "IMAGE is $(IMAGE), expected registry/name:tag;" \
 	  "say make push IMAGE=registry.example.com/team/cifar10-job:$(VERSION)" >&2; exit 2;; esac
+	@$(DOCKER) buildx version > /dev/null || \
+	  { echo "$(DOCKER) has no buildx; install docker-buildx" >&2; exit 2; }
 	$(DOCKER) buildx build --push --sbom=true --provenance=mode=max $(BUILD_IMAGE)
 
 .PHONY: audit
@@ -117,15 +119,22 @@ UV_COMPILE := --quiet --upgrade --universal --python-version 3.11 --generate-has
   --custom-compile-command 'make lock' --no-annotate
 
 K8S_DIR := build/k8s
-K8S := $(KUBECTL) $(if $(NAMESPACE),--namespace=$(NAMESPACE))
+OVERLAYS := $(sort $(OVERLAY))
+K8S_UNKNOWN := $(filter-out $(notdir $(wildcard k8s/overlays/*)),$(OVERLAYS))
+ifneq ($(K8S_UNKNOWN),)
+$(error OVERLAY has $(K8S_UNKNOWN), expected any of $(notdir $(wildcard k8s/overlays/*)))
+endif
+K8S := $(strip $(KUBECTL) $(if $(NAMESPACE),--namespace=$(NAMESPACE)))
 # Overlay sweep adds to the names, as its nameSuffix says.
-K8S_SUFFIX := $(if $(filter sweep,$(OVERLAY)),-sweep)
+K8S_SUFFIX := $(if $(filter sweep,$(OVERLAYS)),-sweep)
 K8S_DELETE_JOB := $(K8S) delete job cifar10$(K8S_SUFFIX) --ignore-not-found --cascade=foreground
 
 # A Job's template cannot be changed. The old Job's Pods are gone, with a checkpoint, before the new
 # Job begins, because two Jobs are two runs, and a folder has room for one.
 .PHONY: k8s-run
 k8s-run: k8s-render ## Start the Job on Kubernetes, again if there is one; OVERLAY="gpus kueue"
+	@# Nothing is stopped for a Job that the cluster would refuse.
+	$(K8S) create -k $(K8S_DIR) --dry-run=client --validate=strict --output=name
 	$(K8S_DELETE_JOB)
 	$(K8S) apply -k $(K8S_DIR) --selector 'app.kubernetes.io/component!=fetch'
 
@@ -144,11 +153,9 @@ k8s-delete: ## Delete the Job, never its volumes
 # kustomize takes no folder that the kustomization itself is in, so this one is not in k8s/.
 .PHONY: k8s-render
 k8s-render:
-	$(foreach name,$(OVERLAY),$(if $(wildcard k8s/overlays/$(name)),, \
-	  $(error OVERLAY has $(name), expected any of $(notdir $(wildcard k8s/overlays/*)))))
 	@mkdir -p $(K8S_DIR)
 	@printf '%s\n' 'resources: [../../k8s]' 'components:' \
-	  $(foreach name,fetch $(addprefix overlays/,$(OVERLAY)),'- ../../k8s/$(name)') \
+	  $(foreach name,fetch $(addprefix overlays/,$(OVERLAYS)),'- ../../k8s/$(name)') \
 	  > $(K8S_DIR)/kustomization.yaml
 
 .PHONY: clean

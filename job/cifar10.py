@@ -6,6 +6,7 @@ The data set and its format are described at https://www.cs.toronto.edu/~kriz/ci
 import gzip
 import io
 import logging
+import os
 import pickle
 import tarfile
 import zlib
@@ -117,9 +118,12 @@ def download(data_dir: Path, url: str) -> None:
             f"--data-dir {data_dir} yourself"
         ) from error
     except OSError as error:
+        # pooch puts its own words into the error's.
+        reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(
-            f"cannot write {ARCHIVE_NAME} to --data-dir {data_dir}: {error.strerror or error}; "
-            f"name a folder you can write with 200 MB free"
+            f"--data-dir {data_dir} has neither {FOLDER_NAME}/ nor {ARCHIVE_NAME}, and the "
+            f"download cannot be written there: {reason}; name the folder that holds the data, or "
+            f"one that user {os.getuid()} can write with 200 MB free"
         ) from error
 
 

@@ -153,11 +153,17 @@ def main(stop: StopRequest) -> NoReturn:
         _report(f"{reason}; {stop.advice}", ExitCode.RUN_AGAIN, stderr)
 
     with stop.last_words(say_why):
+        # Until the command says otherwise: its options may be what is wrong.
+        log.configure("auto")
         try:
             cli.main(prog_name="cifar10-job", standalone_mode=False, obj=stop)
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
             sys.exit(ExitCode.USER_ERROR)
+        except click.NoSuchOption as error:
+            of_a_command = error.ctx is not None and error.ctx.command is not cli
+            advice = "" if of_a_command else " Options come after a command: train --epochs 3."
+            _fail(error.format_message() + advice, ExitCode.USER_ERROR, stderr)
         except click.ClickException as error:
             _fail(error.format_message(), ExitCode.USER_ERROR, stderr)
         except JobError as error:

@@ -89,8 +89,9 @@ def check_promised_gpus(promise: Promise, visible: int, required: int) -> None:
     """
     if visible < required:
         raise GpuMissingError(
-            f"--require-gpus expected {required} GPUs, TensorFlow sees {visible}{_why()}; give the "
-            f"job its GPUs, or lower --require-gpus (0 permits the CPU)"
+            f"--require-gpus expected {required} GPU(s), TensorFlow sees {visible}{_why()}; give "
+            f"the job its GPUs, or lower --require-gpus, which an image sets by JOB_REQUIRE_GPUS "
+            f"(0 permits the CPU)"
         )
     if visible < promise.count:
         raise GpuMissingError(

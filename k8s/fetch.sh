@@ -5,17 +5,24 @@
 #
 # KUSTOMIZATION is a folder whose rendering has that Pod, labelled as component fetch.
 set -euo pipefail
-usage="usage: k8s/fetch.sh KUSTOMIZATION POD FOLDER"
-kustomization=${1:?$usage} pod=${2:?$usage} folder=${3:?$usage}
+if (($# != 3)); then
+  echo "usage: k8s/fetch.sh KUSTOMIZATION POD FOLDER" >&2
+  exit 2
+fi
+kustomization=$1 pod=$2 folder=$3
 read -ra kubectl <<< "${KUBECTL:-kubectl}"
 
 remove() { "${kubectl[@]}" delete pod "$pod" --ignore-not-found; }
-trap remove EXIT
-trap 'exit 130' INT TERM
 # One that was left over has ended and would never be ready.
 remove
+trap remove EXIT
+trap 'exit 130' INT TERM
 "${kubectl[@]}" apply -k "$kustomization" --selector app.kubernetes.io/component=fetch
-"${kubectl[@]}" wait --for=condition=Ready "pod/$pod" --timeout=900s
+echo "waiting for Pod $pod, five minutes at most"
+if ! "${kubectl[@]}" wait --for=condition=Ready "pod/$pod" --timeout=300s; then
+  "${kubectl[@]}" get events --field-selector "involvedObject.name=$pod" || true
+  exit 1
+fi
 # Through a file, so that nothing is taken out of a copy that broke off. With 1 tar tells that a file was
 # replaced while it was read; it has a whole one all the same.
 # shellcheck disable=SC2016 # the Pod's shell expands it

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,7 @@ def test_version(runner: CliRunner) -> None:
         "fresh",
         "stall-timeout",
         "run-id",
+        "expect-mount",
         "log-format",
     ],
 )
@@ -109,3 +111,14 @@ def test_a_bad_environment_variable_is_named(run_job: RunJob) -> None:
     result = run_job("train", env={"JOB_EPOCHS": "ten"})
     assert result.returncode == 2
     assert "JOB_EPOCHS" in result.stderr
+
+
+def test_a_mistyped_command_is_one_line_and_one_event(run_job: RunJob) -> None:
+    result = run_job("--epochs", "3")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "No such option '--epochs'. Options come after a command: train --epochs 3." in line
+    (event,) = result.stdout.splitlines()
+    assert json.loads(event)["exit_code"] == 2
+    result = run_job("train", "--epoch", "3")
+    assert "after a command" not in result.stderr
