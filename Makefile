@@ -84,7 +84,8 @@ audit: $(VENV)/.dev ## Look the locked packages up among the known vulnerabiliti
 
 .PHONY: test
 test: $(VENV)/.dev ## Everything that can be tested on this machine
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+	  $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.dev ## Formatting, lint and types

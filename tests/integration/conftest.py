@@ -1,8 +1,6 @@
 """Volumes and trainings that the integration tests share."""
 
-import fcntl
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,10 +43,6 @@ def small_volume(make_volume: MakeVolume) -> Path:
 def image() -> str:
     """The project's image, built on a stand-in for its base."""
     require_containers()
-    # Test files run in several processes; the first builds it for all.
-    lock = Path(tempfile.gettempdir()) / "cifar10-job-test-image.lock"
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        build = build_image()
+    build = build_image()
     assert build.returncode == 0, build.stdout + build.stderr
     return IMAGE

@@ -1,10 +1,12 @@
 """The project's image, built by buildah on a stand-in base and run by podman."""
 
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -40,13 +42,19 @@ def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def build_image(tag: str = IMAGE, context: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-    """Build the Dockerfile as it stands on the stand-in base; unchanged layers are reused."""
-    return _build(
-        *("--file", context / "docker" / "Dockerfile", "--tag", tag),
-        *("--build-arg", f"BASE_IMAGE={_base()}"),
-        *("--build-arg", f"VERSION={__version__}", "--build-arg", f"REVISION={REVISION}"),
-        context,
-    )
+    """Build the Dockerfile as it stands on the stand-in base; unchanged layers are reused.
+
+    One process at a time: the first builds for all that ask for the same.
+    """
+    lock = Path(tempfile.gettempdir()) / "cifar10-job-test-image.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return _build(
+            *("--file", context / "docker" / "Dockerfile", "--tag", tag),
+            *("--build-arg", f"BASE_IMAGE={_base()}"),
+            *("--build-arg", f"VERSION={__version__}", "--build-arg", f"REVISION={REVISION}"),
+            context,
+        )
 
 
 def _base() -> str:
@@ -85,3 +93,8 @@ def _build(*args: str | Path) -> subprocess.CompletedProcess[str]:
 def _run(*command: str | Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "CONTAINERS_CONF": str(HERE / "containers.conf")}
     return subprocess.run([*map(str, command)], cwd=folder, env=env, capture_output=True, text=True)
+
+
+if __name__ == "__main__":
+    # The gate builds ahead of the tests.
+    print(build_image().stderr)
