@@ -1,0 +1,383 @@
+#!/usr/bin/env bash
+# Trains under Slurm and requeues itself until the run is done. From the top of the checkout:
+#
+#     sbatch slurm/train.sh
+#     sbatch --gpus-per-node=4 --time=30 slurm/train.sh --epochs 100
+#     sbatch --array=0-9%4 slurm/train.sh
+#
+# sbatch's options come before the script's name, those of `train` behind it. Each task of an array
+# trains with its index as the seed, in a folder seed-INDEX of its own. This one file suffices where
+# there is an image. Variables that it reads (slurm/README.md has recipes for sites):
+#
+#     JOB_…              options of `train`; JOB_OUTPUT_DIR is output/slurm by default, JOB_DATA_DIR data
+#     CONTAINER_RUNTIME  auto (the first that is found), pyxis, apptainer, podman, docker or none
+#     CONTAINER_IMAGE    image; by default cifar10-job.sqsh (pyxis) or cifar10-job.sif (Apptainer) in
+#                        this folder, or cifar10-job:VERSION on the node (podman, docker)
+#     CONTAINER_ARGS     further options of the container runtime, separated by spaces
+#     PYTHON             without a container: interpreter, .venv/bin/python by default
+#     MAX_REQUEUES       how often the job requeues itself at most, 50 by default
+#     SITE_SETUP         file that is sourced first, slurm/site.sh by default, if there is one
+#
+#SBATCH --job-name=cifar10
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=4
+#SBATCH --mem=16G
+# Short, because short jobs start sooner and this one goes on when it is over.
+#SBATCH --time=01:00:00
+# Two minutes before, this script is told, and it alone: B.
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+# The log, slurm-JOB.out or in arrays slurm-JOB_TASK.out, keeps the attempts before this one.
+#SBATCH --open-mode=append
+set -uo pipefail
+
+readonly IMAGE=cifar10-job:0.1.0
+readonly MAX_EXCLUDED_NODES=3
+readonly AGAIN="submit it again to go on from the last checkpoint"
+
+say() { echo "$(date '+%F %T') slurm/train.sh: $*" >&2; }
+refuse() {
+  say "error: $*"
+  exit 2
+}
+
+time_is_up='' terminated='' step_pid=''
+# srun ends its step on TERM without a grace, but passes USR1 on, which asks the program for the same.
+pass_on() { [[ -z $step_pid ]] || kill -USR1 "$step_pid" 2> /dev/null; }
+trap 'time_is_up=yes; say "the time limit is near (SIGUSR1)"; pass_on' USR1
+trap 'terminated=yes; say "told to end (SIGTERM)"; pass_on' TERM
+
+set_up_site() {
+  local site=${SITE_SETUP:-slurm/site.sh}
+  if [[ -e $site ]]; then
+    set +u # not every site's modules know it
+    # shellcheck source=/dev/null
+    source "$site"
+    set -u
+  elif [[ -n ${SITE_SETUP:-} ]]; then
+    refuse "SITE_SETUP is $SITE_SETUP, which is not in $PWD; name a file"
+  fi
+}
+
+# Sets job, attempt, output, data and record.
+read_environment() {
+  local argument folder
+  [[ -n ${SLURM_JOB_ID:-} ]] || refuse "not started by Slurm; say sbatch slurm/train.sh"
+  ((${SLURM_JOB_NUM_NODES:-1} == 1)) ||
+    refuse "received $SLURM_JOB_NUM_NODES nodes, expected 1; say --nodes=1 and --gpus-per-node=N"
+  [[ ${MAX_REQUEUES:=50} =~ ^[0-9]+$ ]] || refuse "MAX_REQUEUES is $MAX_REQUEUES, expected a number"
+  attempt=${SLURM_RESTART_COUNT:-0}
+  # The task's own id may be that of the whole array, too, for scontrol.
+  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  job=${job:-$SLURM_JOB_ID}
+  output=$(realpath -ms -- "${JOB_OUTPUT_DIR:-output/slurm}")
+  data=$(realpath -ms -- "${JOB_DATA_DIR:-data}")
+  for argument; do
+    case ${argument%%=*} in
+      --output-dir | --data-dir)
+        refuse "received ${argument%%=*}, which the runtimes would not mount;" \
+          "set JOB_OUTPUT_DIR or JOB_DATA_DIR instead"
+        ;;
+      --seed)
+        [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || refuse "received --seed in an array," \
+          "whose indices are the seeds; say --array=SEED,SEED"
+        ;;
+    esac
+  done
+  if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+    [[ -z ${JOB_SEED:-} ]] || refuse "JOB_SEED is $JOB_SEED in an array, whose indices are the" \
+      "seeds; unset it"
+    export JOB_SEED=$SLURM_ARRAY_TASK_ID
+    output+=/seed-$JOB_SEED
+  fi
+  for folder in "$output" "$data"; do
+    mkdir -p -- "$folder" || refuse "cannot make the folder $folder; set JOB_OUTPUT_DIR and" \
+      "JOB_DATA_DIR to folders that $(id -un) may write"
+  done
+  # People read the log. Where machines do, say JOB_LOG_FORMAT=json.
+  export JOB_LOG_FORMAT=${JOB_LOG_FORMAT:-text}
+  # A line for each time that this job has requeued itself.
+  record=$output/.slurm-$job
+  ((attempt)) || rm -f -- "$record" # of an older job with this number
+}
+
+# Whether a runtime is on this node.
+is_here() {
+  case $1 in
+    pyxis) [[ $(srun --help 2>&1) == *--container-image* ]] ;;
+    apptainer) command -v apptainer singularity > /dev/null ;;
+    podman | docker) command -v "$1" > /dev/null ;;
+    none) [[ -x ${PYTHON:-.venv/bin/python} ]] ;;
+  esac
+}
+
+# Prints the image for a runtime as that runtime spells it; fails where there is none for it.
+image_for() {
+  local runtime=$1 image=${CONTAINER_IMAGE:-} registry
+  if [[ -z $image ]]; then
+    case $runtime in
+      pyxis) image=cifar10-job.sqsh ;;
+      apptainer) image=cifar10-job.sif ;;
+      podman | docker) image=$IMAGE && "$runtime" image inspect "$image" &> /dev/null || return ;;
+      none) return 0 ;;
+    esac
+    [[ $runtime == podman || $runtime == docker || -e $image ]] || return
+  fi
+  case $image in
+    *.sqsh) [[ $runtime == pyxis ]] && realpath -ms -- "$image" && return ;;
+    *.sif) [[ $runtime == apptainer ]] && realpath -ms -- "$image" && return ;;
+  esac
+  case $runtime:$image in
+    *.sqsh | *.sif | none:*) return 1 ;;
+    apptainer:*://* | apptainer:/*) echo "$image" ;;
+    apptainer:*) echo "docker://$image" ;;
+    pyxis:*)
+      image=${image#docker://} registry=${image%%/*}
+      # What Docker takes for the name of a registry, enroot wants before a #.
+      [[ $image != */* || $registry != *[.:]* ]] || image=$registry#${image#*/}
+      echo "$image"
+      ;;
+    *) echo "${image#docker://}" ;;
+  esac
+}
+
+# Sets runtime and image.
+choose_runtime() {
+  runtime=${CONTAINER_RUNTIME:-auto}
+  case $runtime in
+    auto)
+      for runtime in pyxis apptainer podman docker none; do
+        is_here "$runtime" && image=$(image_for "$runtime") && return
+      done
+      refuse "nothing on $(hostname) runs ${CONTAINER_IMAGE:-the program}: expected pyxis," \
+        "Apptainer, podman or docker with an image, or .venv in $PWD; say make install there, or" \
+        "set CONTAINER_IMAGE (slurm/README.md)"
+      ;;
+    none)
+      image=''
+      is_here none || refuse "there is no ${PYTHON:-.venv/bin/python} in $PWD; say make install" \
+        "there, or set PYTHON"
+      ;;
+    pyxis | apptainer | podman | docker)
+      is_here "$runtime" || refuse "CONTAINER_RUNTIME is $runtime, which $(hostname) does not have;" \
+        "load its module in slurm/site.sh, or name another"
+      image=$(image_for "$runtime") || refuse "CONTAINER_RUNTIME is $runtime and CONTAINER_IMAGE" \
+        "'${CONTAINER_IMAGE:-}': there is no such image; slurm/README.md says how to make one"
+      ;;
+    *) refuse "CONTAINER_RUNTIME is $runtime, expected auto, pyxis, apptainer, podman, docker or none" ;;
+  esac
+}
+
+# Sets step to the command that trains, with the arguments of `train`.
+build_step() {
+  # Without --export=ALL, what sbatch's --export leaves out would keep from the step what is set here.
+  step=(srun --nodes=1 --ntasks=1 --export=ALL)
+  # srun does not take this over from sbatch.
+  [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || step+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
+  if [[ $runtime == none ]]; then
+    local python=${PYTHON:-.venv/bin/python}
+    "$python" -c 'import job' || refuse "$python cannot import the package job in $PWD; say make" \
+      "install and sbatch at the top of the checkout"
+    export JOB_OUTPUT_DIR=$output JOB_DATA_DIR=$data
+    step+=("$python" -m job train "$@")
+    return
+  fi
+
+  [[ $output$data != *[:,]* ]] || refuse "received the folders $output and $data, expected neither" \
+    "colon nor comma in them, which container runtimes separate by; name others"
+  export JOB_OUTPUT_DIR=/output JOB_DATA_DIR=/data
+  # The image asks for one GPU, which a job without any does not have. Where Slurm gives some, it is
+  # what promises their number, and fewer are an error all the same.
+  export JOB_REQUIRE_GPUS=${JOB_REQUIRE_GPUS:-0}
+  # Neither caches nor packages from the user's home, which a runtime may mount.
+  export PYTHONNOUSERSITE=1 MPLCONFIGDIR=/tmp/cifar10-job-$SLURM_JOB_ID
+  export KERAS_HOME=$MPLCONFIGDIR
+  local names arguments
+  mapfile -t names < <(compgen -e | grep -E -i -x \
+    '(job|slurm|slurmd|tf|nccl)_.*|(https?|no|all)_proxy|pythonnousersite|mplconfigdir|keras_home|tz')
+  read -ra arguments <<< "${CONTAINER_ARGS:-}"
+  case $runtime in
+    pyxis) add_pyxis "$@" ;;
+    apptainer) add_apptainer "$@" ;;
+    podman) add_podman "$@" ;;
+    docker) add_docker "$@" ;;
+  esac
+}
+
+add_pyxis() {
+  local IFS=,
+  [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || names+=(CUDA_VISIBLE_DEVICES)
+  # Every variable comes along, and the libraries of the host's modules are not the image's. Where both
+  # host and image have a variable, the host's wins if --container-env names it.
+  step+=(
+    "--export=ALL,LD_LIBRARY_PATH=,LD_PRELOAD=,PYTHONHOME="
+    "--container-image=$image" "--container-mounts=$output:/output,$data:/data"
+    --container-workdir=/app --no-container-mount-home --no-container-remap-root
+    --no-container-entrypoint "--container-env=${names[*]}"
+    "${arguments[@]}" python -m job train "$@"
+  )
+}
+
+add_apptainer() {
+  local command=apptainer name
+  command -v apptainer > /dev/null || command=singularity
+  for name in "${names[@]}" CUDA_VISIBLE_DEVICES; do
+    [[ -z ${!name+set} ]] || export "${command^^}ENV_$name=${!name}"
+  done
+  step+=(
+    "$command" exec --nv --cleanenv --no-home --pwd /app
+    --bind "$output:/output" --bind "$data:/data"
+    "${arguments[@]}" "$image" python -m job train "$@"
+  )
+}
+
+add_podman() {
+  local gpu options=()
+  ((UID == 0)) || options+=(--userns keep-id)
+  for gpu in $(tr , ' ' <<< "${SLURM_JOB_GPUS:-}"); do
+    options+=(--device "nvidia.com/gpu=$gpu")
+  done
+  arguments=("${options[@]}" "${arguments[@]}")
+  add_engine "$@"
+}
+
+add_docker() {
+  local group options=()
+  for group in $(id -G); do options+=(--group-add "$group"); done
+  [[ -z ${SLURM_JOB_GPUS:-} ]] || options+=(--gpus "\"device=$SLURM_JOB_GPUS\"")
+  arguments=("${options[@]}" "${arguments[@]}")
+  add_engine "$@"
+}
+
+# podman or docker, given only the job's GPUs, which they number anew inside.
+add_engine() {
+  local name variables=()
+  for name in "${names[@]}"; do variables+=(--env "$name"); done
+  step+=(
+    "$runtime" run --rm --label "slurm-job=$SLURM_JOB_ID" --user "$(id -u):$(id -g)"
+    --security-opt label=disable --shm-size 1g
+    --volume "$output:/output" --volume "$data:/data"
+    "${variables[@]}" "${arguments[@]}" "$image" train "$@"
+  )
+}
+
+# Runs the step to its end, whatever signals come meanwhile, and sets code.
+run_step() {
+  code=75
+  [[ -z $time_is_up$terminated ]] || return
+  "${step[@]}" &
+  step_pid=$!
+  # One that came in between.
+  [[ -z $time_is_up$terminated ]] || pass_on
+  # A trap ends wait, too.
+  while kill -0 "$step_pid" 2> /dev/null; do wait "$step_pid"; done
+  wait "$step_pid"
+  code=$?
+}
+
+# Ends this script, and with it the job unless that is requeued.
+finish() {
+  local state='' restarts=$attempt excluded preempted
+  # First of all: where this node was taken for dead and the job goes on elsewhere, srun breaks off, and
+  # its exit code says nothing of the training.
+  if ! ask_slurm && ((code != 0 && code != 2)); then
+    say "exit code $code, not requeued, because Slurm does not answer on this node; $AGAIN"
+  elif ((restarts != attempt)); then
+    say "attempt $attempt of job $job is over; Slurm has requeued the job as attempt $restarts"
+  elif ((code == 0)); then
+    rm -f -- "$record"
+    say "job $job is done"
+  elif ((code == 2)); then
+    say "exit code 2, not requeued: the error above says what to change"
+  elif [[ $state != RUNNING ]]; then
+    say "job $job was ended from outside, its state is $state; $AGAIN"
+  elif [[ -n $terminated && -z $preempted ]]; then
+    say "stopped by SIGTERM, not requeued; $AGAIN"
+  elif ((code == 3)); then
+    replace_node
+  elif ((code == 1)); then
+    requeue defect 1 "exit code 1" scontrol requeue "$job"
+  elif [[ -n $preempted ]]; then
+    # Slurm requeues what it preempts, unless it ends before its grace time does.
+    requeue preemption "$MAX_REQUEUES" "preempted" scontrol requeue "$job"
+  elif [[ -n $time_is_up ]]; then
+    requeue time "$MAX_REQUEUES" "stopped for the time limit" scontrol requeue "$job"
+  elif ((code == 75)); then
+    say "exit code 75, not requeued, since it was not the time limit that stopped it; $AGAIN"
+  elif ((code > 128)); then
+    requeue defect 1 "killed by signal $((code - 128))" scontrol requeue "$job"
+  else
+    say "exit code $code of srun or $runtime, not requeued: see the error above"
+  fi
+  exit "$code"
+}
+
+# Sets state, restarts, excluded and preempted to what Slurm says of the job.
+ask_slurm() {
+  local answer
+  answer=$(persist scontrol --oneliner show job "$job") || return
+  state=$(field JobState) restarts=$(field Restarts)
+  excluded=$(field ExcNodeList) preempted=$(field PreemptTime)
+  [[ $excluded != '(null)' ]] || excluded=''
+  [[ $preempted != None ]] || preempted=''
+}
+
+field() { [[ $answer =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
+
+# Its controller may be restarting.
+persist() { "$@" || { sleep 5 && "$@"; } || { sleep 10 && "$@"; }; }
+
+# Requeues the job by a command, at most so many times for one cause and MAX_REQUEUES in all. Returns
+# where that is not to be or fails.
+requeue() {
+  local cause=$1 limit=$2 reason=$3 of_cause in_all
+  of_cause=$(grep -c -s "^$cause " "$record") in_all=$(grep -c -s . "$record")
+  if ((of_cause >= limit || in_all >= MAX_REQUEUES)); then
+    say "$reason, not requeued: that was done ${of_cause:-0} of at most $limit times for this cause," \
+      "${in_all:-0} of at most $MAX_REQUEUES in all; $AGAIN"
+    return
+  fi
+  if ! echo "$cause in attempt $attempt" >> "$record"; then
+    say "$reason, not requeued, because $record cannot be written; $AGAIN"
+    return
+  fi
+  say "$reason; requeueing ($((in_all + 1)) of at most $MAX_REQUEUES)"
+  # Slurm ends this script, and whatever it has started, together with the attempt.
+  trap '' TERM
+  persist "${@:4}" || say "could not requeue: ${*:4}; $AGAIN"
+}
+
+# Requeues the job for another node than this one, which lacks a GPU that Slurm has promised.
+replace_node() {
+  local node=${SLURMD_NODENAME:-$(hostname)} others
+  excluded+=${excluded:+,}$node
+  others=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format=%N |
+    grep -v -x -F -f <(scontrol show hostnames "$excluded"))
+  if [[ -z $others ]]; then
+    say "exit code 3, not requeued: partition $SLURM_JOB_PARTITION has no other node than $excluded"
+    return
+  fi
+  requeue gpu "$MAX_EXCLUDED_NODES" "exit code 3: a GPU is missing on node $node" hold_and_exclude
+}
+
+# Held until the node is excluded, which Slurm permits only while the job does not run.
+# shellcheck disable=SC2329 # requeue calls it
+hold_and_exclude() {
+  scontrol requeuehold "$job" || return
+  if persist scontrol update "JobId=$job" "ExcNodeList=$excluded"; then
+    persist scontrol release "$job" && say "it will run on another node than $excluded" && return
+  fi
+  say "job $job is held, because node ${excluded##*,} could not be excluded; see to that node, then" \
+    "say scontrol release $job"
+}
+
+set_up_site
+read_environment "$@"
+choose_runtime
+build_step "$@"
+say "job $job, attempt $attempt on ${SLURMD_NODENAME:-$(hostname)}: runtime $runtime${image:+ with $image}," \
+  "output $output, data $data, ${SLURM_GPUS_ON_NODE:-0} GPU(s)"
+run_step
+finish

@@ -1,0 +1,225 @@
+"""A Slurm cluster on this machine: a controller and two nodes, n1 and n2, with two GPUs each.
+
+The GPUs are device nodes with nothing behind them, and processors and memory of the nodes are only
+said to be there, so that the script is submitted as it is.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+TOOLS = ("slurmctld", "slurmd", "sbatch", "munged")
+NODES = ("n1", "n2")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+
+# A requeued job waits for the end of its credentials, which is two minutes by default, five seconds at
+# least. KillWait is a default, too.
+SLURM_CONF = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+GresTypes=gpu
+SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=1,sched_min_interval=500000
+SlurmdTimeout=10
+KillWait=30
+ReturnToService=2
+JobCompType=jobcomp/none
+AccountingStorageType=accounting_storage/none
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} {node}
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} {node}
+PartitionName=main Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=OFF
+PartitionName=urgent Nodes=n1,n2 PriorityTier=10
+PartitionName=preemptible Nodes=n1,n2 PriorityTier=1 GraceTime=60
+"""
+NODE = "CPUs=8 RealMemory=65536 Gres=gpu:2"
+
+
+def require_slurm() -> None:
+    """Skip where no cluster can be started."""
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    if os.getuid():
+        pytest.skip("starting a Slurm cluster needs root")
+
+
+class Cluster:
+    """Starts a cluster, submits to it, and asks it.
+
+    Attributes:
+        folder: Of the cluster; every user can read it.
+        checkout: What a user has who has cloned the project, installed it, and fetched the data.
+    """
+
+    def __init__(self, data: Path) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="cifar10-job-slurm-"))
+        self.folder.chmod(0o755)
+        (self.folder / "state").mkdir()
+        self.checkout = self.folder / "checkout"
+        self.checkout.mkdir()
+        for name, target in {
+            "job": REPOSITORY / "job",
+            "slurm": REPOSITORY / "slurm",
+            ".venv": sys.prefix,
+            "data": data,
+        }.items():
+            (self.checkout / name).symlink_to(target)
+        self._prefix: tuple[str, ...] = ()
+        self.env = {"PATH": os.environ["PATH"], "SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def as_ordinary_user(self) -> "Cluster":
+        """The same cluster as the user nobody sees it, who has the script alone."""
+        other = copy.copy(self)
+        other.env = dict(self.env)
+        other.checkout = Path(tempfile.mkdtemp(dir=self.folder))
+        other.checkout.chmod(0o755)
+        shutil.copytree(REPOSITORY / "slurm", other.checkout / "slurm")
+        subprocess.run(["chown", "-R", "nobody", other.checkout], check=True)
+        other._prefix = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups")
+        return other
+
+    def start(self) -> None:
+        folder = self.folder
+        (folder / "slurm.conf").write_text(
+            SLURM_CONF.format(folder=folder, host=socket.gethostname(), ports=ports(), node=NODE)
+        )
+        (folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={folder}/gpu[0-1]\n")
+        (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
+        for number in range(2):
+            os.mknod(folder / f"gpu{number}", 0o020666, os.makedev(1, 3))  # as /dev/null
+        key = folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        files = {"key": key, "socket": folder / "munge.socket", "pid": folder / "munge.pid"}
+        files |= {"log": folder / "munge.log", "seed": folder / "munge.seed"}
+        names = {"socket": "--socket"}
+        self.run(
+            "munged",
+            "--force",
+            *(f"{names.get(name, f'--{name}-file')}={path}" for name, path in files.items()),
+        )
+        self.run("slurmctld")
+        for node in NODES:
+            self.start_node(node)
+        wait_until(lambda: self.node_states() == {"n1:idle", "n2:idle"}, 60)
+
+    def node_states(self) -> set[str]:
+        return set(self.run("sinfo", "--noheader", "--Node", "--format=%N:%t").split())
+
+    def start_node(self, node: str) -> None:
+        self.run("slurmd", "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """Kill a node's daemon and leave what runs there alone, as a lost network does."""
+        os.kill(int((self.folder / f"{node}.pid").read_text()), signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End whatever was started, jobs whose node was lost included, and leave nothing behind."""
+        mark = f"SLURM_CONF={self.env['SLURM_CONF']}".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (process / "environ").read_bytes():
+                    os.kill(int(process.name), signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def run(self, *command: str | Path, env: dict[str, str] | None = None) -> str:
+        """Run a command of Slurm's at the top of the checkout; its output."""
+        result = subprocess.run(
+            [*self._prefix, *map(str, command)],
+            cwd=self.checkout,
+            env={**self.env, **(env or {})},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def submit(self, *words: str | Path, **env: str) -> str:
+        """sbatch; the job's id."""
+        return self.run("sbatch", "--parsable", *words, env=env).strip()
+
+    def fields(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` tells."""
+        line = self.run("scontrol", "--oneliner", "show", "job", job)
+        return dict(re.findall(r"(\S+?)=(\S*)", line))
+
+    def state(self, job: str) -> str:
+        return self.fields(job)["JobState"]
+
+    def wait(self, *jobs: str, timeout: float = 300) -> str:
+        """Wait for the end of jobs; the state of the last."""
+        for job in jobs:
+            wait_until(
+                lambda job=job: self.state(job) in ENDED,
+                timeout,
+                lambda job=job: f"{self.fields(job)}\n{self.log(job)}",
+            )
+        return self.state(jobs[-1])
+
+    def wait_for_log(self, job: str, text: str, times: int = 1, timeout: float = 200) -> None:
+        wait_until(lambda: self.log(job).count(text) >= times, timeout, lambda: self.log(job))
+
+    def log(self, job: str) -> str:
+        path = self.checkout / f"slurm-{job}.out"
+        return path.read_text() if path.exists() else ""
+
+
+def trainer(output: Path) -> int:
+    """Process id of who holds an output folder."""
+    lease = max((output / ".lease").glob("[0-9]*[0-9]"))
+    return int(json.loads(lease.read_text())["pid"])
+
+
+def ports() -> list[int]:
+    """Three ports that nobody uses."""
+    sockets = [socket.socket() for _ in range(3)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def wait_until(
+    condition: Callable[[], bool], timeout: float, explain: Callable[[], str] = lambda: ""
+) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited for {timeout:g} s in vain: {explain()}")
+        time.sleep(0.3)

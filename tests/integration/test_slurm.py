@@ -1,0 +1,332 @@
+"""`sbatch slurm/train.sh` on a real Slurm, with real data: stopped in every way, and gone on with."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.integration.chaos import VISIBLE, compare
+from tests.integration.containers import HERE
+from tests.integration.slurm import NODES, Cluster, require_slurm, trainer, wait_until
+
+# Three spans of steps an epoch, and a checkpoint after each.
+TRAIN = ("slurm/train.sh", *"--limit 2560 --batch-size 64 --epochs 3 --checkpoint-every 0.001".split())
+ON_CPU = {"JOB_DEVICES": "cpu:1"}
+CHECKPOINT = "checkpoint at step"
+
+
+@pytest.fixture(scope="module")
+def cluster(cifar10_dir: Path) -> Iterator[Cluster]:
+    require_slurm()
+    one = Cluster(cifar10_dir)
+    try:
+        one.start()
+        yield one
+    finally:
+        one.stop()
+
+
+@pytest.fixture
+def output(cluster: Cluster, request: pytest.FixtureRequest) -> Path:
+    """An output folder for one test."""
+    return cluster.folder / "output" / re.sub(r"\W+", "-", request.node.name)
+
+
+@pytest.fixture(scope="module")
+def reference(cluster: Cluster) -> Path:
+    """The output folder of the shipped script, submitted as it is and undisturbed."""
+    job = cluster.submit(*TRAIN, **ON_CPU)
+    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    return cluster.checkout / "output" / "slurm"
+
+
+def submit(cluster: Cluster, output: Path, *options: str, **env: str) -> str:
+    return cluster.submit(*options, *TRAIN, JOB_OUTPUT_DIR=str(output), **{**ON_CPU, **env})
+
+
+def attempts(output: Path) -> list[dict[str, Any]]:
+    document: dict[str, Any] = json.loads((output / "run.json").read_text())
+    return list(document["attempts"])
+
+
+def hold(output: Path) -> int:
+    """Stop a training where it is, so that it does not end before something has happened to it."""
+    pid = trainer(output)
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+def test_the_script_leaves_every_artifact_and_one_readable_log(
+    cluster: Cluster, reference: Path
+) -> None:
+    names = {path.name for path in reference.iterdir() if not path.name.startswith(".")}
+    assert names == VISIBLE
+    # The job's own record is of no use any more.
+    assert {path.name for path in reference.glob(".*")} == {".lease"}
+    assert json.loads((reference / "evaluation.json").read_text())["examples"] == 10_000
+    log = cluster.log("1")
+    assert re.search(r"job 1, attempt 0 on n1: runtime none, output \S+/output/slurm, .* 1 GPU", log)
+    assert "error" not in log
+    assert log.splitlines()[-1].endswith("slurm/train.sh: job 1 is done")
+    (attempt,) = attempts(reference)
+    assert (attempt["run_id"], attempt["outcome"]) == ("slurm job 1", "done")
+
+
+def test_at_its_time_limit_the_job_requeues_itself_to_the_same_bits(
+    cluster: Cluster, reference: Path, output: Path
+) -> None:
+    job = submit(cluster, output, "--time=1")
+    cluster.wait_for_log(job, CHECKPOINT)
+    pid = hold(output)
+    cluster.wait_for_log(job, "the time limit is near")
+    os.kill(pid, signal.SIGCONT)
+    assert cluster.wait(job) == "COMPLETED"
+    assert "requeueing (1 of at most 50)" in cluster.log(job)
+    assert cluster.fields(job)["Restarts"] == "1"
+    first, second = attempts(output)
+    assert (first["outcome"], first["reason"]) == ("stopped", "SIGUSR1")
+    assert second["first_step"] == first["last_step"] > 0
+    assert compare(reference, output) == []
+
+
+def test_the_job_requeues_itself_no_more_often_than_it_may(
+    cluster: Cluster, output: Path
+) -> None:
+    job = submit(cluster, output, MAX_REQUEUES="0")
+    cluster.wait_for_log(job, CHECKPOINT)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert cluster.wait(job) == "FAILED"
+    assert cluster.fields(job)["ExitCode"] == "75:0"
+    assert "not requeued: that was done 0 of at most 0 times" in cluster.log(job)
+
+
+def test_a_requeue_from_outside_goes_on_to_the_same_bits(
+    cluster: Cluster, reference: Path, output: Path
+) -> None:
+    job = submit(cluster, output)
+    cluster.wait_for_log(job, CHECKPOINT)
+    cluster.run("scontrol", "requeue", job)
+    assert cluster.wait(job) == "COMPLETED"
+    assert [one["outcome"] for one in attempts(output)] == ["stopped", "done"]
+    assert cluster.fields(job)["Restarts"] == "1"
+    assert compare(reference, output) == []
+
+
+def test_scancel_ends_it_for_good_and_a_new_job_goes_on_to_the_same_bits(
+    cluster: Cluster, reference: Path, output: Path
+) -> None:
+    first = submit(cluster, output)
+    cluster.wait_for_log(first, CHECKPOINT)
+    cluster.run("scancel", first)
+    assert cluster.wait(first) == "CANCELLED"
+    assert "told to end (SIGTERM)" in cluster.log(first)
+
+    second = submit(cluster, output)
+    cluster.wait_for_log(second, CHECKPOINT)
+    cluster.run("scancel", "--signal=KILL", "--full", second)
+    cluster.wait(second)
+
+    third = submit(cluster, output)
+    assert cluster.wait(third) == "COMPLETED", cluster.log(third)
+    stopped, killed, done = attempts(output)
+    jobs = [one["run_id"] for one in (stopped, killed, done)]
+    assert jobs == [f"slurm job {job}" for job in (first, second, third)]
+    # Of the second Slurm kills the script at once; the training may get a SIGTERM before its SIGKILL.
+    assert (stopped["outcome"], done["outcome"]) == ("stopped", "done")
+    assert killed["outcome"] in ("stopped", "lost")
+    assert killed["first_step"] == stopped["last_step"] > 0
+    assert [cluster.fields(job)["Restarts"] for job in (first, second)] == ["0", "0"]
+    assert compare(reference, output) == []
+
+
+def test_a_job_cancelled_right_after_its_time_was_up_stays_cancelled(
+    cluster: Cluster, output: Path
+) -> None:
+    job = submit(cluster, output)
+    cluster.wait_for_log(job, CHECKPOINT)
+    pid = hold(output)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait_for_log(job, "the time limit is near")
+    cluster.run("scancel", job)
+    os.kill(pid, signal.SIGCONT)
+    assert cluster.wait(job) == "CANCELLED"
+    assert cluster.fields(job)["Restarts"] == "0"
+
+
+def test_a_preempted_job_goes_on_even_if_it_ends_before_its_grace_time(
+    cluster: Cluster, reference: Path, output: Path
+) -> None:
+    job = submit(cluster, output, "--partition=preemptible", "--nodelist=n1", "--exclusive")
+    cluster.wait_for_log(job, CHECKPOINT)
+    urgent = cluster.submit("--partition=urgent", "--nodelist=n1", "--exclusive", "--wrap", "true")
+    assert cluster.wait(urgent, job) == "COMPLETED"
+    assert "preempted; requeueing" in cluster.log(job)
+    assert compare(reference, output) == []
+
+
+def test_a_bad_option_is_not_requeued(cluster: Cluster, output: Path) -> None:
+    job = cluster.submit("slurm/train.sh", "--epochs", "0", JOB_OUTPUT_DIR=str(output), **ON_CPU)
+    assert cluster.wait(job) == "FAILED"
+    fields = cluster.fields(job)
+    assert (fields["ExitCode"], fields["Restarts"]) == ("2:0", "0")
+    assert "Invalid value for '--epochs'" in cluster.log(job)
+    assert "exit code 2, not requeued: the error above says what to change" in cluster.log(job)
+
+
+def test_a_node_without_its_gpu_is_excluded_until_none_is_left(
+    cluster: Cluster, output: Path
+) -> None:
+    # The nodes' GPUs are none.
+    job = submit(cluster, output, JOB_DEVICES="auto")
+    assert cluster.wait(job) == "FAILED"
+    fields = cluster.fields(job)
+    assert (fields["ExitCode"], fields["Restarts"]) == ("3:0", "1")
+    log = cluster.log(job)
+    assert log.count("CUDA_VISIBLE_DEVICES=0 promises 1 GPUs, TensorFlow sees 0") == 2
+    assert "a GPU is missing on node n1; requeueing" in log
+    assert "it will run on another node than n1" in log
+    assert "attempt 1 on n2" in log
+    assert "exit code 3, not requeued: partition main has no other node than n1,n2" in log
+
+
+def test_the_tasks_of_an_array_train_two_at_a_time_and_are_requeued_alone(
+    cluster: Cluster, reference: Path, output: Path
+) -> None:
+    array = submit(cluster, output, "--array=40-43%2")
+    # Its number is the array's own, too.
+    last = f"{array}_43"
+    most = 0
+
+    def reached_the_last() -> bool:
+        nonlocal most
+        running = cluster.run("squeue", "-h", "-j", array, "-t", "RUNNING", "-o", "%i").split()
+        most = max(most, len(running))
+        return CHECKPOINT in cluster.log(last)
+
+    wait_until(reached_the_last, 300)
+    cluster.run("scancel", "--batch", "--signal=USR1", last)
+    assert cluster.wait(*(f"{array}_{task}" for task in range(40, 44))) == "COMPLETED"
+    assert most == 2
+    seeds = [json.loads((output / f"seed-{n}" / "run.json").read_text()) for n in range(40, 44)]
+    assert [seed["config"]["seed"] for seed in seeds] == [40, 41, 42, 43]
+    assert [len(seed["attempts"]) for seed in seeds] == [1, 1, 1, 2]
+    # The default seed.
+    assert compare(reference, output / "seed-42") == []
+
+
+def test_a_job_whose_node_is_lost_is_taken_over_on_the_other(
+    cluster: Cluster, output: Path
+) -> None:
+    # Long enough for the old process to compute and write until the new one comes.
+    longer = (*TRAIN, "--epochs", "20")
+    undisturbed = output / "undisturbed"
+    lost = output / "lost"
+    job = cluster.submit(*longer, JOB_OUTPUT_DIR=str(lost), **ON_CPU)
+    cluster.wait_for_log(job, CHECKPOINT)
+    assert cluster.fields(job)["BatchHost"] == "n1"
+    cluster.kill_node("n1")
+    pid = hold(lost)  # only until Slurm takes the node for dead
+    try:
+        other = cluster.submit(
+            "--nodelist=n2", *longer, JOB_OUTPUT_DIR=str(undisturbed), **ON_CPU
+        )
+        wait_until(lambda: cluster.fields(job)["Restarts"] == "1", 60)
+        os.kill(pid, signal.SIGCONT)
+        assert cluster.wait(other, job) == "COMPLETED", cluster.log(job)
+    finally:
+        cluster.start_node("n1")
+    fields = cluster.fields(job)
+    assert (fields["BatchHost"], fields["Restarts"]) == ("n2", "1")
+    old, new = attempts(lost)
+    assert old["outcome"] == "stopped"
+    assert f"a newer attempt of slurm job {job} on host" in old["reason"]
+    assert new["first_step"] == old["last_step"] > 0
+    assert f"attempt 0 of job {job} is over; Slurm has requeued the job as attempt 1" in cluster.log(job)
+    assert compare(undisturbed, lost) == []
+    wait_until(lambda: cluster.node_states() == {"n1:idle", "n2:idle"}, 60)
+
+
+STUB = """#!/bin/sh
+test "$1" != -c || exit 0
+echo "the stub ends with $CODE"
+exit $CODE
+"""
+
+
+@pytest.fixture(scope="module")
+def ordinary(cluster: Cluster) -> Cluster:
+    """The cluster for a user without privileges, whose program is a stub that ends with $CODE."""
+    one = cluster.as_ordinary_user()
+    stub = one.checkout / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    one.env |= {"PYTHON": str(stub), "CONTAINER_RUNTIME": "none"}
+    return one
+
+
+def test_an_ordinary_user_may_exclude_a_node(ordinary: Cluster) -> None:
+    job = ordinary.submit("slurm/train.sh", CODE="3")
+    assert ordinary.wait(job) == "FAILED"
+    assert ordinary.log(job).count("the stub ends with 3") == 2
+    assert "it will run on another node than n1" in ordinary.log(job)
+    assert ordinary.fields(job)["ExitCode"] == "3:0"
+
+
+@pytest.mark.parametrize("code", ["1", "139"])
+def test_a_defect_is_tried_once_more(ordinary: Cluster, code: str) -> None:
+    job = ordinary.submit("slurm/train.sh", CODE=code)
+    assert ordinary.wait(job) == "FAILED"
+    assert ordinary.log(job).count(f"the stub ends with {code}") == 2
+    assert "not requeued: that was done 1 of at most 1 times for this cause" in ordinary.log(job)
+    assert ordinary.fields(job)["Restarts"] == "1"
+
+
+CDI = {
+    "cdiVersion": "0.5.0",
+    "kind": "nvidia.com/gpu",
+    "devices": [
+        {
+            "name": str(number),
+            "containerEdits": {
+                "deviceNodes": [
+                    {"path": f"/dev/nvidia{number}", "type": "c", "major": 1, "minor": 3}
+                ]
+            },
+        }
+        for number in range(2)
+    ],
+}
+
+
+@pytest.fixture
+def cdi() -> Iterator[None]:
+    """What NVIDIA's container toolkit tells podman of the GPUs 0 and 1."""
+    path = Path("/var/run/cdi/cifar10-job-test.json")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(CDI))
+    yield
+    path.unlink()
+
+
+@pytest.mark.usefixtures("cdi")
+def test_in_podman_the_image_gets_gpu_folders_and_signals(
+    cluster: Cluster, image: str, reference: Path, output: Path
+) -> None:
+    environ = {"CONTAINER_IMAGE": image, "CONTAINERS_CONF": str(HERE / "containers.conf")}
+    job = submit(cluster, output, **environ)
+    cluster.wait_for_log(job, CHECKPOINT)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    first, second = attempts(output)
+    assert (first["outcome"], first["reason"]) == ("stopped", "SIGUSR1")
+    assert second["first_step"] == first["last_step"] > 0
+    assert compare(reference, output) == []
