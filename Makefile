@@ -93,7 +93,7 @@ lint: $(VENV)/.dev ## Formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/hadolint docker/Dockerfile tests/integration/base.Dockerfile
-	$(BIN)/shellcheck .ci/run k8s/*.sh
+	$(BIN)/shellcheck .ci/run k8s/*.sh slurm/*.sh
 
 .PHONY: bench
 bench: $(VENV)/.dev ## This job against the conventional Keras script, and where its time goes

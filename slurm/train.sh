@@ -136,7 +136,7 @@ image_for() {
     pyxis:*)
       image=${image#docker://} registry=${image%%/*}
       # What Docker takes for the name of a registry, enroot wants before a #.
-      [[ $image != */* || $registry != *[.:]* ]] || image=$registry#${image#*/}
+      [[ $image != */* || $registry != *[.:]* || $registry == *#* ]] || image=$registry#${image#*/}
       echo "$image"
       ;;
     *) echo "${image#docker://}" ;;

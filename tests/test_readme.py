@@ -65,7 +65,7 @@ def test_every_make_target_named_exists() -> None:
 
 
 def test_every_file_named_exists() -> None:
-    for name in re.findall(r"`((?:job|tests|locks|docs|k8s)/[^`]*)`|\]\(([^#)]+)\)", README):
+    for name in re.findall(r"`((?:job|tests|locks|docs|k8s|slurm)/[^`]*)`|\]\(([^#)]+)\)", README):
         assert (REPOSITORY / (name[0] or name[1])).exists(), name
 
 

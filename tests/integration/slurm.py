@@ -6,6 +6,7 @@ said to be there, so that the script is submitted as it is.
 
 import contextlib
 import copy
+import functools
 import json
 import os
 import re
@@ -27,8 +28,8 @@ TOOLS = ("slurmctld", "slurmd", "sbatch", "munged")
 NODES = ("n1", "n2")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
-# A requeued job waits for the end of its credentials, which is two minutes by default, five seconds at
-# least. KillWait is a default, too.
+# A requeued job waits until its credentials have expired: two minutes by default, five seconds at
+# least. KillWait is the default.
 SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -60,7 +61,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} {node}
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} {node}
-PartitionName=main Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=OFF
+PartitionName=gpu Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=OFF
 PartitionName=urgent Nodes=n1,n2 PriorityTier=10
 PartitionName=preemptible Nodes=n1,n2 PriorityTier=1 GraceTime=60
 """
@@ -88,26 +89,33 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="cifar10-job-slurm-"))
         self.folder.chmod(0o755)
         (self.folder / "state").mkdir()
-        self.checkout = self.folder / "checkout"
-        self.checkout.mkdir()
-        for name, target in {
-            "job": REPOSITORY / "job",
-            "slurm": REPOSITORY / "slurm",
-            ".venv": sys.prefix,
-            "data": data,
-        }.items():
-            (self.checkout / name).symlink_to(target)
+        self.checkout = self._make_checkout(data)
         self._prefix: tuple[str, ...] = ()
         self.env = {"PATH": os.environ["PATH"], "SLURM_CONF": str(self.folder / "slurm.conf")}
 
-    def as_ordinary_user(self) -> "Cluster":
+    def _make_checkout(self, data: Path) -> Path:
+        checkout = Path(tempfile.mkdtemp(prefix="checkout-", dir=self.folder))
+        checkout.chmod(0o755)
+        for name in ("job", "slurm"):
+            (checkout / name).symlink_to(REPOSITORY / name)
+        (checkout / ".venv").symlink_to(sys.prefix)
+        (checkout / "data").symlink_to(data)
+        return checkout
+
+    def with_data(self, data: Path) -> "Cluster":
+        """The same cluster, with another checkout and other data in it."""
+        other = copy.copy(self)
+        other.checkout = self._make_checkout(data)
+        return other
+
+    def for_ordinary_user(self, **env: str) -> "Cluster":
         """The same cluster as the user nobody sees it, who has the script alone."""
         other = copy.copy(self)
-        other.env = dict(self.env)
-        other.checkout = Path(tempfile.mkdtemp(dir=self.folder))
+        other.checkout = Path(tempfile.mkdtemp(prefix="nobody-", dir=self.folder))
         other.checkout.chmod(0o755)
         shutil.copytree(REPOSITORY / "slurm", other.checkout / "slurm")
         subprocess.run(["chown", "-R", "nobody", other.checkout], check=True)
+        other.env = {**self.env, **env}
         other._prefix = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups")
         return other
 
@@ -182,12 +190,12 @@ class Cluster:
     def wait(self, *jobs: str, timeout: float = 300) -> str:
         """Wait for the end of jobs; the state of the last."""
         for job in jobs:
-            wait_until(
-                lambda job=job: self.state(job) in ENDED,
-                timeout,
-                lambda job=job: f"{self.fields(job)}\n{self.log(job)}",
-            )
+            has_ended = functools.partial(self._has_ended, job)
+            wait_until(has_ended, timeout, functools.partial(self.log, job))
         return self.state(jobs[-1])
+
+    def _has_ended(self, job: str) -> bool:
+        return self.state(job) in ENDED
 
     def wait_for_log(self, job: str, text: str, times: int = 1, timeout: float = 200) -> None:
         wait_until(lambda: self.log(job).count(text) >= times, timeout, lambda: self.log(job))

@@ -1,12 +1,11 @@
-"""`sbatch slurm/train.sh` on a real Slurm, with real data: stopped in every way, and gone on with."""
+"""`sbatch slurm/train.sh` on a real Slurm, with real data: stopped, and gone on with."""
 
 import json
 import os
 import re
-import shutil
 import signal
-import stat
 import subprocess
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.integration.chaos import VISIBLE, compare
 from tests.integration.containers import HERE
-from tests.integration.slurm import NODES, Cluster, require_slurm, trainer, wait_until
+from tests.integration.slurm import Cluster, require_slurm, trainer, wait_until
 
 # Three spans of steps an epoch, and a checkpoint after each.
-TRAIN = ("slurm/train.sh", *"--limit 2560 --batch-size 64 --epochs 3 --checkpoint-every 0.001".split())
+OPTIONS = "--limit 2560 --batch-size 64 --epochs 3 --checkpoint-every 0.001"
+TRAIN = ("slurm/train.sh", *OPTIONS.split())
 ON_CPU = {"JOB_DEVICES": "cpu:1"}
 CHECKPOINT = "checkpoint at step"
 
@@ -74,7 +74,9 @@ def test_the_script_leaves_every_artifact_and_one_readable_log(
     assert {path.name for path in reference.glob(".*")} == {".lease"}
     assert json.loads((reference / "evaluation.json").read_text())["examples"] == 10_000
     log = cluster.log("1")
-    assert re.search(r"job 1, attempt 0 on n1: runtime none, output \S+/output/slurm, .* 1 GPU", log)
+    assert re.search(
+        r"job 1, attempt 0 on n1: runtime none, output \S+/output/slurm, .* 1 GPU", log
+    )
     assert "error" not in log
     assert log.splitlines()[-1].endswith("slurm/train.sh: job 1 is done")
     (attempt,) = attempts(reference)
@@ -98,9 +100,7 @@ def test_at_its_time_limit_the_job_requeues_itself_to_the_same_bits(
     assert compare(reference, output) == []
 
 
-def test_the_job_requeues_itself_no_more_often_than_it_may(
-    cluster: Cluster, output: Path
-) -> None:
+def test_the_job_requeues_itself_no_more_often_than_it_may(cluster: Cluster, output: Path) -> None:
     job = submit(cluster, output, MAX_REQUEUES="0")
     cluster.wait_for_log(job, CHECKPOINT)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
@@ -140,7 +140,7 @@ def test_scancel_ends_it_for_good_and_a_new_job_goes_on_to_the_same_bits(
     stopped, killed, done = attempts(output)
     jobs = [one["run_id"] for one in (stopped, killed, done)]
     assert jobs == [f"slurm job {job}" for job in (first, second, third)]
-    # Of the second Slurm kills the script at once; the training may get a SIGTERM before its SIGKILL.
+    # Slurm kills the second's script at once, and may give its training a SIGTERM first.
     assert (stopped["outcome"], done["outcome"]) == ("stopped", "done")
     assert killed["outcome"] in ("stopped", "lost")
     assert killed["first_step"] == stopped["last_step"] > 0
@@ -195,7 +195,7 @@ def test_a_node_without_its_gpu_is_excluded_until_none_is_left(
     assert "a GPU is missing on node n1; requeueing" in log
     assert "it will run on another node than n1" in log
     assert "attempt 1 on n2" in log
-    assert "exit code 3, not requeued: partition main has no other node than n1,n2" in log
+    assert "exit code 3, not requeued: partition gpu has no other node than n1,n2" in log
 
 
 def test_the_tasks_of_an_array_train_two_at_a_time_and_are_requeued_alone(
@@ -236,9 +236,7 @@ def test_a_job_whose_node_is_lost_is_taken_over_on_the_other(
     cluster.kill_node("n1")
     pid = hold(lost)  # only until Slurm takes the node for dead
     try:
-        other = cluster.submit(
-            "--nodelist=n2", *longer, JOB_OUTPUT_DIR=str(undisturbed), **ON_CPU
-        )
+        other = cluster.submit("--nodelist=n2", *longer, JOB_OUTPUT_DIR=str(undisturbed), **ON_CPU)
         wait_until(lambda: cluster.fields(job)["Restarts"] == "1", 60)
         os.kill(pid, signal.SIGCONT)
         assert cluster.wait(other, job) == "COMPLETED", cluster.log(job)
@@ -250,7 +248,10 @@ def test_a_job_whose_node_is_lost_is_taken_over_on_the_other(
     assert old["outcome"] == "stopped"
     assert f"a newer attempt of slurm job {job} on host" in old["reason"]
     assert new["first_step"] == old["last_step"] > 0
-    assert f"attempt 0 of job {job} is over; Slurm has requeued the job as attempt 1" in cluster.log(job)
+    assert (
+        f"attempt 0 of job {job} is over; Slurm has requeued the job as attempt 1"
+        in cluster.log(job)
+    )
     assert compare(undisturbed, lost) == []
     wait_until(lambda: cluster.node_states() == {"n1:idle", "n2:idle"}, 60)
 
@@ -265,12 +266,10 @@ exit $CODE
 @pytest.fixture(scope="module")
 def ordinary(cluster: Cluster) -> Cluster:
     """The cluster for a user without privileges, whose program is a stub that ends with $CODE."""
-    one = cluster.as_ordinary_user()
-    stub = one.checkout / "python"
+    stub = cluster.folder / "stub"
     stub.write_text(STUB)
     stub.chmod(0o755)
-    one.env |= {"PYTHON": str(stub), "CONTAINER_RUNTIME": "none"}
-    return one
+    return cluster.for_ordinary_user(PYTHON=str(stub), CONTAINER_RUNTIME="none")
 
 
 def test_an_ordinary_user_may_exclude_a_node(ordinary: Cluster) -> None:
@@ -330,3 +329,41 @@ def test_in_podman_the_image_gets_gpu_folders_and_signals(
     assert (first["outcome"], first["reason"]) == ("stopped", "SIGUSR1")
     assert second["first_step"] == first["last_step"] > 0
     assert compare(reference, output) == []
+
+
+README = (REPOSITORY / "slurm" / "README.md").read_text()
+
+
+def blocks() -> list[str]:
+    return [textwrap.dedent(block) for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)]
+
+
+def test_the_documented_submissions_are_accepted(cluster: Cluster) -> None:
+    lines = [line for block in blocks() for line in block.splitlines() if "sbatch " in line]
+    assert len(lines) >= 7
+    for line in lines:
+        assert "slurm/train.sh" in line
+        cluster.run("bash", "-c", line.replace("sbatch ", "sbatch --test-only "))
+
+
+def test_the_recipe_for_a_nodes_own_disk_trains_without_gpu_on_what_it_copied(
+    cluster: Cluster, cifar10_dir: Path, output: Path
+) -> None:
+    data = cluster.folder / "archive"
+    data.mkdir()
+    folder = "cifar-10-batches-py"
+    subprocess.run(
+        ["tar", "-C", cifar10_dir, "-czf", data / "cifar-10-python.tar.gz", folder], check=True
+    )
+    (recipe,) = (block for block in blocks() if "sbcast" in block)
+    site, disk = cluster.folder / "site.sh", cluster.folder / "disk"
+    site.write_text(recipe)
+    words = ("--gpus-per-node=0", *TRAIN, "--epochs", "1")
+    other = cluster.with_data(data)
+    job = other.submit(
+        *words, JOB_OUTPUT_DIR=str(output), SITE_SETUP=str(site), SLURM_TMPDIR=str(disk)
+    )
+    assert other.wait(job) == "COMPLETED", other.log(job)
+    assert f"data {disk}/cifar10-{job}, 0 GPU(s)" in other.log(job)
+    # Removed by the recipe itself.
+    assert list(disk.iterdir()) == []

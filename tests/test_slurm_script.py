@@ -1,0 +1,444 @@
+"""What slurm/train.sh tells the container runtimes and Slurm, told to stand-ins for both."""
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from job import __version__
+from tests.conftest import REPOSITORY
+
+SCRIPT = REPOSITORY / "slurm" / "train.sh"
+COMMANDS = "bash cat date env grep hostname id mkdir realpath rm tr"
+
+# Each writes its words to a file of its name, a line a word, and the environment beside it.
+STAND_IN = """#!/bin/bash
+test "$*" != --help || {{ echo "{help}"; exit; }}
+printf '%s\\n' "$@" > {folder}/{name}.told
+env > {folder}/{name}.env
+exit {code}
+"""
+SCONTROL = """#!/bin/bash
+echo "$*" >> {folder}/scontrol.told
+case $* in
+  *"show job"*) echo "JobId=41 JobName=cifar10 JobState={state} Reason=None Restarts={restarts}" \
+    "PreemptTime=None ReqNodeList=(null) ExcNodeList={excluded} NodeList=n7" ;;
+  *"show hostnames"*) tr , '\\n' <<< "$3" ;;
+  *"{failing}"*) exit 1 ;;
+esac
+"""
+
+
+class Node:
+    """A node that runs the script, with nothing on its PATH but what is put there.
+
+    Attributes:
+        folder: Where the job was submitted.
+        env: Of the job.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "submitted"
+        self.folder.mkdir()
+        self._bin = folder / "bin"
+        self._bin.mkdir()
+        for name in COMMANDS.split():
+            (self._bin / name).symlink_to(str(shutil.which(name)))
+        self.put("sleep", "#!/bin/bash\n")
+        self.put("sinfo", "#!/bin/bash\necho n7\necho n8\n")
+        self.env = {
+            "PATH": str(self._bin),
+            "SLURM_JOB_ID": "41",
+            "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_JOB_PARTITION": "main",
+            "SLURM_CPUS_PER_TASK": "4",
+            "SLURMD_NODENAME": "n7",
+        }
+        self.srun_ends_with(0)
+        self.slurm_says()
+
+    def put(self, name: str, script: str) -> None:
+        (self._bin / name).write_text(script)
+        (self._bin / name).chmod(0o755)
+
+    def install(self, name: str) -> None:
+        """Put a container runtime there, which has every image."""
+        self.put(name, STAND_IN.format(folder=self._bin, name=name, code=0, help=""))
+
+    def srun_ends_with(self, code: int, helping: str = "") -> None:
+        self.put("srun", STAND_IN.format(folder=self._bin, name="srun", code=code, help=helping))
+
+    def install_pyxis(self) -> None:
+        self.srun_ends_with(0, "--container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH")
+
+    def slurm_says(
+        self,
+        state: str = "RUNNING",
+        restarts: int = 0,
+        excluded: str = "(null)",
+        failing: str = "nothing",
+    ) -> None:
+        self.put(
+            "scontrol",
+            SCONTROL.format(
+                folder=self._bin,
+                state=state,
+                restarts=restarts,
+                excluded=excluded,
+                failing=failing,
+            ),
+        )
+
+    def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [SCRIPT, *arguments],
+            cwd=self.folder,
+            env={**self.env, **env},
+            capture_output=True,
+            text=True,
+        )
+
+    def told(self, name: str) -> list[str]:
+        path = self._bin / f"{name}.told"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def requests(self) -> list[str]:
+        """What Slurm was asked to do."""
+        return [line for line in self.told("scontrol") if " show " not in f" {line}"]
+
+    def environment(self, name: str = "srun") -> dict[str, str]:
+        lines = (self._bin / f"{name}.env").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    return Node(tmp_path)
+
+
+TWO_GPUS = {
+    "SLURM_JOB_GPUS": "0,3",
+    "SLURM_GPUS_ON_NODE": "2",
+    "CUDA_VISIBLE_DEVICES": "0,1",
+    "JOB_EPOCHS": "5",
+    "LD_LIBRARY_PATH": "/opt/modules/lib",
+    "SECRET": "not for the container",
+}
+SRUN = ["--nodes=1", "--ntasks=1", "--export=ALL", "--cpus-per-task=4"]
+TRAIN = ["python", "-m", "job", "train", "--epochs", "2"]
+# Of those in TWO_GPUS and Node.env, those that the program is to see, and the script's own.
+NAMES = [
+    *("JOB_DATA_DIR", "JOB_EPOCHS", "JOB_LOG_FORMAT", "JOB_OUTPUT_DIR", "JOB_REQUIRE_GPUS"),
+    *("KERAS_HOME", "MPLCONFIGDIR", "PYTHONNOUSERSITE", "SLURMD_NODENAME", "SLURM_CPUS_PER_TASK"),
+    *("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES"),
+    "SLURM_JOB_PARTITION",
+]
+
+
+def test_pyxis_is_told_image_mounts_and_variables(node: Node) -> None:
+    node.install_pyxis()
+    image = {"CONTAINER_IMAGE": "registry.example.com:5000/team/cifar10-job:0.1.0"}
+    result = node.run("--epochs", "2", CONTAINER_ARGS="--container-writable", **TWO_GPUS, **image)
+    assert result.returncode == 0, result.stderr
+    told = node.told("srun")
+    (names,) = (word for word in told if word.startswith("--container-env="))
+    assert sorted(names.removeprefix("--container-env=").split(",")) == sorted(
+        [*NAMES, "CUDA_VISIBLE_DEVICES"]
+    )
+    output, data = node.folder / "output/slurm", node.folder / "data"
+    assert told == [
+        *SRUN,
+        "--export=ALL,LD_LIBRARY_PATH=,LD_PRELOAD=,PYTHONHOME=",
+        "--container-image=registry.example.com:5000#team/cifar10-job:0.1.0",
+        f"--container-mounts={output}:/output,{data}:/data",
+        "--container-workdir=/app",
+        "--no-container-mount-home",
+        "--no-container-remap-root",
+        "--no-container-entrypoint",
+        names,
+        "--container-writable",
+        *TRAIN,
+    ]
+    assert node.environment()["JOB_OUTPUT_DIR"] == "/output"
+
+
+@pytest.mark.parametrize("command", ["apptainer", "singularity"])
+def test_apptainer_is_told_image_mounts_and_variables(node: Node, command: str) -> None:
+    node.install(command)
+    (node.folder / "cifar10-job.sif").touch()
+    result = node.run("--epochs", "2", CONTAINER_ARGS="--bind /scratch", **TWO_GPUS)
+    assert result.returncode == 0, result.stderr
+    assert node.told("srun") == [
+        *SRUN,
+        *(command, "exec", "--nv", "--cleanenv", "--no-home", "--pwd", "/app"),
+        *("--bind", f"{node.folder}/output/slurm:/output", "--bind", f"{node.folder}/data:/data"),
+        *("--bind", "/scratch", f"{node.folder}/cifar10-job.sif"),
+        *TRAIN,
+    ]
+    prefix = f"{command.upper()}ENV_"
+    passed = {
+        name.removeprefix(prefix): value
+        for name, value in node.environment().items()
+        if name.startswith(prefix)
+    }
+    assert sorted(passed) == sorted([*NAMES, "CUDA_VISIBLE_DEVICES"])
+    assert passed["JOB_DATA_DIR"] == "/data"
+    assert passed["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert passed["JOB_REQUIRE_GPUS"] == "0"  # Slurm's promise stands
+
+
+@pytest.mark.parametrize("command", ["podman", "docker"])
+def test_engines_are_told_image_user_mounts_and_the_jobs_own_gpus(node: Node, command: str) -> None:
+    node.install(command)
+    result = node.run("--epochs", "2", CONTAINER_ARGS="--network host", **TWO_GPUS)
+    assert result.returncode == 0, result.stderr
+    told = node.told("srun")
+    variables = [word for option, word in itertools.pairwise(told) if option == "--env"]
+    # The job's GPUs have other numbers in a container that sees no others.
+    assert sorted(variables) == NAMES
+    user = f"{os.getuid()}:{os.getgid()}"
+    if command == "podman":
+        of_engine = ["--userns", "keep-id"] if os.getuid() else []
+        of_engine += ["--device", "nvidia.com/gpu=0", "--device", "nvidia.com/gpu=3"]
+    else:
+        groups = subprocess.run(["id", "-G"], capture_output=True, text=True).stdout.split()
+        of_engine = [word for group in groups for word in ("--group-add", group)]
+        of_engine += ["--gpus", '"device=0,3"']
+    assert told == [
+        *SRUN,
+        *(command, "run", "--rm", "--label", "slurm-job=41", "--user", user),
+        *("--security-opt", "label=disable", "--shm-size", "1g"),
+        *("--volume", f"{node.folder}/output/slurm:/output"),
+        *("--volume", f"{node.folder}/data:/data"),
+        *(word for name in variables for word in ("--env", name)),
+        *of_engine,
+        *("--network", "host", f"cifar10-job:{__version__}", "train", "--epochs", "2"),
+    ]
+
+
+def test_without_a_container_the_interpreter_is_told_folders(node: Node) -> None:
+    node.install("python3.12")
+    python = shutil.which("python3.12", path=node.env["PATH"])
+    result = node.run("--epochs", "2", PYTHON=str(python), JOB_OUTPUT_DIR="here", **TWO_GPUS)
+    assert result.returncode == 0, result.stderr
+    assert node.told("srun") == [*SRUN, str(python), *TRAIN[1:]]
+    environment = node.environment()
+    assert environment["JOB_OUTPUT_DIR"] == f"{node.folder}/here"
+    assert environment["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert "JOB_REQUIRE_GPUS" not in environment
+
+
+def runtime_of(result: subprocess.CompletedProcess[str]) -> str:
+    match = re.search(r"runtime (\w+(?: with \S+)?),", result.stderr)
+    assert match, result.stderr
+    return match[1].replace(" with", "")
+
+
+def test_auto_takes_the_first_runtime_that_has_an_image(node: Node) -> None:
+    for name in ("apptainer", "podman", "docker"):
+        node.install(name)
+    node.install_pyxis()
+    (node.folder / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(Path(node.env["PATH"]) / "podman", node.folder / ".venv/bin/python")
+    for name in ("cifar10-job.sqsh", "cifar10-job.sif"):
+        (node.folder / name).touch()
+    local = f"cifar10-job:{__version__}"
+    assert runtime_of(node.run()) == f"pyxis {node.folder}/cifar10-job.sqsh"
+    (node.folder / "cifar10-job.sqsh").unlink()
+    assert runtime_of(node.run()) == f"apptainer {node.folder}/cifar10-job.sif"
+    (node.folder / "cifar10-job.sif").unlink()
+    assert runtime_of(node.run()) == f"podman {local}"
+    node.put("podman", "#!/bin/bash\nexit 1\n")
+    assert runtime_of(node.run()) == f"docker {local}"
+    node.put("docker", "#!/bin/bash\nexit 1\n")
+    assert runtime_of(node.run()) == "none"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "given", "expected"),
+    [
+        ("pyxis", "team/a:1", "team/a:1"),
+        ("pyxis", "docker://example.com/team/a:1", "example.com#team/a:1"),
+        ("pyxis", "example.com#team/a:1", "example.com#team/a:1"),
+        ("pyxis", "images/a.sqsh", "{folder}/images/a.sqsh"),
+        ("apptainer", "example.com/team/a:1", "docker://example.com/team/a:1"),
+        ("apptainer", "oras://example.com/team/a:1", "oras://example.com/team/a:1"),
+        ("apptainer", "/images/a.sif", "/images/a.sif"),
+        ("apptainer", "/images/unpacked", "/images/unpacked"),
+        ("podman", "example.com/team/a:1", "example.com/team/a:1"),
+        ("docker", "docker://example.com/team/a:1", "example.com/team/a:1"),
+    ],
+)
+def test_an_image_is_spelt_as_the_runtime_wants_it(
+    node: Node, runtime: str, given: str, expected: str
+) -> None:
+    if runtime == "pyxis":
+        node.install_pyxis()
+    else:
+        node.install(runtime)
+    result = node.run(CONTAINER_RUNTIME=runtime, CONTAINER_IMAGE=given)
+    assert runtime_of(result) == f"{runtime} {expected.format(folder=node.folder)}"
+
+
+def test_auto_leaves_an_images_file_to_the_runtime_that_reads_it(node: Node) -> None:
+    node.install("podman")
+    node.install("apptainer")
+    node.install_pyxis()
+    assert runtime_of(node.run(CONTAINER_IMAGE="/a.sif")) == "apptainer /a.sif"
+    assert runtime_of(node.run(CONTAINER_IMAGE="/a.sqsh")) == "pyxis /a.sqsh"
+
+
+REFUSED = [
+    ({"SLURM_JOB_ID": ""}, (), "not started by Slurm; say sbatch slurm/train.sh"),
+    ({"SLURM_JOB_NUM_NODES": "2"}, (), "received 2 nodes, expected 1; say --nodes=1"),
+    ({"MAX_REQUEUES": "ten"}, (), "MAX_REQUEUES is ten, expected a number"),
+    ({}, ("--output-dir", "a"), "received --output-dir, which .* set JOB_OUTPUT_DIR"),
+    ({}, ("--data-dir=a",), "received --data-dir, which"),
+    ({"SLURM_ARRAY_TASK_ID": "3"}, ("--seed=1",), "received --seed in an array"),
+    ({"SLURM_ARRAY_TASK_ID": "3", "JOB_SEED": "1"}, (), "JOB_SEED is 1 in an array, .*; unset it"),
+    ({"JOB_OUTPUT_DIR": "/proc/a"}, (), "cannot make the folder /proc/a; set JOB_OUTPUT_DIR"),
+    ({"JOB_DATA_DIR": "a:b"}, (), "expected neither colon nor comma"),
+    ({"CONTAINER_RUNTIME": "lxc"}, (), "CONTAINER_RUNTIME is lxc, expected auto, pyxis, "),
+    ({"CONTAINER_RUNTIME": "docker"}, (), "CONTAINER_RUNTIME is docker, which .* does not have"),
+    ({"CONTAINER_RUNTIME": "none"}, (), r"there is no \.venv/bin/python in .*; say make install"),
+    ({"CONTAINER_RUNTIME": "pyxis"}, (), "CONTAINER_RUNTIME is pyxis, which .* does not have"),
+    ({"CONTAINER_RUNTIME": "podman", "CONTAINER_IMAGE": "a.sif"}, (), "there is no such image"),
+    ({"CONTAINER_IMAGE": "a.sqsh"}, (), "nothing on .* runs a.sqsh: expected pyxis, "),
+    ({"SITE_SETUP": "lost.sh"}, (), "SITE_SETUP is lost.sh, which is not in"),
+]
+
+
+@pytest.mark.parametrize(("env", "arguments", "message"), REFUSED)
+def test_what_cannot_work_is_refused_before_anything_runs(
+    node: Node, env: dict[str, str], arguments: tuple[str, ...], message: str
+) -> None:
+    node.install("podman")
+    result = node.run(*arguments, **env)
+    assert result.returncode == 2
+    assert re.search(f"slurm/train.sh: error: .*{message}", result.stderr), result.stderr
+    assert node.told("srun") == []
+
+
+def test_a_folder_that_is_no_checkout_is_refused(node: Node) -> None:
+    node.put("broken", "#!/bin/bash\nexit 1\n")
+    result = node.run(PYTHON=f"{node.env['PATH']}/broken")
+    assert result.returncode == 2
+    assert "cannot import the package job in" in result.stderr
+
+
+def test_a_sites_file_is_sourced_first(node: Node) -> None:
+    (node.folder / "slurm").mkdir()
+    site = node.folder / "slurm" / "site.sh"
+    site.write_text("echo $UNKNOWN_VARIABLE\nexport CONTAINER_RUNTIME=podman JOB_DATA_DIR=/tmp\n")
+    node.install("podman")
+    node.install("docker")
+    result = node.run()
+    assert runtime_of(result).startswith("podman")
+    assert "/tmp:/data" in node.told("srun")
+
+
+def test_a_task_of_an_array_has_its_seed_and_its_folder(node: Node) -> None:
+    node.install("podman")
+    array = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "7"}
+    assert node.run(**array).returncode == 0
+    assert node.environment()["JOB_SEED"] == "7"
+    assert f"{node.folder}/output/slurm/seed-7:/output" in node.told("srun")
+    # Of the task alone: 41 may be the number of the whole array.
+    assert node.told("scontrol") == ["--oneliner show job 40_7"]
+
+
+def record(node: Node) -> Path:
+    return node.folder / "output" / "slurm" / ".slurm-41"
+
+
+def test_a_missing_gpu_adds_its_node_to_those_excluded(node: Node) -> None:
+    node.install("podman")
+    node.srun_ends_with(3)
+    node.slurm_says(excluded="n3")
+    assert node.run().returncode == 3
+    assert node.requests() == [
+        "requeuehold 41",
+        "update JobId=41 ExcNodeList=n3,n7",
+        "release 41",
+    ]
+    assert record(node).read_text() == "gpu in attempt 0\n"
+
+
+def test_a_job_whose_node_cannot_be_excluded_is_held_with_a_message(node: Node) -> None:
+    node.install("podman")
+    node.srun_ends_with(3)
+    node.slurm_says(failing="update")
+    result = node.run()
+    assert result.returncode == 3
+    assert "job 41 is held, because node n7 could not be excluded" in result.stderr
+    assert "scontrol release 41" in result.stderr
+    assert not any("release" in line for line in node.requests())
+
+
+def test_an_attempt_that_was_replaced_does_nothing_to_the_job(node: Node) -> None:
+    """Its node was lost for Slurm; srun then ends with 0."""
+    node.install("podman")
+    node.slurm_says(restarts=1)
+    result = node.run()
+    assert "attempt 0 of job 41 is over; Slurm has requeued the job as attempt 1" in result.stderr
+    assert "done" not in result.stderr
+    assert node.requests() == []
+
+
+@pytest.mark.parametrize("code", [1, 3, 75, 139])
+def test_a_job_that_is_ending_is_not_requeued(node: Node, code: int) -> None:
+    node.install("podman")
+    node.srun_ends_with(code)
+    node.slurm_says(state="COMPLETING")
+    result = node.run()
+    assert result.returncode == code
+    assert "ended from outside, its state is COMPLETING" in result.stderr
+    assert node.requests() == []
+
+
+@pytest.mark.parametrize(
+    ("code", "message"), [(75, "it was not the time limit"), (125, "of srun or")]
+)
+def test_what_is_nobodys_fault_is_not_requeued(node: Node, code: int, message: str) -> None:
+    node.install("podman")
+    node.srun_ends_with(code)
+    result = node.run()
+    assert result.returncode == code
+    assert message in result.stderr
+    assert node.requests() == []
+
+
+def test_without_an_answer_of_slurm_the_exit_code_stands(node: Node) -> None:
+    node.install("podman")
+    node.srun_ends_with(1)
+    node.put("scontrol", "#!/bin/bash\nexit 1\n")
+    result = node.run()
+    assert result.returncode == 1
+    assert "exit code 1, not requeued, because Slurm does not answer" in result.stderr
+    node.srun_ends_with(0)
+    assert node.run().returncode == 0
+
+
+def test_requeues_of_an_older_job_with_the_same_number_do_not_count(node: Node) -> None:
+    node.install("podman")
+    node.srun_ends_with(1)
+    record(node).parent.mkdir(parents=True)
+    record(node).write_text("defect in attempt 0\n")
+    assert node.run().returncode == 1
+    assert node.requests() == ["requeue 41"]
+
+
+def test_requeues_of_all_causes_are_bounded_together(node: Node) -> None:
+    node.install("podman")
+    node.srun_ends_with(1)
+    node.slurm_says(restarts=2)
+    record(node).parent.mkdir(parents=True)
+    record(node).write_text("time in attempt 0\ntime in attempt 1\n")
+    result = node.run(SLURM_RESTART_COUNT="2", MAX_REQUEUES="2")
+    assert result.returncode == 1
+    assert "0 of at most 1 times for this cause, 2 of at most 2 in all" in result.stderr
+    assert node.requests() == []
