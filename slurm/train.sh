@@ -32,6 +32,7 @@
 # The log, slurm-JOB.out or in arrays slurm-JOB_TASK.out, keeps the attempts before this one.
 #SBATCH --open-mode=append
 set -uo pipefail
+set +o posix # in which bash forgets a step's exit code once it was asked for
 
 readonly IMAGE=cifar10-job:0.1.0
 readonly MAX_EXCLUDED_NODES=3
@@ -61,19 +62,37 @@ set_up_site() {
   fi
 }
 
-# Sets job, attempt, output, data and record.
-read_environment() {
-  local argument folder
+# Sets job and attempt.
+identify_job() {
+  local command answer
   [[ -n ${SLURM_JOB_ID:-} ]] || refuse "not started by Slurm; say sbatch slurm/train.sh"
+  for command in srun scontrol sinfo; do
+    command -v "$command" > /dev/null || refuse "there is no $command on $(hostname); load Slurm's" \
+      "module in slurm/site.sh"
+  done
+  # sbatch within a job hands that job's variables on, and Slurm replaces some of them only.
+  job=$SLURM_JOB_ID
+  if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # a task's own id may mean the whole array
+  fi
+  answer=$(ask_for "$job")
+  if [[ -n $answer && $answer != "JobId=$SLURM_JOB_ID "* ]]; then
+    unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID
+    job=$SLURM_JOB_ID
+    answer=$(ask_for "$job")
+  fi
+  attempt=$(field Restarts) || attempt=${SLURM_RESTART_COUNT:-0}
+  export SLURM_RESTART_COUNT=$attempt
+  unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU # srun refuses them beside --mem
+}
+
+# Checks the arguments of `train` and the variables, and sets output, data and record.
+read_settings() {
+  local argument folder task=${SLURM_ARRAY_TASK_ID:-}
   ((${SLURM_JOB_NUM_NODES:-1} == 1)) ||
     refuse "received $SLURM_JOB_NUM_NODES nodes, expected 1; say --nodes=1 and --gpus-per-node=N"
-  [[ ${MAX_REQUEUES:=50} =~ ^[0-9]+$ ]] || refuse "MAX_REQUEUES is $MAX_REQUEUES, expected a number"
-  attempt=${SLURM_RESTART_COUNT:-0}
-  # The task's own id may be that of the whole array, too, for scontrol.
-  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-  job=${job:-$SLURM_JOB_ID}
-  output=$(realpath -ms -- "${JOB_OUTPUT_DIR:-output/slurm}")
-  data=$(realpath -ms -- "${JOB_DATA_DIR:-data}")
+  [[ ${MAX_REQUEUES:=50} =~ ^(0|[1-9][0-9]*)$ ]] ||
+    refuse "MAX_REQUEUES is $MAX_REQUEUES, expected a number"
   for argument; do
     case ${argument%%=*} in
       --output-dir | --data-dir)
@@ -81,16 +100,18 @@ read_environment() {
           "set JOB_OUTPUT_DIR or JOB_DATA_DIR instead"
         ;;
       --seed)
-        [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || refuse "received --seed in an array," \
-          "whose indices are the seeds; say --array=SEED,SEED"
+        [[ -z $task ]] || refuse "received --seed in an array, whose indices are the seeds;" \
+          "say --array=SEED,SEED"
         ;;
     esac
   done
-  if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+  output=$(realpath -ms -- "${JOB_OUTPUT_DIR:-output/slurm}")
+  data=$(realpath -ms -- "${JOB_DATA_DIR:-data}")
+  if [[ -n $task ]]; then
     [[ -z ${JOB_SEED:-} ]] || refuse "JOB_SEED is $JOB_SEED in an array, whose indices are the" \
       "seeds; unset it"
-    export JOB_SEED=$SLURM_ARRAY_TASK_ID
-    output+=/seed-$JOB_SEED
+    export JOB_SEED=$task
+    output+=/seed-$task
   fi
   for folder in "$output" "$data"; do
     mkdir -p -- "$folder" || refuse "cannot make the folder $folder; set JOB_OUTPUT_DIR and" \
@@ -133,6 +154,7 @@ image_for() {
     *.sqsh | *.sif | none:*) return 1 ;;
     apptainer:*://* | apptainer:/*) echo "$image" ;;
     apptainer:*) echo "docker://$image" ;;
+    pyxis:dockerd://* | pyxis:podman://*) echo "$image" ;;
     pyxis:*)
       image=${image#docker://} registry=${image%%/*}
       # What Docker takes for the name of a registry, enroot wants before a #.
@@ -197,7 +219,7 @@ build_step() {
   local names arguments
   mapfile -t names < <(compgen -e | grep -E -i -x \
     '(job|slurm|slurmd|tf|nccl)_.*|(https?|no|all)_proxy|pythonnousersite|mplconfigdir|keras_home|tz')
-  read -ra arguments <<< "${CONTAINER_ARGS:-}"
+  read -r -d '' -a arguments <<< "${CONTAINER_ARGS:-}"
   case $runtime in
     pyxis) add_pyxis "$@" ;;
     apptainer) add_apptainer "$@" ;;
@@ -207,15 +229,16 @@ build_step() {
 }
 
 add_pyxis() {
-  local IFS=,
+  [[ $output$data =~ ^[[:alnum:]_./@+-]+$ ]] || refuse "received the folders $output and $data, expected" \
+    "letters, digits and _./@+- in them for pyxis; name others"
   [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || names+=(CUDA_VISIBLE_DEVICES)
-  # Every variable comes along, and the libraries of the host's modules are not the image's. Where both
-  # host and image have a variable, the host's wins if --container-env names it.
+  # Every variable comes along, and the libraries of the host's modules are not the image's.
+  unset LD_LIBRARY_PATH LD_PRELOAD PYTHONHOME
+  # Where both host and image have a variable, the host's wins if --container-env names it.
   step+=(
-    "--export=ALL,LD_LIBRARY_PATH=,LD_PRELOAD=,PYTHONHOME="
     "--container-image=$image" "--container-mounts=$output:/output,$data:/data"
     --container-workdir=/app --no-container-mount-home --no-container-remap-root
-    --no-container-entrypoint "--container-env=${names[*]}"
+    --no-container-entrypoint "--container-env=$(IFS=, && echo "${names[*]}")"
     "${arguments[@]}" python -m job train "$@"
   )
 }
@@ -236,19 +259,36 @@ add_apptainer() {
 add_podman() {
   local gpu options=()
   ((UID == 0)) || options+=(--userns keep-id)
-  for gpu in $(tr , ' ' <<< "${SLURM_JOB_GPUS:-}"); do
-    options+=(--device "nvidia.com/gpu=$gpu")
-  done
+  for gpu in $(job_gpus); do options+=(--device "nvidia.com/gpu=$gpu"); done
   arguments=("${options[@]}" "${arguments[@]}")
   add_engine "$@"
 }
 
 add_docker() {
-  local group options=()
+  local group gpus options=()
   for group in $(id -G); do options+=(--group-add "$group"); done
-  [[ -z ${SLURM_JOB_GPUS:-} ]] || options+=(--gpus "\"device=$SLURM_JOB_GPUS\"")
+  gpus=$(job_gpus | tr '\n' ,)
+  if [[ -n $gpus ]]; then
+    options+=(--gpus "\"device=${gpus%,}\"")
+  else
+    options+=(--env NVIDIA_VISIBLE_DEVICES=void) # CUDA's images ask for all
+  fi
   arguments=("${options[@]}" "${arguments[@]}")
   add_engine "$@"
+}
+
+# Prints the job's GPUs, one a line, for runtimes that Slurm does not confine. Slurm's numbers follow the
+# device nodes and theirs the bus, so UUIDs are better, where they can be known to be the job's.
+job_gpus() {
+  local uuids
+  [[ -n ${SLURM_JOB_GPUS:-} ]] || return
+  if [[ ${CUDA_VISIBLE_DEVICES:-} == @(GPU|MIG)-* ]]; then
+    uuids=${CUDA_VISIBLE_DEVICES//,/$'\n'}
+  else
+    uuids=$(nvidia-smi --query-gpu=uuid --format=csv,noheader 2> /dev/null)
+    (($(grep -c . <<< "$uuids") == ${SLURM_GPUS_ON_NODE:-0})) || uuids=''
+  fi
+  echo "${uuids:-${SLURM_JOB_GPUS//,/$'\n'}}"
 }
 
 # podman or docker, given only the job's GPUs, which they number anew inside.
@@ -275,88 +315,94 @@ run_step() {
   while kill -0 "$step_pid" 2> /dev/null; do wait "$step_pid"; done
   wait "$step_pid"
   code=$?
+  step_pid=''
 }
 
 # Ends this script, and with it the job unless that is requeued.
 finish() {
-  local state='' restarts=$attempt excluded preempted
+  local answer state restarts excluded preempted
+  [[ $runtime == none ]] || rm -rf -- "$MPLCONFIGDIR"
+  answer=$(ask_for "$job")
   # First of all: where this node was taken for dead and the job goes on elsewhere, srun breaks off, and
   # its exit code says nothing of the training.
-  if ! ask_slurm && ((code != 0 && code != 2)); then
-    say "exit code $code, not requeued, because Slurm does not answer on this node; $AGAIN"
+  if ! restarts=$(field Restarts); then
+    say "exit code $code, not requeued, because Slurm says nothing of job $job; $AGAIN"
+    exit "$code"
   elif ((restarts != attempt)); then
     say "attempt $attempt of job $job is over; Slurm has requeued the job as attempt $restarts"
-  elif ((code == 0)); then
-    rm -f -- "$record"
+    exit "$code"
+  fi
+  state=$(field JobState)
+  preempted=$(field PreemptTime) || preempted=None # without preemption there is no such field
+  if ((code == 0)); then
     say "job $job is done"
   elif ((code == 2)); then
     say "exit code 2, not requeued: the error above says what to change"
   elif [[ $state != RUNNING ]]; then
     say "job $job was ended from outside, its state is $state; $AGAIN"
-  elif [[ -n $terminated && -z $preempted ]]; then
+  elif [[ -n $terminated && $preempted == None ]]; then
     say "stopped by SIGTERM, not requeued; $AGAIN"
   elif ((code == 3)); then
     replace_node
   elif ((code == 1)); then
-    requeue defect 1 "exit code 1" scontrol requeue "$job"
-  elif [[ -n $preempted ]]; then
+    requeue defect 1 "exit code 1" scontrol requeue Incomplete "$job"
+  elif [[ $preempted != None ]]; then
     # Slurm requeues what it preempts, unless it ends before its grace time does.
-    requeue preemption "$MAX_REQUEUES" "preempted" scontrol requeue "$job"
+    requeue preemption "$MAX_REQUEUES" "preempted" scontrol requeue Incomplete "$job"
   elif [[ -n $time_is_up ]]; then
-    requeue time "$MAX_REQUEUES" "stopped for the time limit" scontrol requeue "$job"
+    requeue time "$MAX_REQUEUES" "stopped for the time limit" scontrol requeue Incomplete "$job"
   elif ((code == 75)); then
     say "exit code 75, not requeued, since it was not the time limit that stopped it; $AGAIN"
   elif ((code > 128)); then
-    requeue defect 1 "killed by signal $((code - 128))" scontrol requeue "$job"
+    requeue defect 1 "killed by signal $((code - 128))" scontrol requeue Incomplete "$job"
   else
     say "exit code $code of srun or $runtime, not requeued: see the error above"
   fi
+  rm -f -- "$record"
   exit "$code"
 }
 
-# Sets state, restarts, excluded and preempted to what Slurm says of the job.
-ask_slurm() {
-  local answer
-  answer=$(persist scontrol --oneliner show job "$job") || return
-  state=$(field JobState) restarts=$(field Restarts)
-  excluded=$(field ExcNodeList) preempted=$(field PreemptTime)
-  [[ $excluded != '(null)' ]] || excluded=''
-  [[ $preempted != None ]] || preempted=''
-}
+# Prints what Slurm says of a job, in one line.
+ask_for() { persist scontrol --oneliner show job "$1"; }
 
+# Prints a field of the answer; fails where there is none.
 field() { [[ $answer =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
 
-# Its controller may be restarting.
+# Slurm's controller may be restarting.
 persist() { "$@" || { sleep 5 && "$@"; } || { sleep 10 && "$@"; }; }
 
-# Requeues the job by a command, at most so many times for one cause and MAX_REQUEUES in all. Returns
-# where that is not to be or fails.
+# Requeues the job by a command, at most so many times for one cause and MAX_REQUEUES in all, and ends this
+# script. Returns where that is not to be or fails. Incomplete keeps Slurm from requeueing a job that
+# somebody has cancelled meanwhile.
 requeue() {
   local cause=$1 limit=$2 reason=$3 of_cause in_all
   of_cause=$(grep -c -s "^$cause " "$record") in_all=$(grep -c -s . "$record")
   if ((of_cause >= limit || in_all >= MAX_REQUEUES)); then
     say "$reason, not requeued: that was done ${of_cause:-0} of at most $limit times for this cause," \
       "${in_all:-0} of at most $MAX_REQUEUES in all; $AGAIN"
-    return
-  fi
-  if ! echo "$cause in attempt $attempt" >> "$record"; then
+  elif ! echo "$cause in attempt $attempt" >> "$record"; then
     say "$reason, not requeued, because $record cannot be written; $AGAIN"
-    return
+  else
+    say "$reason; requeueing ($((in_all + 1)) of at most $MAX_REQUEUES)"
+    # Slurm ends this script, and whatever it has started, together with the attempt.
+    trap '' TERM
+    persist "${@:4}" && exit "$code"
+    say "could not requeue by ${*:4}; $AGAIN"
   fi
-  say "$reason; requeueing ($((in_all + 1)) of at most $MAX_REQUEUES)"
-  # Slurm ends this script, and whatever it has started, together with the attempt.
-  trap '' TERM
-  persist "${@:4}" || say "could not requeue: ${*:4}; $AGAIN"
 }
 
 # Requeues the job for another node than this one, which lacks a GPU that Slurm has promised.
 replace_node() {
-  local node=${SLURMD_NODENAME:-$(hostname)} others
+  local node=${SLURMD_NODENAME:-$(hostname)} excluded others=''
+  excluded=$(field ExcNodeList)
+  excluded=${excluded/#'(null)'/}
   excluded+=${excluded:+,}$node
-  others=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format=%N |
-    grep -v -x -F -f <(scontrol show hostnames "$excluded"))
+  if [[ $(field ReqNodeList) == '(null)' ]]; then
+    others=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format=%N |
+      grep -v -x -F -f <(scontrol show hostnames "$excluded"))
+  fi
   if [[ -z $others ]]; then
-    say "exit code 3, not requeued: partition $SLURM_JOB_PARTITION has no other node than $excluded"
+    say "exit code 3, not requeued: job $job may have no other node than $excluded"
     return
   fi
   requeue gpu "$MAX_EXCLUDED_NODES" "exit code 3: a GPU is missing on node $node" hold_and_exclude
@@ -365,16 +411,18 @@ replace_node() {
 # Held until the node is excluded, which Slurm permits only while the job does not run.
 # shellcheck disable=SC2329 # requeue calls it
 hold_and_exclude() {
-  scontrol requeuehold "$job" || return
-  if persist scontrol update "JobId=$job" "ExcNodeList=$excluded"; then
-    persist scontrol release "$job" && say "it will run on another node than $excluded" && return
+  scontrol requeuehold Incomplete "$job" || return
+  if persist scontrol update "JobId=$job" "ExcNodeList=$excluded" && persist scontrol release "$job"; then
+    say "it waits for another node than $excluded; squeue tells why it does not start"
+  else
+    say "job $job is held, because node $node could not be excluded; see to that node, then say" \
+      "scontrol release $job"
   fi
-  say "job $job is held, because node ${excluded##*,} could not be excluded; see to that node, then" \
-    "say scontrol release $job"
 }
 
 set_up_site
-read_environment "$@"
+identify_job
+read_settings "$@"
 choose_runtime
 build_step "$@"
 say "job $job, attempt $attempt on ${SLURMD_NODENAME:-$(hostname)}: runtime $runtime${image:+ with $image}," \

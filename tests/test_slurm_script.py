@@ -13,7 +13,7 @@ from job import __version__
 from tests.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "slurm" / "train.sh"
-COMMANDS = "bash cat date env grep hostname id mkdir realpath rm tr"
+COMMANDS = "bash cat date env grep hostname id mkdir realpath rm sed tr"
 
 # Each writes its words to a file of its name, a line a word, and the environment beside it.
 STAND_IN = """#!/bin/bash
@@ -25,11 +25,22 @@ exit {code}
 SCONTROL = """#!/bin/bash
 echo "$*" >> {folder}/scontrol.told
 case $* in
-  *"show job"*) echo "JobId=41 JobName=cifar10 JobState={state} Reason=None Restarts={restarts}" \
-    "PreemptTime=None ReqNodeList=(null) ExcNodeList={excluded} NodeList=n7" ;;
+  *"show job 7_0"*) echo "JobId=6 JobName=outer JobState=RUNNING Reason=None Restarts=3" ;;
+  *"show job"*) echo "JobId={job} JobName=cifar10 JobState={state} Restarts={restarts}" \
+    "{preempted} ReqNodeList={required} ExcNodeList={excluded} NodeList=n7" ;;
   *"show hostnames"*) tr , '\\n' <<< "$3" ;;
   *"{failing}"*) exit 1 ;;
 esac
+{then}
+"""
+
+
+# A step that ends with 75 when it gets SIGUSR1, and meanwhile sends its signals to the script.
+SIGNALLED_SRUN = """#!/bin/bash
+test "$*" != --help || exit
+trap 'exit 75' USR1
+for name in {signals}; do kill -s $name $PPID; done
+for _ in {{1..100}}; do {sleep} 0.1; done
 """
 
 
@@ -72,6 +83,10 @@ class Node:
     def srun_ends_with(self, code: int, helping: str = "") -> None:
         self.put("srun", STAND_IN.format(folder=self._bin, name="srun", code=code, help=helping))
 
+    def srun_sends(self, signals: str) -> None:
+        sleep = shutil.which("sleep")
+        self.put("srun", SIGNALLED_SRUN.format(signals=signals, sleep=sleep))
+
     def install_pyxis(self) -> None:
         self.srun_ends_with(0, "--container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH")
 
@@ -80,6 +95,10 @@ class Node:
         state: str = "RUNNING",
         restarts: int = 0,
         excluded: str = "(null)",
+        preempted: str = "",
+        required: str = "(null)",
+        job: str = "41",
+        then: str = "",
         failing: str = "nothing",
     ) -> None:
         self.put(
@@ -89,9 +108,17 @@ class Node:
                 state=state,
                 restarts=restarts,
                 excluded=excluded,
+                preempted=preempted,
+                required=required,
+                job=job,
+                then=f"[[ $1 != requeue ]] || {then}" if then else "",
                 failing=failing,
             ),
         )
+
+    def slurm_requeues(self) -> None:
+        """Have the job requeued by the first request to do so."""
+        self.slurm_says(then=f"sed -i s/Restarts=0/Restarts=1/ {self._bin}/scontrol")
 
     def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -135,7 +162,7 @@ NAMES = [
     *("JOB_DATA_DIR", "JOB_EPOCHS", "JOB_LOG_FORMAT", "JOB_OUTPUT_DIR", "JOB_REQUIRE_GPUS"),
     *("KERAS_HOME", "MPLCONFIGDIR", "PYTHONNOUSERSITE", "SLURMD_NODENAME", "SLURM_CPUS_PER_TASK"),
     *("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES"),
-    "SLURM_JOB_PARTITION",
+    *("SLURM_JOB_PARTITION", "SLURM_RESTART_COUNT"),
 ]
 
 
@@ -152,7 +179,6 @@ def test_pyxis_is_told_image_mounts_and_variables(node: Node) -> None:
     output, data = node.folder / "output/slurm", node.folder / "data"
     assert told == [
         *SRUN,
-        "--export=ALL,LD_LIBRARY_PATH=,LD_PRELOAD=,PYTHONHOME=",
         "--container-image=registry.example.com:5000#team/cifar10-job:0.1.0",
         f"--container-mounts={output}:/output,{data}:/data",
         "--container-workdir=/app",
@@ -164,6 +190,7 @@ def test_pyxis_is_told_image_mounts_and_variables(node: Node) -> None:
         *TRAIN,
     ]
     assert node.environment()["JOB_OUTPUT_DIR"] == "/output"
+    assert "LD_LIBRARY_PATH" not in node.environment()
 
 
 @pytest.mark.parametrize("command", ["apptainer", "singularity"])
@@ -230,6 +257,45 @@ def test_without_a_container_the_interpreter_is_told_folders(node: Node) -> None
     assert environment["JOB_OUTPUT_DIR"] == f"{node.folder}/here"
     assert environment["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert "JOB_REQUIRE_GPUS" not in environment
+
+
+UUIDS = "GPU-8f6c\nGPU-21ab\n"
+
+
+@pytest.mark.parametrize(
+    ("visible", "smi", "expected"),
+    [
+        ("0,1", "", "0,3"),  # not known
+        ("0,1", UUIDS, "GPU-8f6c,GPU-21ab"),  # Slurm shows the job no others
+        ("0,1", UUIDS + "GPU-77c0\n", "0,3"),  # or there are others, too
+        ("GPU-21ab,GPU-77c0", UUIDS, "GPU-21ab,GPU-77c0"),
+        ("MIG-1,MIG-2", "", "MIG-1,MIG-2"),
+    ],
+)
+def test_gpus_have_the_names_that_mean_the_same_outside_of_slurm(
+    node: Node, visible: str, smi: str, expected: str
+) -> None:
+    node.install("podman")
+    node.install("docker")
+    node.put("nvidia-smi", f"#!/bin/bash\nprintf '{smi}'\n")
+    gpus = TWO_GPUS | {"CUDA_VISIBLE_DEVICES": visible}
+    node.run(CONTAINER_RUNTIME="podman", **gpus)
+    devices = [
+        word for option, word in itertools.pairwise(node.told("srun")) if option == "--device"
+    ]
+    assert devices == [f"nvidia.com/gpu={name}" for name in expected.split(",")]
+    node.run(CONTAINER_RUNTIME="docker", **gpus)
+    assert f'"device={expected}"' in node.told("srun")
+
+
+def test_without_gpus_no_container_gets_any(node: Node) -> None:
+    node.install("podman")
+    node.install("docker")
+    node.run(CONTAINER_RUNTIME="podman")
+    assert "--device" not in node.told("srun")
+    node.run(CONTAINER_RUNTIME="docker")
+    assert "--gpus" not in node.told("srun")
+    assert "NVIDIA_VISIBLE_DEVICES=void" in node.told("srun")
 
 
 def runtime_of(result: subprocess.CompletedProcess[str]) -> str:
@@ -302,6 +368,7 @@ REFUSED = [
     ({"SLURM_ARRAY_TASK_ID": "3", "JOB_SEED": "1"}, (), "JOB_SEED is 1 in an array, .*; unset it"),
     ({"JOB_OUTPUT_DIR": "/proc/a"}, (), "cannot make the folder /proc/a; set JOB_OUTPUT_DIR"),
     ({"JOB_DATA_DIR": "a:b"}, (), "expected neither colon nor comma"),
+    ({"JOB_DATA_DIR": "a b", "CONTAINER_IMAGE": "a.sqsh"}, (), "expected letters, .* for pyxis"),
     ({"CONTAINER_RUNTIME": "lxc"}, (), "CONTAINER_RUNTIME is lxc, expected auto, pyxis, "),
     ({"CONTAINER_RUNTIME": "docker"}, (), "CONTAINER_RUNTIME is docker, which .* does not have"),
     ({"CONTAINER_RUNTIME": "none"}, (), r"there is no \.venv/bin/python in .*; say make install"),
@@ -317,6 +384,8 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     node: Node, env: dict[str, str], arguments: tuple[str, ...], message: str
 ) -> None:
     node.install("podman")
+    if "for pyxis" in message:
+        node.install_pyxis()
     result = node.run(*arguments, **env)
     assert result.returncode == 2
     assert re.search(f"slurm/train.sh: error: .*{message}", result.stderr), result.stderr
@@ -348,7 +417,49 @@ def test_a_task_of_an_array_has_its_seed_and_its_folder(node: Node) -> None:
     assert node.environment()["JOB_SEED"] == "7"
     assert f"{node.folder}/output/slurm/seed-7:/output" in node.told("srun")
     # Of the task alone: 41 may be the number of the whole array.
-    assert node.told("scontrol") == ["--oneliner show job 40_7"]
+    assert node.told("scontrol") == ["--oneliner show job 40_7"] * 2
+
+
+def test_variables_of_a_job_from_within_which_it_was_submitted_do_not_count(node: Node) -> None:
+    node.install("podman")
+    node.srun_ends_with(1)
+    outer = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0", "SLURM_RESTART_COUNT": "3"}
+    result = node.run(**outer, SLURM_MEM_PER_CPU="100")
+    assert "job 41, attempt 0 on n7" in result.stderr
+    assert node.requests() == ["requeue Incomplete 41"]
+    environment = node.environment()
+    assert environment["SLURM_RESTART_COUNT"] == "0"
+    assert not {"SLURM_ARRAY_TASK_ID", "SLURM_MEM_PER_CPU", "JOB_SEED"} & environment.keys()
+
+
+def test_a_node_without_slurms_commands_is_refused(node: Node) -> None:
+    node.install("podman")
+    (Path(node.env["PATH"]) / "scontrol").unlink()
+    result = node.run()
+    assert result.returncode == 2
+    assert "there is no scontrol on" in result.stderr
+
+
+def test_a_signal_before_the_step_starts_none(node: Node) -> None:
+    (node.folder / "slurm").mkdir()
+    (node.folder / "slurm" / "site.sh").write_text("kill -USR1 $$\n")
+    node.install("podman")
+    result = node.run()
+    assert result.returncode == 75
+    assert node.told("srun") == []
+    assert node.requests() == ["requeue Incomplete 41"]
+
+
+def test_an_exit_code_is_known_in_posix_mode_too(node: Node) -> None:
+    node.install("podman")
+    assert node.run(POSIXLY_CORRECT="1").returncode == 0
+
+
+def test_further_options_may_stand_on_lines_of_their_own(node: Node) -> None:
+    node.install("podman")
+    node.run(CONTAINER_ARGS="--network host\n--pids-limit 99\n")
+    told = node.told("srun")
+    assert told[told.index("--network") :][:4] == ["--network", "host", "--pids-limit", "99"]
 
 
 def record(node: Node) -> Path:
@@ -361,11 +472,21 @@ def test_a_missing_gpu_adds_its_node_to_those_excluded(node: Node) -> None:
     node.slurm_says(excluded="n3")
     assert node.run().returncode == 3
     assert node.requests() == [
-        "requeuehold 41",
+        "requeuehold Incomplete 41",
         "update JobId=41 ExcNodeList=n3,n7",
         "release 41",
     ]
     assert record(node).read_text() == "gpu in attempt 0\n"
+
+
+def test_a_job_that_wants_this_node_is_not_sent_to_another(node: Node) -> None:
+    node.install("podman")
+    node.srun_ends_with(3)
+    node.slurm_says(required="n7")
+    result = node.run()
+    assert result.returncode == 3
+    assert "not requeued: job 41 may have no other node than n7" in result.stderr
+    assert node.requests() == []
 
 
 def test_a_job_whose_node_cannot_be_excluded_is_held_with_a_message(node: Node) -> None:
@@ -382,11 +503,13 @@ def test_a_job_whose_node_cannot_be_excluded_is_held_with_a_message(node: Node) 
 def test_an_attempt_that_was_replaced_does_nothing_to_the_job(node: Node) -> None:
     """Its node was lost for Slurm; srun then ends with 0."""
     node.install("podman")
-    node.slurm_says(restarts=1)
+    replacing = "scontrol requeue 41"
+    node.put("srun", f"#!/bin/bash\ntest $1 = --help || {replacing}\n")
+    node.slurm_requeues()
     result = node.run()
     assert "attempt 0 of job 41 is over; Slurm has requeued the job as attempt 1" in result.stderr
     assert "done" not in result.stderr
-    assert node.requests() == []
+    assert node.requests() == ["requeue 41"]
 
 
 @pytest.mark.parametrize("code", [1, 3, 75, 139])
@@ -412,15 +535,64 @@ def test_what_is_nobodys_fault_is_not_requeued(node: Node, code: int, message: s
     assert node.requests() == []
 
 
+@pytest.mark.parametrize(
+    ("signals", "message", "requests"),
+    [
+        (
+            "USR1",
+            r"stopped for the time limit; requeueing \(1 of at most 50\)",
+            ["requeue Incomplete 41"],
+        ),
+        ("TERM", "stopped by SIGTERM, not requeued", []),
+        ("USR1 TERM", "stopped by SIGTERM, not requeued", []),
+    ],
+)
+def test_a_signal_is_passed_on_and_waited_for(
+    node: Node, signals: str, message: str, requests: list[str]
+) -> None:
+    node.install("podman")
+    node.srun_sends(signals)
+    # Where Slurm is set up for preemption.
+    node.slurm_says(preempted="PreemptEligibleTime=2026-01-31T12:00:00 PreemptTime=None")
+    result = node.run()
+    assert result.returncode == 75
+    assert re.search(message, result.stderr), result.stderr
+    assert node.requests() == requests
+
+
+def test_what_is_preempted_is_requeued_unless_it_is_done(node: Node) -> None:
+    """Slurm does so only with what its grace time has not been enough for."""
+    node.install("podman")
+    node.slurm_says(preempted="PreemptTime=2026-01-31T12:00:00")
+    assert node.run().returncode == 0
+    assert node.requests() == []
+    node.srun_ends_with(75)
+    result = node.run()
+    assert "preempted; requeueing (1 of at most 50)" in result.stderr
+    assert node.requests() == ["requeue Incomplete 41"]
+
+
+def test_a_requeue_that_slurm_refuses_is_tried_again_and_reported(node: Node) -> None:
+    node.install("podman")
+    node.srun_ends_with(1)
+    node.slurm_says(failing="requeue Incomplete 41")
+    result = node.run()
+    assert result.returncode == 1
+    assert node.requests() == ["requeue Incomplete 41"] * 3
+    assert "could not requeue by scontrol requeue Incomplete 41; submit it again" in result.stderr
+
+
 def test_without_an_answer_of_slurm_the_exit_code_stands(node: Node) -> None:
     node.install("podman")
     node.srun_ends_with(1)
     node.put("scontrol", "#!/bin/bash\nexit 1\n")
     result = node.run()
     assert result.returncode == 1
-    assert "exit code 1, not requeued, because Slurm does not answer" in result.stderr
+    assert "exit code 1, not requeued, because Slurm says nothing of job 41" in result.stderr
     node.srun_ends_with(0)
-    assert node.run().returncode == 0
+    result = node.run()
+    assert result.returncode == 0
+    assert "done" not in result.stderr
 
 
 def test_requeues_of_an_older_job_with_the_same_number_do_not_count(node: Node) -> None:
@@ -429,7 +601,7 @@ def test_requeues_of_an_older_job_with_the_same_number_do_not_count(node: Node) 
     record(node).parent.mkdir(parents=True)
     record(node).write_text("defect in attempt 0\n")
     assert node.run().returncode == 1
-    assert node.requests() == ["requeue 41"]
+    assert node.requests() == ["requeue Incomplete 41"]
 
 
 def test_requeues_of_all_causes_are_bounded_together(node: Node) -> None:
@@ -438,7 +610,7 @@ def test_requeues_of_all_causes_are_bounded_together(node: Node) -> None:
     node.slurm_says(restarts=2)
     record(node).parent.mkdir(parents=True)
     record(node).write_text("time in attempt 0\ntime in attempt 1\n")
-    result = node.run(SLURM_RESTART_COUNT="2", MAX_REQUEUES="2")
+    result = node.run(MAX_REQUEUES="2")
     assert result.returncode == 1
     assert "0 of at most 1 times for this cause, 2 of at most 2 in all" in result.stderr
     assert node.requests() == []

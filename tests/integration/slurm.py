@@ -1,4 +1,4 @@
-"""A Slurm cluster on this machine: a controller and two nodes, n1 and n2, with two GPUs each.
+"""A Slurm cluster on this machine: a controller and two nodes, n1 and n2, with four GPUs each.
 
 The GPUs are device nodes with nothing behind them, and processors and memory of the nodes are only
 said to be there, so that the script is submitted as it is.
@@ -9,6 +9,7 @@ import copy
 import functools
 import json
 import os
+import pwd
 import re
 import shutil
 import signal
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ PartitionName=gpu Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=OFF
 PartitionName=urgent Nodes=n1,n2 PriorityTier=10
 PartitionName=preemptible Nodes=n1,n2 PriorityTier=1 GraceTime=60
 """
-NODE = "CPUs=8 RealMemory=65536 Gres=gpu:2"
+NODE = "CPUs=8 RealMemory=65536 Gres=gpu:4"
 
 
 def require_slurm() -> None:
@@ -116,7 +117,9 @@ class Cluster:
         shutil.copytree(REPOSITORY / "slurm", other.checkout / "slurm")
         subprocess.run(["chown", "-R", "nobody", other.checkout], check=True)
         other.env = {**self.env, **env}
-        other._prefix = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups")
+        user = pwd.getpwnam("nobody")
+        ids = (f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}")
+        other._prefix = ("setpriv", *ids, "--clear-groups")
         return other
 
     def start(self) -> None:
@@ -124,9 +127,9 @@ class Cluster:
         (folder / "slurm.conf").write_text(
             SLURM_CONF.format(folder=folder, host=socket.gethostname(), ports=ports(), node=NODE)
         )
-        (folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={folder}/gpu[0-1]\n")
+        (folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={folder}/gpu[0-3]\n")
         (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
-        for number in range(2):
+        for number in range(4):
             os.mknod(folder / f"gpu{number}", 0o020666, os.makedev(1, 3))  # as /dev/null
         key = folder / "munge.key"
         key.write_bytes(os.urandom(128))
@@ -171,6 +174,7 @@ class Cluster:
             env={**self.env, **(env or {})},
             capture_output=True,
             text=True,
+            timeout=60,
         )
         assert result.returncode == 0, result.stderr
         return result.stdout
@@ -209,6 +213,17 @@ def trainer(output: Path) -> int:
     """Process id of who holds an output folder."""
     lease = max((output / ".lease").glob("[0-9]*[0-9]"))
     return int(json.loads(lease.read_text())["pid"])
+
+
+@contextlib.contextmanager
+def halted(pid: int) -> Iterator[None]:
+    """Halt a training for the time of the body, so that it does not end before its fault comes."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def ports() -> list[int]:
