@@ -32,7 +32,7 @@ from job.preemption import SIGNALS
 
 REPOSITORY = Path(__file__).parents[2]
 # Of operations on files, with how many of them an attempt has at least while it is worth to hit.
-OPERATIONS = {"checkpoints": 40, "artifacts": 64}
+OPERATIONS = {"checkpoints": 40, "artifacts": 80}
 FAULTS = (
     "SIGKILL",
     "SIGKILL at a checkpoint's file operation",
