@@ -18,6 +18,8 @@ from job.output import (
     EVALUATION,
     MODEL,
     PREDICTION,
+    PREDICTIONS,
+    REPORT,
     RUN,
     OutputDir,
     prepare_output_dir,
@@ -190,7 +192,9 @@ def _has_started_over(
 
 def _is_complete(folder: Path, manifest: dict[str, Any]) -> bool:
     """Whether a folder has all the artifacts of a finished run, and they belong together."""
-    if manifest.get("outcome") != "done" or not (folder / PREDICTION).exists():
+    if manifest.get("outcome") != "done":
+        return False
+    if not all((folder / name).exists() for name in (PREDICTION, PREDICTIONS, REPORT)):
         return False
     digest = read_json(folder / EVALUATION).get("model_sha256")
     return (folder / MODEL).exists() and sha256_of(folder / MODEL) == digest

@@ -23,6 +23,7 @@ from job.options import (
     expect_mount_option,
     log_format_option,
     option,
+    output_dir_argument,
     output_dir_option,
     require_gpus_option,
     run_id_option,
@@ -57,7 +58,7 @@ def cli() -> None:
 def train(
     stop: StopRequest, /, log_format: log.LogFormat, expect_mount: bool, **options: Any
 ) -> None:
-    """Train, and leave model, evaluation and prediction picture in the output folder.
+    """Train, and leave model, evaluation, prediction picture and report in the output folder.
 
     A run that was stopped or killed goes on where its last checkpoint was; a finished one is done.
     """
@@ -103,7 +104,7 @@ def _report_finished(run_config: TrainConfig) -> None:
 @log_format_option
 @click.pass_obj
 def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) -> None:
-    """Evaluate the model of an output folder again, and draw its prediction picture again."""
+    """Evaluate the model of an output folder again, and draw its pictures and report again."""
     log.configure(log_format)
     run_config = train_config(options)
     from job.attempt import hold_output_dir
@@ -115,6 +116,26 @@ def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) ->
         from job.saved_model import evaluate_output_dir
 
         evaluate_output_dir(run_config, output)
+
+
+@cli.command()
+@output_dir_argument
+@log_format_option
+@click.pass_obj
+def report(stop: StopRequest, /, log_format: log.LogFormat, output_dir: Path) -> None:
+    """Draw the report of the run in OUTPUT_DIR again: report.html and the pictures in report/.
+
+    It takes what the folder holds, also of a run that is not finished. OUTPUT_DIR is also the
+    environment variable JOB_OUTPUT_DIR, by default output.
+    """
+    log.configure(log_format)
+    from job.attempt import hold_output_dir
+    from job.report import write_report
+    from job.run_record import RunRecord
+
+    RunRecord.load(output_dir)  # before a folder is made where there is none
+    with hold_output_dir(output_dir, stop) as output:
+        write_report(output)
 
 
 @cli.command()

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from job.devices import Devices
+from job.predictions import confusion_matrix
 from job.recipe import Recipe
 from job.resident import ResidentImages
 
@@ -84,6 +85,7 @@ class Evaluator:
         self._model, self._recipe = model, recipe
         self._strategy, self._replicas = devices.strategy, devices.replicas
         self._data = ResidentImages(self._strategy, images, labels)
+        self._labels = labels
         self._rows = min(ROWS_PER_REPLICA, -(-len(images) // self._replicas))
         compilation = devices.compilation
         self._score = tf.function(self._score_rows, jit_compile=compilation.network)
@@ -93,33 +95,47 @@ class Evaluator:
 
     def __call__(self) -> Evaluation:
         """Evaluate all examples."""
-        loss, confusion = self._evaluate()
-        return Evaluation(
-            float(loss) / self._data.examples, np.rint(confusion.numpy()).astype(np.int64)
-        )
+        return self.predict()[0]
+
+    def predict(self) -> tuple[Evaluation, npt.NDArray[np.float32]]:
+        """Evaluate all examples, and tell what the network makes of each.
+
+        Returns:
+            The evaluation, and the probabilities that it counts, [examples, classes] float32.
+        """
+        loss, probabilities = (tensor.numpy() for tensor in self._evaluate())
+        confusion = confusion_matrix(self._labels, probabilities)
+        return Evaluation(float(loss) / self._data.examples, confusion), probabilities
 
     @tf.function
     def _evaluate(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """The sum of the losses, and [examples, classes] probabilities."""
         if self._compiled_loop:
             results: tuple[tf.Tensor, tf.Tensor] = self._strategy.run(self._compiled_loop)
             return results
-        classes = self._model.output_shape[-1]
-        loss, confusion = tf.constant(0.0), tf.zeros([classes, classes])
-        for start in tf.range(0, self._data.examples, self._rows * self._replicas, tf.int64):
-            replica_loss, replica_confusion = self._strategy.run(self._replica_part, (start,))
+        loss, parts = tf.constant(0.0), self._parts(self._rows * self._replicas)
+        for part in tf.range(parts.size()):
+            start = tf.cast(part, tf.int64) * self._rows * self._replicas
+            replica_loss, rows = self._strategy.run(self._replica_part, (start,))
             loss += self._strategy.reduce("SUM", replica_loss, axis=None)
-            confusion += self._strategy.reduce("SUM", replica_confusion, axis=None)
-        return loss, confusion
+            parts = parts.write(
+                part, tf.concat(self._strategy.experimental_local_results(rows), axis=0)
+            )
+        return loss, parts.concat()[: self._data.examples]
 
     def _replica_loop(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Evaluate all examples on the only replica."""
-        classes = self._model.output_shape[-1]
-        loss, confusion = tf.constant(0.0), tf.zeros([classes, classes])
-        for start in tf.range(0, self._data.examples, self._rows, tf.int64):
-            part_loss, part_confusion = self._replica_part(start)
+        loss, parts = tf.constant(0.0), self._parts(self._rows)
+        for part in tf.range(parts.size()):
+            part_loss, rows = self._replica_part(tf.cast(part, tf.int64) * self._rows)
             loss += part_loss
-            confusion += part_confusion
-        return loss, confusion
+            parts = parts.write(part, rows)
+        return loss, parts.concat()[: self._data.examples]
+
+    def _parts(self, rows: int) -> tf.TensorArray:
+        """Room for the probabilities of so many rows at a time, in the order of the examples."""
+        shape = [rows, self._model.output_shape[-1]]
+        return tf.TensorArray(tf.float32, -(-self._data.examples // rows), element_shape=shape)
 
     def _replica_part(self, start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
@@ -129,8 +145,8 @@ class Evaluator:
         counts = tf.cast(rows < self._data.examples, tf.float32)
         rows = tf.minimum(rows, self._data.examples - 1)
         pixels, labels = self._data.gather(rows)
-        loss, confusion = self._score(pixels, labels, counts)
-        return loss, confusion
+        loss, probabilities = self._score(pixels, labels, counts)
+        return loss, probabilities
 
     def _score_rows(
         self, pixels: tf.Tensor, labels: tf.Tensor, counts: tf.Tensor
@@ -140,10 +156,6 @@ class Evaluator:
             self._model(view(images), training=False) for view in self._recipe.evaluation_views
         ]
         probabilities = views[0] if len(views) == 1 else tf.add_n(views) / len(views)
-        classes = probabilities.shape[-1]
-        truth = tf.one_hot(labels, classes)
-        predicted = tf.one_hot(tf.argmax(probabilities, axis=-1), classes)
+        truth = tf.one_hot(labels, probabilities.shape[-1])
         losses = keras.losses.get(self._recipe.loss)(truth, probabilities)
-        # Counts up to 2**24 are exact in float32.
-        confusion = tf.matmul(truth * counts[:, None], predicted, transpose_a=True)
-        return tf.reduce_sum(losses * counts), confusion
+        return tf.reduce_sum(losses * counts), probabilities

@@ -48,6 +48,9 @@ _WEEK_SECONDS = 604_800.0
 output_dir_option = option(
     "--output-dir", type=FOLDER, default="output", help="Folder that receives the artifacts."
 )
+output_dir_argument = click.argument(
+    "output_dir", type=FOLDER, envvar="JOB_OUTPUT_DIR", default="output"
+)
 devices_option = option(
     "--devices",
     type=_DevicesType(),

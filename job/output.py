@@ -19,11 +19,23 @@ from job.lease import Lease
 MODEL = "cifar10_model.h5"
 EVALUATION = "evaluation.json"
 PREDICTION = "prediction.png"
+PREDICTIONS = "predictions.npz"
+REPORT = "report.html"
+PICTURES = "report"
 METRICS = "metrics.jsonl"
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
 
-_ARTIFACTS = (MODEL, EVALUATION, PREDICTION, METRICS, RUN)
+_PICTURE_NAMES = (
+    *("accuracy", "loss", "throughput", "confusion", "classes", "reliability"),
+    *("mistakes", "augmentation"),
+)
+REPORT_PICTURES = tuple(f"{PICTURES}/{name}.png" for name in _PICTURE_NAMES)
+
+_ARTIFACTS = (
+    *(MODEL, EVALUATION, PREDICTION, PREDICTIONS, METRICS, RUN),
+    *(REPORT, *REPORT_PICTURES),
+)
 _PARTIAL = ".partial"
 _DISCARDED = ".discarded"
 _FREE_BYTES = 64 * 2**20
@@ -164,13 +176,15 @@ class OutputDir:
                     f"again"
                 ) from error
         self.remove([self.path / name for name in _ARTIFACTS])
+        with contextlib.suppress(OSError):
+            (self.path / PICTURES).rmdir()  # unless somebody keeps a file of his own there
         self.tidy()
 
     def tidy(self) -> None:
         """Remove what killed processes left half-written, as far as that is possible."""
         with contextlib.suppress(OSError):
-            for pattern in (f".*{_PARTIAL}*", f"{CHECKPOINTS}/.*{_PARTIAL}*"):
-                for path in self.path.glob(pattern):
+            for folder in (".", CHECKPOINTS, PICTURES):
+                for path in self.path.glob(f"{folder}/.*{_PARTIAL}*"):
                     path.unlink(missing_ok=True)
         for path in self.path.glob(f"{_DISCARDED}.*"):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Pictures. The only module that imports matplotlib."""
+"""Pictures of single predictions. Besides `job.report_plots` nothing imports matplotlib."""
 
 from pathlib import Path
 

@@ -4,17 +4,26 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from job import log, plots
+from job.augment import resample_by_op
 from job.config import TrainConfig, UserError
 from job.dataset import Dataset, load_dataset
 from job.devices import Devices, open_promised_devices
 from job.evaluate import Evaluation, Evaluator
 from job.model_file import load_model
 from job.output import EVALUATION, MODEL, PREDICTION, RUN, OutputDir, read_json, sha256_of
+from job.predictions import Predictions, most_confident_mistakes
 from job.recipe import Recipe, get_recipe
+from job.report import try_to_write_report
 from job.watchdog import Watchdog
+
+# What the report has room for.
+_MISTAKES = 16
+_SAMPLES = 6
+_SAMPLE_EPOCHS = 5
 
 
 def evaluate_output_dir(config: TrainConfig, output: OutputDir) -> Evaluation:
@@ -34,7 +43,9 @@ def evaluate_output_dir(config: TrainConfig, output: OutputDir) -> Evaluation:
     _check_same_data(output.path, dataset)
     recipe = get_recipe(config.recipe)
     watchdog = Watchdog(config.stall_timeout_seconds)
-    return evaluate_saved(output, recipe, devices, dataset, config.seed, watchdog)
+    evaluation = evaluate_saved(output, recipe, devices, dataset, config.seed, watchdog)
+    try_to_write_report(output)
+    return evaluation
 
 
 def evaluate_saved(
@@ -45,10 +56,10 @@ def evaluate_saved(
     seed: int,
     watchdog: Watchdog,
 ) -> Evaluation:
-    """Load the saved model back, evaluate it, and write the evaluation and the prediction picture.
+    """Load the saved model back, evaluate it, and write what is found and a picture.
 
     Args:
-        output: Holds the model and receives the two artifacts.
+        output: Holds the model and receives evaluation, predictions and prediction picture.
         recipe: The recipe that trained it.
         devices: Where to evaluate.
         dataset: Its test images are evaluated.
@@ -66,8 +77,9 @@ def evaluate_saved(
     _check_fits(model, dataset, path)
     evaluator = Evaluator(model, recipe, devices, dataset.test_images, dataset.test_labels)
     with watchdog.watch("the evaluation of the saved model", compiling=True):
-        evaluation = evaluator()
+        evaluation, probabilities = evaluator.predict()
     _save_prediction(output, model, dataset, seed)
+    _keep_for_report(output, recipe, dataset, probabilities, seed)
     # Last, because it tells which model file everything belongs to.
     output.write_json(
         EVALUATION,
@@ -129,3 +141,55 @@ def _save_prediction(output: OutputDir, model: keras.Model, dataset: Dataset, se
     true_label = int(dataset.test_labels[index])
     with output.replacing(PREDICTION) as temporary:
         plots.save_prediction(temporary, image, probabilities, dataset.class_names, true_label)
+
+
+def _keep_for_report(
+    output: OutputDir,
+    recipe: Recipe,
+    dataset: Dataset,
+    probabilities: npt.NDArray[np.float32],
+    seed: int,
+) -> None:
+    """Write ``predictions.npz``."""
+    run = read_json(output.path / RUN)
+    seed = run["config"]["seed"] if run else seed
+    mistakes = most_confident_mistakes(dataset.test_labels, probabilities, _MISTAKES)
+    # The first image of each class.
+    _, rows = np.unique(dataset.train_labels, return_index=True)
+    rows = rows[:_SAMPLES]
+    originals = dataset.train_images[rows]
+    Predictions(
+        labels=dataset.test_labels,
+        probabilities=probabilities,
+        mistakes=mistakes,
+        mistake_images=dataset.test_images[mistakes],
+        originals=originals,
+        original_labels=dataset.train_labels[rows],
+        augmented=augmented_sample(recipe, originals, seed),
+    ).save(output)
+
+
+def augmented_sample(
+    recipe: Recipe, images: npt.NDArray[np.uint8], seed: int
+) -> npt.NDArray[np.uint8]:
+    """Augment images as a training from this seed augments those at the start of each epoch.
+
+    Args:
+        recipe: Says how.
+        images: [images, height, width, channels] uint8.
+        seed: The run's seed.
+
+    Returns:
+        [images, epochs, height, width, channels] uint8, for the first epochs.
+    """
+    scaled = tf.cast(images, tf.float32) * (1.0 / 255.0)
+    epochs = [
+        recipe.augment(
+            scaled,
+            recipe.draw_augmentation(seed, tf.constant(epoch), 1, len(images))[0],
+            resample_by_op,
+        )
+        for epoch in range(_SAMPLE_EPOCHS)
+    ]
+    pixels = np.rint(np.stack([epoch.numpy() for epoch in epochs], axis=1) * 255.0)
+    return np.clip(pixels, 0, 255).astype(np.uint8)

@@ -18,8 +18,9 @@ from job.evaluate import Evaluation, Evaluator
 from job.fingerprint import Fingerprint, require_same_run, take_fingerprint
 from job.history import History
 from job.model_file import save_model
-from job.output import EVALUATION, MODEL, PREDICTION
+from job.output import EVALUATION, MODEL, PREDICTION, PREDICTIONS, REPORT, REPORT_PICTURES
 from job.recipe import get_recipe
+from job.report import try_to_write_report
 from job.saved_model import evaluate_saved
 from job.trainer import Trainer
 from job.watchdog import Watchdog
@@ -60,7 +61,11 @@ def train_and_evaluate(config: TrainConfig, attempt: Attempt) -> Evaluation:
         trainer = Trainer(engine, evaluator, attempt, history, fingerprint, watchdog)
         trainer.train(config.checkpoint_every_seconds)
     save_model(engine.export(), attempt.output, MODEL)
-    return evaluate_saved(attempt.output, recipe, devices, dataset, config.seed, watchdog)
+    evaluation = evaluate_saved(attempt.output, recipe, devices, dataset, config.seed, watchdog)
+    # First, because the report tells how the run ended.
+    attempt.manifest.finish("done")
+    try_to_write_report(attempt.output)
+    return evaluation
 
 
 def make_plan(config: TrainConfig, examples: int) -> Plan:
@@ -121,7 +126,8 @@ def _go_on(engine: Engine, fingerprint: Fingerprint, attempt: Attempt) -> Histor
         attempt.output.discard()
     elif checkpoint is None:
         # Pictures and figures of a model that is no more.
-        attempt.output.remove([attempt.output.path / name for name in (EVALUATION, PREDICTION)])
+        stale = (EVALUATION, PREDICTION, PREDICTIONS, REPORT, *REPORT_PICTURES)
+        attempt.output.remove([attempt.output.path / name for name in stale])
     else:
         saved = checkpoint.metadata["fingerprint"]
         require_same_run(saved["run"], fingerprint.run, attempt.output.path)

@@ -53,7 +53,8 @@ def finish(config: TrainConfig) -> Body:
     def body(attempt: Attempt) -> None:
         save(config, config.epochs)(attempt)
         attempt.output.write_text(output.MODEL, "model")
-        attempt.output.write_text(output.PREDICTION, "picture")
+        for name in (output.PREDICTION, output.PREDICTIONS, output.REPORT):
+            attempt.output.write_text(name, "whole")
         digest = output.sha256_of(config.output_dir / output.MODEL)
         attempt.output.write_json(output.EVALUATION, {"model_sha256": digest})
 
@@ -86,7 +87,10 @@ def test_a_finished_run_is_left_alone(config: TrainConfig) -> None:
     assert manifest(config) == before
 
 
-@pytest.mark.parametrize("name", ["cifar10_model.h5", "evaluation.json", "prediction.png"])
+@pytest.mark.parametrize(
+    "name",
+    ["cifar10_model.h5", "evaluation.json", "prediction.png", "predictions.npz", "report.html"],
+)
 def test_a_run_that_lacks_an_artifact_is_not_finished(config: TrainConfig, name: str) -> None:
     run(config, finish(config))
     (config.output_dir / name).unlink()

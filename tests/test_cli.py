@@ -19,7 +19,7 @@ def runner() -> CliRunner:
 def test_help_lists_the_commands_and_exit_codes(runner: CliRunner) -> None:
     result = runner.invoke(cli, ["--help"])
     assert result.exit_code == 0
-    for text in ("train", "evaluate", "doctor", "3 a GPU is missing"):
+    for text in ("train", "evaluate", "report", "doctor", "3 a GPU is missing"):
         assert text in result.output
 
 

@@ -8,6 +8,7 @@ from job import classic
 from job.dataset import Dataset
 from job.devices import Compilation
 from job.evaluate import Evaluation, Evaluator
+from job.predictions import confusion_matrix
 from tests.conftest import MakeDevices
 
 
@@ -36,13 +37,19 @@ def test_counts_each_example_once_whatever_the_split(
     monkeypatch.setattr("job.evaluate.ROWS_PER_REPLICA", 64)
     images, labels = small_dataset.test_images[:examples], small_dataset.test_labels[:examples]
     devices = make_devices(replicas, compilation=compilation)
-    evaluation = Evaluator(model, classic.RECIPE, devices, images, labels)()
+    evaluator = Evaluator(model, classic.RECIPE, devices, images, labels)
+    evaluation, predicted = evaluator.predict()
 
     probabilities = model.predict(images / np.float32(255), verbose=0)
     expected = np.zeros((10, 10), int)
     np.add.at(expected, (labels, probabilities.argmax(axis=1)), 1)
     np.testing.assert_array_equal(evaluation.confusion, expected)
     assert evaluation.examples == examples
+    assert predicted.dtype == np.float32
+    # In the order of the examples, and the very ones that were counted.
+    np.testing.assert_allclose(predicted, probabilities, atol=1e-5)
+    np.testing.assert_array_equal(confusion_matrix(labels, predicted), evaluation.confusion)
+    assert evaluator().loss == evaluation.loss
     one_hot = keras.utils.to_categorical(labels, 10)
     loss, accuracy = model.evaluate(images / np.float32(255), one_hot, verbose=0)
     assert evaluation.loss == pytest.approx(loss, abs=1e-5)

@@ -52,22 +52,36 @@ def test_what_a_killed_process_left_is_tidied_away(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / ".x.deadbeef.partial.npz").write_text("half")
     (tmp_path / ".file.deadbeef.partial.txt").write_text("half")
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / ".x.deadbeef.partial.png").write_text("half")
     (tmp_path / ".discarded.deadbeef").mkdir()
     (tmp_path / ".discarded.deadbeef" / "old.npz").write_text("old")
     (tmp_path / ".mine").write_text("whole")
     OutputDir(tmp_path).tidy()
-    assert listing(tmp_path) == [".mine", "checkpoints"]
-    assert listing(tmp_path / "checkpoints") == []
+    assert listing(tmp_path) == [".mine", "checkpoints", "report"]
+    assert listing(tmp_path / "checkpoints") == listing(tmp_path / "report") == []
 
 
 def test_discarding_keeps_what_is_not_the_jobs(tmp_path: Path) -> None:
-    for name in ("cifar10_model.h5", "evaluation.json", "prediction.png", "metrics.jsonl"):
+    (tmp_path / "report").mkdir()
+    for name in (
+        *("cifar10_model.h5", "evaluation.json", "prediction.png", "predictions.npz"),
+        *("metrics.jsonl", "report.html", "report/accuracy.png"),
+    ):
         (tmp_path / name).write_text("old")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "old.npz").write_text("old")
     (tmp_path / "notes.txt").write_text("mine")
     OutputDir(tmp_path).discard()
     assert listing(tmp_path) == ["notes.txt"]
+
+
+def test_discarding_keeps_somebodys_files_beside_the_reports_pictures(tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    for name in ("accuracy.png", "mine.png"):
+        (tmp_path / "report" / name).write_text("content")
+    OutputDir(tmp_path).discard()
+    assert listing(tmp_path / "report") == ["mine.png"]
 
 
 def test_a_folder_that_was_taken_over_is_not_written(tmp_path: Path) -> None:

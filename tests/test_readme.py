@@ -5,16 +5,18 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
-from job.cli import train
+from job.cli import cli, train
 from job.cluster import RunIdentity
 from job.config import ExitCode, TrainConfig
 from job.evaluate import Evaluation
 from job.manifest import RunManifest
 from job.output import OutputDir
+from job.predictions import Predictions
 from tests.conftest import REPOSITORY
 from tests.test_train import METRICS_KEYS
 
@@ -45,6 +47,10 @@ def test_every_exit_code_is_documented() -> None:
     assert [int(code) for code in codes] == [code.value for code in ExitCode]
 
 
+def test_every_command_is_documented() -> None:
+    assert set(first_column(section("## Commands"))) >= set(cli.commands)
+
+
 def test_artifact_tables_name_what_the_program_writes(tmp_path: Path) -> None:
     assert first_column(section("### `metrics.jsonl`")) == METRICS_KEYS
     evaluation = Evaluation(0.0, np.eye(2, dtype=np.int64)).document(("a", "b"))
@@ -54,6 +60,8 @@ def test_artifact_tables_name_what_the_program_writes(tmp_path: Path) -> None:
     manifest.begin(TrainConfig())
     written = json.loads((tmp_path / "run.json").read_text())
     assert first_column(section("### `run.json`")) == [*written, *written["attempts"][0]]
+    kept = [field.name for field in fields(Predictions)]
+    assert first_column(section("### `report.html`")) == kept
 
 
 def test_every_make_target_named_exists() -> None:
@@ -82,7 +90,7 @@ def commands() -> list[str]:
 
 def test_commands_run_and_the_model_loads_as_shown(tmp_path: Path) -> None:
     # `make demo` runs in the gate, and `make train` is the real job's 50 epochs.
-    assert len(commands()) == 3
+    assert len(commands()) == 4
     for command in commands():
         words = shlex.split(command)
         result = subprocess.run(

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from job import log, saved_model, train
+from job import classic, log, saved_model, train
 from job.attempt import open_attempt
 from job.config import DataConfig, DeviceRequest, JobError, StoppedError, TrainConfig, UserError
 from job.dataset import Dataset
 from job.engine import Engine
 from job.evaluate import Evaluation, Evaluator
 from job.output import OutputDir
+from job.predictions import Predictions, confusion_matrix
 from job.preemption import StopRequest
 from job.trainer import Trainer
 from job.watchdog import Watchdog
@@ -93,6 +94,9 @@ def test_a_whole_run_leaves_every_artifact(
         "evaluation.json",
         "metrics.jsonl",
         "prediction.png",
+        "predictions.npz",
+        "report",
+        "report.html",
         "run.json",
     ]
     lines = metrics(config)
@@ -115,7 +119,7 @@ def test_a_whole_run_leaves_every_artifact(
 
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     names = [event["event"] for event in events]
-    assert names == ["start", "epoch", "epoch", "checkpoint", "evaluation"]
+    assert names == ["start", "epoch", "epoch", "checkpoint", "evaluation", "report"]
     assert {"epoch", "step", "loss", "accuracy", "images_per_second"} <= events[1].keys()
 
 
@@ -127,6 +131,90 @@ def test_evaluating_the_folder_again_gives_the_same_figures(config: TrainConfig)
     evaluate_again(config)
     assert read(path) == first
     assert (config.output_dir / "prediction.png").read_bytes() == picture
+
+
+def test_the_report_is_the_last_artifact_and_one_that_is_missing_is_made_up_for(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(output: OutputDir) -> None:
+        # As a full disk does; a signal ends the process itself.
+        assert read(output.path / "run.json")["outcome"] == "done"
+        assert (output.path / "evaluation.json").exists()
+        raise UserError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "try_to_write_report", end)
+        with pytest.raises(UserError, match="no space left"):
+            run(config)
+    page, state = config.output_dir / "report.html", last_state(config)
+    predictions = (config.output_dir / "predictions.npz").read_bytes()
+    assert not page.exists()
+    run(config)
+    assert "Finished on" in page.read_text()
+    for name, array in last_state(config).items():
+        np.testing.assert_array_equal(state[name], array)
+    assert (config.output_dir / "predictions.npz").read_bytes() == predictions
+    with open_attempt(config, StopRequest()) as attempt:
+        assert attempt.is_finished
+
+
+def test_a_new_run_keeps_nothing_of_a_model_that_is_no_more(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any) -> None:
+        raise StoppedError("SIGTERM")
+
+    monkeypatch.setattr(Trainer, "train", stop)
+    output = OutputDir(config.output_dir)
+    config.output_dir.mkdir()
+    output.make_folder("report")
+    stale = ["predictions.npz", "report.html", "report/mistakes.png"]
+    for name in stale:
+        output.write_text(name, "old")
+    with pytest.raises(StoppedError):
+        run(config)
+    assert not any((config.output_dir / name).exists() for name in stale)
+
+
+def test_the_predictions_are_those_that_the_evaluation_counts(
+    config: TrainConfig, small_dataset: Dataset
+) -> None:
+    evaluation = run(config)
+    kept = Predictions.load(config.output_dir)
+    assert kept is not None
+    np.testing.assert_array_equal(kept.labels, small_dataset.test_labels)
+    counted = confusion_matrix(kept.labels, kept.probabilities)
+    np.testing.assert_array_equal(counted, evaluation.confusion)
+    chosen = kept.probabilities[np.arange(300), kept.labels]
+    assert -np.log(chosen).mean() == pytest.approx(evaluation.loss, abs=1e-5)
+    np.testing.assert_array_equal(kept.mistake_images, small_dataset.test_images[kept.mistakes])
+    # One of each class, as its augmentation in the run draws it.
+    assert kept.original_labels.tolist() == list(range(6))
+    seed_7 = saved_model.augmented_sample(classic.RECIPE, kept.originals, 7)
+    assert kept.augmented.shape == (6, 5, 32, 32, 3)
+    assert (seed_7 != kept.augmented).mean() > 0.5
+    # Evaluated from another seed, the sample stays that of the run.
+    manifest = read(config.output_dir / "run.json")
+    manifest["config"]["seed"] = 7
+    (config.output_dir / "run.json").write_text(json.dumps(manifest))
+    evaluate_again(config)
+    again = Predictions.load(config.output_dir)
+    assert again is not None
+    np.testing.assert_array_equal(again.augmented, seed_7)
+
+
+def test_the_augmented_sample_is_drawn_as_the_engine_draws_it(
+    small_dataset: Dataset, make_devices: MakeDevices
+) -> None:
+    plan = train.make_plan(TrainConfig(global_batch_size=64, seed=9), 512)
+    engine = Engine(classic.RECIPE, make_devices(1), small_dataset, plan, 1e-3)
+    images = small_dataset.train_images[:4]
+    sample = saved_model.augmented_sample(classic.RECIPE, images, 9)
+    for epoch in range(5):
+        draws = engine._draw(tf.constant(epoch))[0, :4]
+        rows = tf.constant(images.reshape(4, -1))
+        expected = engine._prepare(rows, draws).numpy() * 255
+        assert np.abs(expected - sample[:, epoch]).max() <= 0.51
 
 
 def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(

@@ -26,11 +26,13 @@ import click
 import h5py
 import numpy as np
 
+from job.config import UserError
+from job.predictions import Predictions
 from job.preemption import SIGNALS
 
 REPOSITORY = Path(__file__).parents[2]
 # Of operations on files, with how many of them an attempt has at least while it is worth to hit.
-OPERATIONS = {"checkpoints": 40, "artifacts": 24}
+OPERATIONS = {"checkpoints": 40, "artifacts": 80}
 FAULTS = (
     "SIGKILL",
     "SIGKILL at a checkpoint's file operation",
@@ -46,6 +48,9 @@ VISIBLE = {
     "cifar10_model.h5",
     "evaluation.json",
     "prediction.png",
+    "predictions.npz",
+    "report",
+    "report.html",
     "metrics.jsonl",
     "run.json",
     "checkpoints",
@@ -240,10 +245,15 @@ def examine_visible(output: Path) -> list[str]:
                 json.loads(line)
         if (output / "cifar10_model.h5").exists():
             state_of_model(output)
-        picture = output / "prediction.png"
-        if picture.exists() and not picture.read_bytes().endswith(b"IEND\xaeB`\x82"):
-            problems.append("half a picture")
-    except (ValueError, OSError) as error:
+        for picture in (*output.glob("[!.]*.png"), *(output / "report").glob("[!.]*.png")):
+            if not picture.read_bytes().endswith(b"IEND\xaeB`\x82"):
+                problems.append(f"half a picture {picture.name}")
+        page = output / "report.html"
+        if page.exists() and not page.read_text().endswith("</html>\n"):
+            problems.append("half a report")
+        if (output / "predictions.npz").exists():
+            Predictions.load(output)
+    except (ValueError, OSError, UserError) as error:
         problems.append(f"half a file: {error}")
     return problems
 
@@ -264,11 +274,14 @@ def compare(reference: Path, output: Path) -> list[str]:
     one, two = (json.loads((run / "evaluation.json").read_text()) for run in (reference, output))
     if {**one, "model_sha256": ""} != {**two, "model_sha256": ""}:
         problems.append("other evaluation.json")
+    if (reference / "predictions.npz").read_bytes() != (output / "predictions.npz").read_bytes():
+        problems.append("other predictions.npz")
     manifest = json.loads((output / "run.json").read_text())
     attempts = manifest["attempts"]
     if manifest["outcome"] != "done" or attempts[-1]["outcome"] != "done":
         problems.append("run.json does not say done")
-    if any(attempt["outcome"] not in ("stopped", "lost") for attempt in attempts[:-1]):
+    # One that is hit while it draws the report has done the rest.
+    if any(attempt["outcome"] not in ("stopped", "lost", "done") for attempt in attempts[:-1]):
         problems.append(f"attempts ended as {[attempt['outcome'] for attempt in attempts]}")
     return problems
 

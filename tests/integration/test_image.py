@@ -22,7 +22,7 @@ ON_CPU = ("--env", "JOB_REQUIRE_GPUS=0")
 SMALL = ("train", "--limit", "768", "--checkpoint-every", "0.01", "--epochs")
 ARTIFACTS = [
     *(".lease", "checkpoints", "cifar10_model.h5", "evaluation.json"),
-    *("metrics.jsonl", "prediction.png", "run.json"),
+    *("metrics.jsonl", "prediction.png", "predictions.npz", "report", "report.html", "run.json"),
 ]
 
 MakeFolder = Callable[[int], Path]
@@ -108,7 +108,8 @@ def test_trains_as_any_user_with_nothing_writable_but_the_volume(
     )
     assert (result.returncode, result.stderr) == (0, "")
     names = [event["event"] for event in events(result.stdout)]
-    assert [name for name in names if name != "checkpoint"] == ["start", "epoch", "evaluation"]
+    reported = [name for name in names if name != "checkpoint"]
+    assert reported == ["start", "epoch", "evaluation", "report"]
     assert sorted(path.name for path in folder.iterdir()) == ARTIFACTS
     owners = {path.stat().st_uid for path in folder.rglob("*")}
     assert owners == {user}

@@ -1,0 +1,108 @@
+"""``predictions.npz``: what the saved model makes of every test image, and some images to see."""
+
+import io
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from job.config import UserError
+from job.output import PREDICTIONS, OutputDir
+
+# What NumPy makes of a file that is no such archive.
+_UNREADABLE = (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the report of a run needs of the model and the data set, so that it needs neither.
+
+    Attributes:
+        labels: [examples] int32, the test images' labels.
+        probabilities: [examples, classes] float32, what the saved model gives each test image.
+        mistakes: [mistakes] int64, rows of the most confident mistakes, the worst first.
+        mistake_images: [mistakes, height, width, channels] uint8, these test images.
+        originals: [samples, height, width, channels] uint8, some training images.
+        original_labels: [samples] int32, their labels.
+        augmented: [samples, epochs, height, width, channels] uint8, the same images as they are
+            augmented in the first epochs.
+    """
+
+    labels: npt.NDArray[np.int32]
+    probabilities: npt.NDArray[np.float32]
+    mistakes: npt.NDArray[np.int64]
+    mistake_images: npt.NDArray[np.uint8]
+    originals: npt.NDArray[np.uint8]
+    original_labels: npt.NDArray[np.int32]
+    augmented: npt.NDArray[np.uint8]
+
+    def save(self, output: OutputDir) -> None:
+        """Write the file.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **asdict(self))
+        output.write_bytes(PREDICTIONS, buffer.getvalue())
+
+    @classmethod
+    def load(cls, folder: Path) -> "Predictions | None":
+        """Read the file of an output folder; None where there is none.
+
+        Raises:
+            UserError: If there is one that cannot be used.
+        """
+        path = folder / PREDICTIONS
+        try:
+            # A file that NumPy opens by itself stays open where it is none of its archives.
+            content = io.BytesIO(path.read_bytes())
+            with np.load(content, allow_pickle=False) as file:
+                return cls(**{field.name: file[field.name] for field in fields(cls)})
+        except FileNotFoundError:
+            return None
+        except (OSError, *_UNREADABLE) as error:
+            raise UserError(
+                f"{path} is no file of this version of the job ({error}); write it anew with "
+                f"python -m job evaluate --output-dir {folder}"
+            ) from error
+
+
+def confusion_matrix(
+    labels: npt.NDArray[Any], probabilities: npt.NDArray[np.float32]
+) -> npt.NDArray[np.int64]:
+    """Count examples by true and predicted class.
+
+    Args:
+        labels: [examples] integers.
+        probabilities: [examples, classes] float32; the first of the largest is the prediction.
+
+    Returns:
+        [classes, classes] int64: entry (true, predicted) counts examples.
+    """
+    classes = probabilities.shape[1]
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (labels, probabilities.argmax(axis=1)), 1)
+    return counts
+
+
+def most_confident_mistakes(
+    labels: npt.NDArray[Any], probabilities: npt.NDArray[np.float32], count: int
+) -> npt.NDArray[np.int64]:
+    """Find the wrong predictions with the highest probability.
+
+    Args:
+        labels: [examples] integers.
+        probabilities: [examples, classes] float32.
+        count: How many at most.
+
+    Returns:
+        [mistakes] int64 rows, the most confident first, equals in the order of the examples.
+    """
+    wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
+    confidence = probabilities[wrong].max(axis=1)
+    return wrong[np.argsort(-confidence, kind="stable")][:count]

@@ -1,0 +1,256 @@
+"""The report's pictures, each as the bytes of a PNG.
+
+Five inches wide in letters of 11 points they are readable on a phone, and lines, markers and
+hatches tell apart what colours do, so that they are also readable in greyscale.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from job.calibration import Reliability
+
+# Blue and vermilion of Okabe and Ito's palette, which colour-blind people tell apart.
+_FIRST, _SECOND, _GREY = "#0072b2", "#d55e00", "#5f6770"
+_WIDTH = 5.0  # inches
+_STYLE: Any = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#d8dce1",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "hatch.linewidth": 0.8,
+    "legend.fontsize": 10,
+    "legend.framealpha": 0.9,
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.constrained_layout.h_pad": 0.08,
+    "savefig.dpi": 200,
+    "text.parse_math": False,
+}
+_in_style = mpl.rc_context(_STYLE)
+
+
+def _figure(height: float, **options: Any) -> tuple[Figure, Any]:
+    """A figure of the report's width and its axes; `height` in inches."""
+    figure = Figure(figsize=(_WIDTH, height))
+    return figure, figure.subplots(**options)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+@_in_style
+def curves(
+    title: str,
+    unit: str,
+    epochs: Sequence[int],
+    training: Sequence[float],
+    validation: Sequence[float],
+) -> bytes:
+    """Draw a quantity of training and validation over the epochs.
+
+    Args:
+        title: Names the quantity.
+        unit: Its label with its unit.
+        epochs: Numbers of the epochs.
+        training: The quantity in training, a value an epoch.
+        validation: The quantity in validation, a value an epoch.
+    """
+    figure, axes = _figure(3.8)
+    every = max(1, len(epochs) // 12)
+    for values, name, colour, style, marker in (
+        (training, "training", _SECOND, "--", "s"),
+        (validation, "validation", _FIRST, "-", "o"),
+    ):
+        axes.plot(
+            epochs, values, style, color=colour, marker=marker, markevery=every, label=name, ms=5
+        )
+    axes.set(title=title, xlabel="Epoch", ylabel=unit)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside lower center", ncols=2)
+    return _png(figure)
+
+
+@_in_style
+def throughput(
+    elapsed: Sequence[float], rates: Sequence[float], unit: str, restarts: Sequence[float]
+) -> bytes:
+    """Draw the training images a second over the time.
+
+    Args:
+        elapsed: Time at the end of each epoch since the start of the run.
+        rates: Images a second in each epoch.
+        unit: Of the times: "s", "min" or "h".
+        restarts: Times at which the run went on after an interruption.
+    """
+    figure, axes = _figure(3.8)
+    axes.plot(elapsed, rates, "-", color=_FIRST, marker="o", ms=4, label="mean over an epoch")
+    for number, time in enumerate(restarts):
+        label = f"restart ({len(restarts)} in all)" if number == 0 else None
+        axes.axvline(time, color=_SECOND, linestyle="--", linewidth=1.4, label=label)
+    axes.set(
+        title="Throughput over time",
+        xlabel=f"Time in training and validation ({unit})",
+        ylabel="Training images per second",
+        xlim=(0, None),
+        ylim=(0, 1.08 * max(rates)),
+    )
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    figure.legend(loc="outside lower center", ncols=2)
+    return _png(figure)
+
+
+@_in_style
+def confusion(matrix: npt.NDArray[np.int64], class_names: Sequence[str]) -> bytes:
+    """Draw a confusion matrix, each entry as a number on a shade.
+
+    Args:
+        matrix: [classes, classes]: entry (true, predicted) counts images.
+        class_names: Name of each class.
+    """
+    figure, axes = _figure(5.2)
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    size = min(9.0, 90 / len(class_names))
+    for (true, predicted), count in np.ndenumerate(matrix):
+        colour = "white" if share[true, predicted] > 0.65 else "black"
+        axes.text(predicted, true, count, ha="center", va="center", size=size, color=colour)
+    ticks = range(len(class_names))
+    axes.set_xticks(ticks, class_names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(ticks, class_names)
+    axes.tick_params(length=0, labelsize=10)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set(title="Confusion matrix (test images)", xlabel="Predicted class", ylabel="True class")
+    return _png(figure)
+
+
+@_in_style
+def classes(
+    precision: Sequence[float | None], recall: Sequence[float | None], class_names: Sequence[str]
+) -> bytes:
+    """Draw precision and recall of each class as bars.
+
+    Args:
+        precision: 0 to 1, or None where a class is never predicted.
+        recall: 0 to 1, or None where a class has no example.
+        class_names: Name of each class.
+    """
+    figure, axes = _figure(5.4)
+    rows = np.arange(len(class_names))
+    for values, name, offset, colour, hatch in (
+        (precision, "precision", -0.2, _FIRST, ""),
+        (recall, "recall", 0.2, "#f3c9a8", "////"),
+    ):
+        widths = [100 * (value or 0.0) for value in values]
+        bars = axes.barh(
+            rows + offset, widths, 0.38, color=colour, hatch=hatch, edgecolor="black", label=name
+        )
+        texts = ["undefined" if value is None else f"{value:.0%}" for value in values]
+        axes.bar_label(bars, texts, padding=3, size=9)
+    axes.set_yticks(rows, class_names)
+    axes.invert_yaxis()
+    axes.set(title="Precision and recall of each class", xlabel="Share (%)", xlim=(0, 112))
+    axes.set_xticks(range(0, 101, 20))
+    axes.grid(visible=False, axis="y")
+    axes.set_ylabel("Class")
+    figure.legend(loc="outside lower center", ncols=2)
+    return _png(figure)
+
+
+@_in_style
+def calibration(result: Reliability) -> bytes:
+    """Draw how often predictions are right against their confidence, and how many there are."""
+    figure, (top, bottom) = _figure(5.0, nrows=2, sharex=True, height_ratios=(2.6, 1))
+    used = result.counts > 0
+    confidence, accuracy = 100 * result.confidence[used], 100 * result.accuracy[used]
+    top.plot([0, 100], [0, 100], "--", color=_GREY, label="perfectly calibrated")
+    top.vlines(confidence, confidence, accuracy, color=_SECOND, linewidth=3, label="gap")
+    top.plot(confidence, accuracy, "-", color=_FIRST, marker="o", label="this model")
+    top.set(title="Reliability", ylabel="Accuracy (%)", ylim=(0, 102), xlim=(0, 100))
+    top.legend(loc="upper left")
+    edges = np.linspace(0, 100, len(result.counts) + 1)
+    share = 100 * result.counts / result.counts.sum()
+    bottom.bar(
+        *(edges[:-1], share, np.diff(edges)), align="edge", color="#9cc4de", edgecolor="black"
+    )
+    bottom.set(xlabel="Confidence (%)", ylabel="Images (%)")
+    return _png(figure)
+
+
+@_in_style
+def mistakes(
+    images: npt.NDArray[np.uint8],
+    true: Sequence[str],
+    predicted: Sequence[str],
+    confidence: Sequence[float],
+) -> bytes:
+    """Draw test images, each below what it is, what it was taken for and how confidently.
+
+    Args:
+        images: [mistakes, height, width, channels] uint8.
+        true: Their classes.
+        predicted: What they were taken for.
+        confidence: Probability of that, 0 to 1.
+    """
+    columns = 4
+    rows = -(-len(images) // columns)
+    figure, axes = _figure(0.5 + 1.75 * rows, nrows=rows, ncols=columns, squeeze=False)
+    for index, cell in enumerate(axes.flat):
+        if index >= len(images):
+            cell.set_axis_off()
+            continue
+        _show(cell, images[index])
+        text = f"{true[index]}\nas {predicted[index]}\n{confidence[index]:.1%}"
+        cell.set_title(text, size=9.5, weight="normal", pad=3)
+    figure.suptitle("Most confident mistakes", size=12, weight="bold")
+    return _png(figure)
+
+
+@_in_style
+def augmentation(
+    originals: npt.NDArray[np.uint8], augmented: npt.NDArray[np.uint8], class_names: Sequence[str]
+) -> bytes:
+    """Draw training images, each in a row with its augmented forms.
+
+    Args:
+        originals: [images, height, width, channels] uint8.
+        augmented: [images, epochs, height, width, channels] uint8.
+        class_names: Class of each image.
+    """
+    images, epochs = augmented.shape[:2]
+    figure, axes = _figure(0.75 + 0.66 * images, nrows=images, ncols=1 + epochs, squeeze=False)
+    for row in range(images):
+        _show(axes[row, 0], originals[row])
+        axes[row, 0].set_ylabel(class_names[row], size=9, rotation=0, ha="right", va="center")
+        for epoch in range(epochs):
+            _show(axes[row, 1 + epoch], augmented[row, epoch])
+    for column, cell in enumerate(axes[0]):
+        cell.set_title(f"epoch {column}" if column else "original", size=9, weight="normal")
+    figure.suptitle("Augmented training images", size=12, weight="bold")
+    return _png(figure)
+
+
+def _show(axes: Axes, image: npt.NDArray[np.uint8]) -> None:
+    """Show an image [height, width, channels] without a scale, for it has none."""
+    grey = image.shape[-1] == 1
+    axes.imshow(image[..., 0] if grey else image, cmap="gray" if grey else None)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)

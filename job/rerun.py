@@ -1,0 +1,50 @@
+"""The command line that repeats a run."""
+
+import shlex
+from typing import Any
+
+from job.config import TrainConfig
+from job.manifest import describe_config
+
+# The folders stand in front. The others were said to one attempt and do not change what the run
+# computes; --fresh would discard the very run that is to be repeated.
+_NOT_REPEATED = ("output_dir", "data_dir", "fresh", "run_id", "stop_after")
+
+
+def train_command(config: dict[str, Any], output_dir: str) -> str:
+    """The command that trains with a run's options.
+
+    Args:
+        config: The run's ``config`` in ``run.json``.
+        output_dir: The folder that is to receive the artifacts.
+
+    Returns:
+        A line for a shell, with the folders of artifacts and data and every option whose value is
+        not the default.
+    """
+    defaults = describe_config(TrainConfig())
+    options = {"output_dir": output_dir}
+    if config["dataset"] != "synthetic":
+        options["data_dir"] = config["data_dir"]
+    for name, value in config.items():
+        is_repeated = name in defaults and name not in _NOT_REPEATED
+        if is_repeated and value != defaults[name]:
+            options[name] = value
+    return _command("train", options)
+
+
+def evaluate_command(config: dict[str, Any]) -> str:
+    """The command that evaluates a run's model again, from its ``config`` in ``run.json``."""
+    defaults = describe_config(TrainConfig())
+    options = {"output_dir": config["output_dir"]}
+    for name in ("dataset", "data_dir", "recipe", "seed"):
+        if config[name] != defaults[name]:
+            options[name] = config[name]
+    return _command("evaluate", options)
+
+
+def _command(command: str, options: dict[str, Any]) -> str:
+    words = ["python", "-m", "job", command]
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)

@@ -1,0 +1,168 @@
+"""The report of a training on real data, opened in a real browser."""
+
+import json
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from job.output import REPORT_PICTURES
+from tests.conftest import Job, RunJob
+from tests.integration.chaos import examine_visible
+
+CHROMIUM = Path("/usr/bin/chromium")
+# No sandbox for root, and no request of the browser's own.
+ARGUMENTS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
+    *("--disable-component-update", "--disable-sync"),
+]
+# Long and of one word each, as paths in clusters are.
+LONG = "a-folder-with-a-name-that-no-telephone-has-room-for-in-a-line" * 2
+VIEWS = [(width, scheme) for width in (390, 1280) for scheme in ("light", "dark")]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training that was stopped once in an epoch and once while it drew the report.
+
+    Attributes:
+        folder: Its output folder.
+        interrupted: How the attempt ended that was stopped in the report.
+        problems: What was wrong with the folder then.
+        had_report: Whether it had a report then.
+    """
+
+    folder: Path
+    interrupted: subprocess.CompletedProcess[str]
+    problems: list[str]
+    had_report: bool
+
+
+@pytest.fixture(scope="module")
+def training(cifar10_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("training")
+    data_dir, output = folder / f"data-{LONG}", folder / LONG
+    data_dir.symlink_to(cifar10_dir)
+    options = "--limit 2560 --batch-size 64 --epochs 2 --devices cpu:1 --log-format json"
+    folders = ("--data-dir", str(data_dir), "--output-dir", str(output))
+    words = ("train", *options.split(), *folders)
+
+    def stop_at(event: str) -> subprocess.CompletedProcess[str]:
+        job = Job(folder, *words)
+        job.wait_for(event)
+        job.send_signal(signal.SIGTERM)
+        return job.finish()
+
+    assert stop_at("epoch").returncode == 75
+    interrupted = stop_at("evaluation")
+    problems, had_report = examine_visible(output), (output / "report.html").exists()
+    result = Job(folder, *words).finish()
+    assert result.returncode == 0, result.stderr
+    return Trained(output, interrupted, problems, had_report)
+
+
+@pytest.fixture(scope="module")
+def trained(training: Trained) -> Path:
+    """Its output folder."""
+    return training.folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if not CHROMIUM.exists():
+        pytest.skip(f"no {CHROMIUM}; install the package chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=VIEWS, ids=[f"{width}-{scheme}" for width, scheme in VIEWS])
+def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """An empty page of a window's width and a colour scheme."""
+    width, scheme = request.param
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
+    )
+    yield context.new_page()
+    context.close()
+
+
+def test_a_browser_shows_it_without_a_request_a_message_or_an_overflow(
+    page: Page, trained: Path
+) -> None:
+    requests: list[str] = []
+    messages: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    address = (trained / "report.html").as_uri()
+    page.goto(address)
+    assert [url for url in requests if not url.startswith("data:")] == [address]
+    assert messages == []
+    for _ in range(2):
+        widths = "[document.scrollingElement.scrollWidth, innerWidth]"
+        content, window = page.evaluate(widths)
+        assert content <= window
+        # Again with everything unfolded.
+        page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    images = page.evaluate(
+        "Array.from(document.images, image => [image.alt, image.complete && image.naturalWidth])"
+    )
+    alts = [alt for alt, _ in images]
+    assert all(alts)
+    assert len(set(alts)) == len(alts) == len(REPORT_PICTURES)
+    assert all(width == 1000 for _, width in images)
+
+
+def test_a_screen_reader_can_tell_everything(page: Page, trained: Path) -> None:
+    page.goto((trained / "report.html").as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    found = Axe().run(page).response
+    assert len(found["passes"]) > 20
+    faults: list[dict[str, Any]] = found["violations"]
+    assert [(fault["id"], fault["impact"], fault["nodes"]) for fault in faults] == []
+
+
+def test_a_dark_page_is_dark_and_a_light_one_light(browser: Browser, trained: Path) -> None:
+    colours = {}
+    for scheme in ("light", "dark"):
+        page = browser.new_page(color_scheme=scheme)
+        page.goto((trained / "report.html").as_uri())
+        colours[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        page.close()
+    assert colours == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 26)"}
+
+
+def test_drawn_again_from_the_folder_alone_it_has_the_same_bytes(
+    run_job: RunJob, trained: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("report*", "*.h5", "checkpoints"))
+    result = run_job("report", copy)
+    assert result.returncode == 0, result.stderr
+    for name in ("report.html", *REPORT_PICTURES):
+        assert (copy / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_a_signal_while_it_is_drawn_ends_the_run_at_once_and_the_same_command_goes_on(
+    training: Trained,
+) -> None:
+    assert training.interrupted.returncode == 75
+    said = training.interrupted.stderr
+    assert said == "cifar10-job: stopped: SIGTERM; run the same command again to go on\n"
+    assert training.problems == []
+    assert not training.had_report
+    assert examine_visible(training.folder) == []
+    attempts = json.loads((training.folder / "run.json").read_text())["attempts"]
+    # The second may have been over before it drew.
+    assert [attempt["outcome"] for attempt in attempts[::2]] == ["stopped", "done"]
+    assert attempts[1]["outcome"] in ("done", "stopped")
+    assert attempts[2]["first_step"] == 80
