@@ -32,6 +32,8 @@ from job.options import (
 )
 from job.preemption import StopRequest
 
+_PNG_FILE = click.Path(path_type=Path, dir_okay=False)
+
 
 @click.group(context_settings={"max_content_width": 100})
 @click.version_option(__version__, prog_name="cifar10-job")
@@ -115,6 +117,34 @@ def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) ->
         from job.saved_model import evaluate_output_dir
 
         evaluate_output_dir(run_config, output)
+
+
+@cli.command()
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True)
+@option("--json", is_flag=True, help="Write one JSON object instead of tables.")
+@option("--png", type=_PNG_FILE, help="Also draw the runs' curves and accuracies.")
+def compare(folders: tuple[str, ...], **options: Any) -> None:
+    """Compare runs by their output folders, or folders of such: means, deviations, the best.
+
+    Runs that are not finished are told and left out of the means.
+    """
+    log.configure("text")  # stdout is for the comparison
+    from job.compare import compare_runs, save_picture, write_tables
+    from job.output import require_folder_for
+    from job.terminal import printable, say, write_lines
+
+    png = options["png"]
+    if png:
+        require_folder_for(png)
+    comparison = compare_runs(folders)
+    if options["json"]:
+        write_lines([json.dumps(comparison.document(), indent=2)])
+    else:
+        write_tables(comparison)
+    for folder, reason in comparison.left_out.items():
+        say(f"left out: {printable(folder)}: {reason}")
+    if png:
+        save_picture(png, comparison)
 
 
 @cli.command()
