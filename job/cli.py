@@ -32,6 +32,7 @@ from job.options import (
 )
 from job.preemption import StopRequest
 
+_MODEL_FILE = click.Path(path_type=Path, dir_okay=False)
 _PNG_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -117,6 +118,40 @@ def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) ->
         from job.saved_model import evaluate_output_dir
 
         evaluate_output_dir(run_config, output)
+
+
+@cli.command()
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@output_dir_option
+@option("--model", type=_MODEL_FILE, help="Model file, instead of that of --output-dir.")
+@option("--top", type=click.IntRange(min=1), default=3, help="Classes to tell of each image.")
+@option("--json", is_flag=True, help="Write JSON lines.")
+@option("--png", type=_PNG_FILE, help="Also draw the first images with their classes.")
+@devices_option
+@require_gpus_option
+@click.pass_obj
+def predict(stop: StopRequest, /, images: tuple[str, ...], **options: Any) -> None:
+    """Predict the classes of images: files of any format and size, folders, - for standard input.
+
+    Images that cannot be read are told and counted, and the exit code is then 2.
+    """
+    log.configure("text")  # stdout is for the predictions
+    stop.advice = "run the same command again"
+    png = options["png"]
+    from job.images import find_images
+    from job.output import MODEL, require_folder_for, require_model
+
+    path = options["model"] or options["output_dir"] / MODEL
+    require_model(path)
+    if png:
+        require_folder_for(png)
+    sources = find_images(images)
+    _load_tensorflow()
+    from job.predict import predict_images
+
+    run_config = TrainConfig(devices=options["devices"], require_gpus=options["require_gpus"])
+    top, as_json = options["top"], options["json"]
+    predict_images(run_config, path, sources, top, as_json=as_json, png=png)
 
 
 @cli.command()

@@ -19,7 +19,7 @@ def runner() -> CliRunner:
 def test_help_lists_the_commands_and_exit_codes(runner: CliRunner) -> None:
     result = runner.invoke(cli, ["--help"])
     assert result.exit_code == 0
-    for text in ("train", "evaluate", "compare", "doctor", "3 a GPU is missing"):
+    for text in ("train", "evaluate", "predict", "compare", "doctor", "3 a GPU is missing"):
         assert text in result.output
 
 
@@ -61,7 +61,7 @@ def test_train_takes_every_option_from_its_environment_variable_too(
     assert f"JOB_{option.replace('-', '_').upper()}" in output
 
 
-@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize("command", ["train", "predict", "compare"])
 def test_help_does_not_import_tensorflow(command: str) -> None:
     script = (
         "import sys\nfrom job.cli import cli\n"
