@@ -33,6 +33,9 @@ from job.options import (
 )
 from job.preemption import StopRequest
 
+_MODEL_FILE = click.Path(path_type=Path, dir_okay=False)
+_PNG_FILE = click.Path(path_type=Path, dir_okay=False)
+
 
 @click.group(context_settings={"max_content_width": 100})
 @click.version_option(__version__, prog_name="cifar10-job")
@@ -136,6 +139,68 @@ def report(stop: StopRequest, /, log_format: log.LogFormat, output_dir: Path) ->
     RunRecord.load(output_dir)  # before a folder is made where there is none
     with hold_output_dir(output_dir, stop) as output:
         write_report(output)
+
+
+@cli.command()
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@output_dir_option
+@option("--model", type=_MODEL_FILE, help="Model file, instead of that of --output-dir.")
+@option("--top", type=click.IntRange(min=1), default=3, help="Classes to tell of each image.")
+@option("--json", is_flag=True, help="Write JSON lines.")
+@option("--png", type=_PNG_FILE, help="Also draw the first images with their classes.")
+@devices_option
+@require_gpus_option
+@click.pass_obj
+def predict(stop: StopRequest, /, images: tuple[str, ...], **options: Any) -> None:
+    """Predict the classes of images: files of any format and size, folders, - for standard input.
+
+    Images that cannot be read are told and counted, and the exit code is then 2.
+    """
+    log.configure("text")  # stdout is for the predictions
+    stop.advice = "run the same command again"
+    png = options["png"]
+    from job.images import find_images
+    from job.output import MODEL, require_folder_for, require_model
+
+    path = options["model"] or options["output_dir"] / MODEL
+    require_model(path)
+    if png:
+        require_folder_for(png)
+    sources = find_images(images)
+    _load_tensorflow()
+    from job.predict import predict_images
+
+    run_config = TrainConfig(devices=options["devices"], require_gpus=options["require_gpus"])
+    top, as_json = options["top"], options["json"]
+    predict_images(run_config, path, sources, top, as_json=as_json, png=png)
+
+
+@cli.command()
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True)
+@option("--json", is_flag=True, help="Write one JSON object instead of tables.")
+@option("--png", type=_PNG_FILE, help="Also draw the runs' curves and accuracies.")
+def compare(folders: tuple[str, ...], **options: Any) -> None:
+    """Compare runs by their output folders, or folders of such: means, deviations, the best.
+
+    Runs that are not finished are told and left out of the means.
+    """
+    log.configure("text")  # stdout is for the comparison
+    from job.compare import compare_runs, save_picture, write_tables
+    from job.output import require_folder_for
+    from job.terminal import printable, say, write_lines
+
+    png = options["png"]
+    if png:
+        require_folder_for(png)
+    comparison = compare_runs(folders)
+    if options["json"]:
+        write_lines([json.dumps(comparison.document(), indent=2)])
+    else:
+        write_tables(comparison)
+    for folder, reason in comparison.left_out.items():
+        say(f"left out: {printable(folder)}: {reason}")
+    if png:
+        save_picture(png, comparison)
 
 
 @cli.command()

@@ -256,6 +256,21 @@ def require_model(path: Path) -> None:
         raise UserError(f"there is no model {path}; train one first, or name its --output-dir")
 
 
+def require_folder_for(png: Path) -> None:
+    """Refuse to go on if a picture could not be written in the end.
+
+    Raises:
+        UserError: If its name is no PNG file's, or there is no folder for it.
+    """
+    if png.suffix.lower() != ".png":
+        raise UserError(f"--png received {png}, expected a name that ends in .png")
+    if not os.access(png.parent, os.W_OK):
+        raise UserError(
+            f"--png received {png}, expected a file in a folder that user {os.getuid()} can write; "
+            f"make {png.parent}, or name another"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty where there is none.
 

@@ -1,16 +1,32 @@
 """Pictures of single predictions. Besides `job.report_plots` nothing imports matplotlib."""
 
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 mpl.use("Agg")
 
 from matplotlib import pyplot as plt
 
+from job.compare import Group
+
 _PREDICTED, _TRUE, _OTHER = "#c4501b", "#1b6fc4", "#b8bec6"
+# Okabe and Ito's colours, which colour-blind people can tell apart, less the pale yellow; line and
+# marker tell them apart in grey. Seven, five and six repeat together only after 210 groups.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_LEGEND_GROUPS = 8
+_BELOW: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 9}
 
 
 def save_prediction(
@@ -54,3 +70,116 @@ def save_prediction(
     bars.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """An image of the grid that `save_predictions` draws.
+
+    Attributes:
+        pixels: [height, width, 3] uint8.
+        name: Of its file.
+        predicted: Name of its most probable class.
+        probability: Of this class, 0 to 1.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    name: str
+    predicted: str
+    probability: float
+
+
+def save_predictions(path: Path, pictures: Sequence[Captioned], images: int) -> None:
+    """Draw images in a grid, each with its most probable class.
+
+    Args:
+        path: PNG file to write.
+        pictures: The images, at least one.
+        images: How many there are in all.
+    """
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = -(-len(pictures) // columns)
+    # A name is to be nearer to its image than to the next one's class.
+    layout = ConstrainedLayoutEngine(h_pad=0.12)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.7 * columns, 2.3 * rows), layout=layout, squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, picture in zip(axes.flat, pictures, strict=False):
+        axis.imshow(picture.pixels, interpolation="nearest")
+        text = f"{_shortened(picture.predicted)}\n{picture.probability:.1%}"
+        axis.set_title(text, fontsize=10, parse_math=False)
+        caption = {"fontsize": 7, "color": "#555555", "ha": "center", "va": "top"}
+        name = _shortened(picture.name)
+        axis.text(0.5, -0.03, name, caption, transform=axis.transAxes, parse_math=False)
+    if len(pictures) < images:
+        figure.suptitle(f"The first {len(pictures)} of {images:,} images", fontsize=14)
+    with warnings.catch_warnings():
+        # The font has no Chinese letters, for one; boxes stand in for them.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(path, format="png", dpi=110)
+    plt.close(figure)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 24 else f"{text[:12]}…{text[-11:]}"
+
+
+def save_comparison(path: Path, groups: Sequence[Group]) -> None:
+    """Draw the validation accuracies of runs by epoch, and those of their saved models.
+
+    Args:
+        path: PNG file to write.
+        groups: At least one; the runs of each have curves of one length.
+    """
+    height = max(4.5, 2.5 + 0.35 * len(groups))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, height), width_ratios=(1.5, 1), layout="constrained"
+    )
+    for number, group in enumerate(groups):
+        colour = _COLOURS[number % len(_COLOURS)]
+        line = _LINES[number % len(_LINES)]
+        marker = _MARKERS[number % len(_MARKERS)]
+        curves = np.array([run.curve for run in group.runs])
+        mean = curves.mean(axis=0)
+        epochs = np.arange(len(mean)) + 1
+        for curve in curves:
+            left.plot(epochs, _percent(curve), color=colour, linewidth=0.8, alpha=0.45)
+        # A curve of a single epoch is nothing but its marker.
+        style: dict[str, Any] = {"linestyle": line, "linewidth": 2.2, "marker": marker}
+        style |= {"markevery": max(1, len(mean) // 8), "label": f"{group.label} ({len(curves)})"}
+        left.plot(epochs, _percent(mean), color=colour, **style)
+        _draw_accuracies(right, number, group, colour, marker)
+    left.set_title("Validation accuracy of each run, and the mean")
+    left.set_xlabel("Epoch")
+    left.set_ylabel("Validation accuracy (%)")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    if len(groups) <= _LEGEND_GROUPS:  # more would hide the curves; the right side has them all
+        left.legend(fontsize=9, title="Settings (number of runs)")
+    left.grid(alpha=0.3)
+    right.set_title("Saved model of each run")
+    right.set_xlabel("Test accuracy (%); below: mean ± standard deviation")
+    labels = [group.label.replace(", ", "\n") for group in groups]
+    right.set_yticks(range(len(groups)), labels)
+    right.set_ylim(len(groups) - 0.4, -0.6)
+    right.grid(axis="x", alpha=0.3)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png", dpi=110)
+    plt.close(figure)
+
+
+def _draw_accuracies(axis: Axes, row: int, group: Group, colour: str, marker: str) -> None:
+    """Draw runs as points, and below them their mean with the standard deviation."""
+    values = _percent([run.accuracy for run in group.runs if run.accuracy is not None])
+    axis.plot(values, np.full(len(values), row - 0.12), marker, color=colour, alpha=0.6)
+    if group.accuracy.deviation is not None:
+        mean, deviation = 100 * group.accuracy.mean, 100 * group.accuracy.deviation
+        axis.errorbar(mean, row + 0.12, xerr=deviation, fmt="|", color="black", capsize=4, ms=14)
+        text = f"{mean:.2f} ± {deviation:.2f}"
+        axis.annotate(text, (mean, row + 0.12), (0, -9), textcoords="offset points", **_BELOW)
+
+
+def _percent(fractions: Sequence[float] | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return 100.0 * np.asarray(fractions)

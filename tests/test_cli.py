@@ -19,7 +19,8 @@ def runner() -> CliRunner:
 def test_help_lists_the_commands_and_exit_codes(runner: CliRunner) -> None:
     result = runner.invoke(cli, ["--help"])
     assert result.exit_code == 0
-    for text in ("train", "evaluate", "report", "doctor", "3 a GPU is missing"):
+    commands = ("train", "evaluate", "report", "predict", "compare", "doctor")
+    for text in (*commands, "3 a GPU is missing"):
         assert text in result.output
 
 
@@ -61,12 +62,13 @@ def test_train_takes_every_option_from_its_environment_variable_too(
     assert f"JOB_{option.replace('-', '_').upper()}" in output
 
 
-def test_help_does_not_import_tensorflow() -> None:
+@pytest.mark.parametrize("command", ["train", "predict", "compare"])
+def test_help_does_not_import_tensorflow(command: str) -> None:
     script = (
         "import sys\nfrom job.cli import cli\n"
-        "try: cli(['train', '--help'])\n"
+        f"try: cli(['{command}', '--help'])\n"
         "except SystemExit: pass\n"
-        "assert not {'tensorflow', 'keras', 'numpy', 'matplotlib'} & set(sys.modules)"
+        "assert not {'tensorflow', 'keras', 'numpy', 'matplotlib', 'PIL'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True, capture_output=True)
 

@@ -1,9 +1,13 @@
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import pytest
 from matplotlib import image as mpl_image
 
 from job import plots
+from job.compare import Group
+from job.runs import Run
 
 
 def test_prediction_picture_shows_the_image_and_a_bar_a_class(tmp_path: Path) -> None:
@@ -27,3 +31,59 @@ def test_prediction_picture_shows_the_image_and_a_bar_a_class(tmp_path: Path) ->
     colour = np.array([0xC4, 0x50, 0x1B]) / np.float32(255)
     assert (np.abs(wrong - colour).max(axis=-1) < 0.01).sum() > 500
     assert (np.abs(right - colour).max(axis=-1) < 0.01).sum() == 0
+
+
+def near(picture: npt.NDArray[np.float32], colour: tuple[int, int, int]) -> npt.NDArray[np.bool_]:
+    distance = np.abs(picture - np.array(colour, np.float32) / 255)
+    return np.asarray(distance.max(axis=-1) < 0.02)
+
+
+@pytest.mark.parametrize("images", [1, 5, 100])
+def test_the_grid_shows_every_image_and_any_name(tmp_path: Path, images: int) -> None:
+    colour = np.full((32, 32, 3), (255, 0, 0), np.uint8)
+    names = ["a.png", r"$\no$.png", "日本.png", "x" * 200]
+    pictures = [
+        plots.Captioned(colour, names[number % 4], r"$\no$ class", 0.97) for number in range(images)
+    ]
+    plots.save_predictions(tmp_path / "grid.png", pictures, images)
+    picture = mpl_image.imread(tmp_path / "grid.png")[..., :3]
+    columns = {1: 1, 5: 3, 100: 10}[images]
+    assert picture.shape[1] == 187 * columns
+    area = near(picture, (255, 0, 0)).sum()
+    assert 120**2 < area / images < 187**2
+
+
+def test_the_grid_tells_that_images_are_left_out(tmp_path: Path) -> None:
+    pictures = [plots.Captioned(np.zeros((32, 32, 3), np.uint8), "a.png", "cat", 0.5)] * 9
+    heads = []
+    for images in (9, 10):
+        plots.save_predictions(tmp_path / "grid.png", pictures, images)
+        heads.append(mpl_image.imread(tmp_path / "grid.png")[:25, :, :3])
+    assert (heads[0] < 0.5).mean() < (heads[1] < 0.5).mean()
+
+
+def group(label: str, accuracies: list[float]) -> Group:
+    runs = [
+        Run("a", 1, {}, (accuracy - 0.1, accuracy), accuracy, 1.0, 1.0, "done", None)
+        for accuracy in accuracies
+    ]
+    return Group(label, tuple(runs))
+
+
+def test_the_comparison_draws_each_group_in_its_colour(tmp_path: Path) -> None:
+    blue, orange = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
+    counts = []
+    for groups in ([group("a", [0.6, 0.62])], [group("a", [0.6, 0.62]), group("b", [0.4])]):
+        plots.save_comparison(tmp_path / "runs.png", groups)
+        picture = mpl_image.imread(tmp_path / "runs.png")[..., :3]
+        counts.append([int(near(picture, colour).sum()) for colour in (blue, orange)])
+    assert counts[0][0] > 500
+    assert counts[0][1] == 0
+    assert min(counts[1]) > 500
+
+
+def test_many_groups_and_a_single_epoch_are_drawn(tmp_path: Path) -> None:
+    run = Run("a", 1, {}, (0.5,), 0.5, 1.0, 1.0, "done", None)
+    groups = [Group(f"classic, batch size {number}", (run,)) for number in range(20)]
+    plots.save_comparison(tmp_path / "runs.png", groups)
+    assert mpl_image.imread(tmp_path / "runs.png").shape[0] > 900

@@ -1,0 +1,244 @@
+"""Several runs side by side: statistics over those of like settings, as tables and a picture."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job.config import UserError
+from job.output import OutputDir
+from job.runs import SETTINGS, Run, read_run, run_folders
+from job.terminal import printable, write_lines, write_table
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Statistics of one figure over runs.
+
+    Attributes:
+        mean: Arithmetic mean.
+        deviation: Sample standard deviation, with n - 1; None for one run.
+    """
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Summary":
+        """Summarize at least one value."""
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), deviation)
+
+    def document(self) -> dict[str, float | None]:
+        """These statistics as a JSON object."""
+        return {"mean": self.mean, "standard_deviation": self.deviation}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Finished runs that differ in nothing but their seed.
+
+    Attributes:
+        label: Names their settings as far as other runs have other ones.
+        runs: At least one.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def accuracy(self) -> Summary:
+        """Of the saved models."""
+        return Summary.of([run.accuracy for run in self.runs if run.accuracy is not None])
+
+    @property
+    def last_mean(self) -> Summary:
+        """Of the runs' mean validation accuracy in the last five epochs."""
+        return Summary.of([run.last_mean for run in self.runs if run.last_mean is not None])
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Mean time of a run."""
+        return statistics.fmean(run.elapsed_seconds for run in self.runs)
+
+    @property
+    def best(self) -> Run:
+        """The run whose saved model is the most accurate, the first among equals."""
+        return max(self.runs, key=lambda run: run.accuracy or 0.0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs and their groups.
+
+    Attributes:
+        runs: Every run of which it can be told which it is, by settings and seed.
+        groups: The finished ones among them, by settings.
+        varying: Names of the settings in which runs differ.
+        left_out: For each folder whose run is in no group the reason.
+    """
+
+    runs: tuple[Run, ...]
+    groups: tuple[Group, ...]
+    varying: tuple[str, ...]
+    left_out: dict[str, str]
+
+    def document(self) -> dict[str, Any]:
+        """This comparison as a JSON object; the README documents it."""
+        return {
+            "runs": [_run_document(run) for run in self.runs],
+            "groups": [_group_document(group) for group in self.groups],
+            "left_out": [{"folder": name, "reason": why} for name, why in self.left_out.items()],
+        }
+
+
+def compare_runs(folders: Iterable[str]) -> Comparison:
+    """Read runs, and group those that differ in nothing but their seed.
+
+    Args:
+        folders: Output folders of runs, and folders that have such in them.
+
+    Raises:
+        UserError: If none of them holds a finished run.
+    """
+    runs: list[Run] = []
+    left_out: dict[str, str] = {}
+    for folder in run_folders(folders):
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            left_out[folder] = str(error)
+    left_out |= {run.folder: run.problem for run in runs if run.problem}
+    runs.sort(key=lambda run: (_order(run), run.seed))
+    varying = tuple(name for name in SETTINGS if len({run.settings[name] for run in runs}) > 1)
+    alike: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        if not run.problem:
+            alike.setdefault(tuple(run.settings.values()), []).append(run)
+    if not alike:
+        reasons = "; ".join(f"{printable(name)}: {why}" for name, why in left_out.items())
+        raise UserError(f"received no folder of a finished run ({reasons}); name some")
+    groups = tuple(Group(_label(same[0], varying), tuple(same)) for same in alike.values())
+    return Comparison(tuple(runs), groups, varying, left_out)
+
+
+def _order(run: Run) -> list[tuple[bool, bool, Any]]:
+    # None before numbers before texts.
+    return [(value is not None, isinstance(value, str), value) for value in run.settings.values()]
+
+
+def _label(run: Run, varying: Sequence[str]) -> str:
+    names = [name for name in varying if name != "recipe"]
+    return ", ".join(
+        [str(run.settings["recipe"]), *(f"{_title(name)} {run.settings[name]}" for name in names)]
+    )
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _run_document(run: Run) -> dict[str, Any]:
+    return {
+        "folder": run.folder,
+        "seed": run.seed,
+        **run.settings,
+        "epochs_done": len(run.curve),
+        "val_accuracy": run.last,
+        "val_accuracy_last_five": run.last_mean,
+        "accuracy": run.accuracy,
+        "loss": run.loss,
+        "elapsed_seconds": run.elapsed_seconds,
+        "outcome": run.outcome,
+    }
+
+
+def _group_document(group: Group) -> dict[str, Any]:
+    best = group.best
+    return {
+        **group.runs[0].settings,
+        "runs": len(group.runs),
+        "seeds": [run.seed for run in group.runs],
+        "val_accuracy_last_five": group.last_mean.document(),
+        "accuracy": group.accuracy.document(),
+        "best": {"folder": best.folder, "seed": best.seed, "accuracy": best.accuracy},
+        "elapsed_seconds": group.elapsed_seconds,
+    }
+
+
+def write_tables(comparison: Comparison) -> None:
+    """Write a table of the runs and one of their groups to stdout.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    first, varying = comparison.runs[0].settings, comparison.varying
+    common = [f"{_title(name)} {first[name]}" for name in SETTINGS if name not in varying]
+    titles = [_title(name) for name in varying]
+    write_lines([f"Every run: {', '.join(common)}", ""])
+    write_table(
+        ["run", *titles, "seed", "last", "last five", "model", "loss", "time", "outcome"],
+        [_run_row(run, varying) for run in comparison.runs],
+        left=("run", *titles, "outcome"),
+    )
+    write_lines(["", "Means over the finished runs that differ in nothing but their seed:"])
+    write_table(
+        [*titles, "runs", "last five", "±", "model", "±", "best", "seed", "time", "best run"],
+        [_group_row(group, varying) for group in comparison.groups],
+        left=(*titles, "best run"),
+    )
+
+
+def _run_row(run: Run, varying: Sequence[str]) -> list[str]:
+    return [
+        printable(run.folder),
+        *(str(run.settings[name]) for name in varying),
+        str(run.seed),
+        _percent(run.last),
+        _percent(run.last_mean),
+        _percent(run.accuracy),
+        "" if run.loss is None else f"{run.loss:.4f}",
+        _seconds(run.elapsed_seconds),
+        run.outcome if run.outcome == "done" else f"{run.outcome}, {len(run.curve)} epochs",
+    ]
+
+
+def _group_row(group: Group, varying: Sequence[str]) -> list[str]:
+    best, last_mean, accuracy = group.best, group.last_mean, group.accuracy
+    return [
+        *(str(best.settings[name]) for name in varying),
+        str(len(group.runs)),
+        _percent(last_mean.mean),
+        _percent(last_mean.deviation),
+        _percent(accuracy.mean),
+        _percent(accuracy.deviation),
+        _percent(best.accuracy),
+        str(best.seed),
+        _seconds(group.elapsed_seconds),
+        printable(best.folder),
+    ]
+
+
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{fraction:.2%}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.0f} s"
+
+
+def save_picture(png: Path, comparison: Comparison) -> None:
+    """Draw the runs' validation curves and their models' accuracies.
+
+    Args:
+        png: The file, in a folder that there is.
+        comparison: What to draw of it is its groups.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    from job import plots  # matplotlib takes a second
+
+    with OutputDir(png.parent).replacing(png.name) as temporary:
+        plots.save_comparison(temporary, comparison.groups)

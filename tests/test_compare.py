@@ -1,0 +1,231 @@
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from job.cli import cli
+from job.cluster import RunIdentity
+from job.compare import compare_runs
+from job.config import DataConfig, DatasetName, TrainConfig, UserError
+from job.history import History
+from job.manifest import DETAILS, RunManifest
+from job.output import OutputDir
+from job.runs import read_run, run_folders
+
+EPOCHS = 7
+
+
+def make_run(
+    folder: Path,
+    accuracies: list[float],
+    saved: float = 0.5,
+    outcome: str = "done",
+    precision: str = "float32",
+    data: str = "0123456789abcdef",
+    dataset: DatasetName = "cifar10",
+    **options: Any,
+) -> Path:
+    """Leave what a run leaves, by the program's own writers."""
+    folder.mkdir(parents=True)
+    output = OutputDir(folder)
+    config = TrainConfig(folder, DataConfig(dataset), epochs=EPOCHS, **options)
+    history = History([{"epoch": n + 1, "val_accuracy": a} for n, a in enumerate(accuracies)])
+    manifest = RunManifest(output, RunIdentity(None))
+    manifest.begin(config)
+    details = dict.fromkeys(DETAILS) | {
+        "devices": [],
+        "replicas": 1,
+        "precision": precision,
+        "data": {"fingerprint": data},
+    }
+    manifest.start_training(config, details, 0, [])
+    manifest.progress(len(accuracies), history.best, 10.0 * config.seed)
+    manifest.finish(outcome)
+    history.write_metrics(output)
+    if outcome == "done":
+        output.write_json("evaluation.json", {"loss": 1.0, "accuracy": saved})
+    return folder
+
+
+def climb(last: float) -> list[float]:
+    return [last - 0.01 * (EPOCHS - 1 - number) for number in range(EPOCHS)]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Three seeds of one setting, two of another, and an unfinished run of a third."""
+    for seed, saved in ((42, 0.61), (7, 0.66), (10, 0.64)):
+        make_run(tmp_path / f"seed-{seed}", climb(saved + 0.01), saved, seed=seed)
+    for seed, saved in ((1, 0.5), (2, 0.5)):
+        make_run(tmp_path / f"fast-{seed}", climb(saved), saved, learning_rate=1e-3, seed=seed)
+    make_run(tmp_path / "stopped", climb(0.4)[:3], outcome="stopped", learning_rate=1e-2)
+    return tmp_path
+
+
+def invoke(*arguments: str | Path, **env: str) -> Any:
+    return CliRunner().invoke(cli, ["compare", *map(str, arguments)], env=env)
+
+
+def test_runs_that_differ_in_their_seed_alone_are_grouped(sweep: Path) -> None:
+    comparison = compare_runs([str(sweep)])
+    assert comparison.varying == ("learning_rate",)
+    slow, fast = comparison.groups
+    assert [run.seed for run in slow.runs] == [7, 10, 42]
+    assert slow.accuracy.mean == pytest.approx((0.61 + 0.66 + 0.64) / 3)
+    assert slow.accuracy.deviation == pytest.approx(statistics.stdev([0.61, 0.66, 0.64]))
+    assert slow.last_mean.mean == pytest.approx(slow.accuracy.mean + 0.01 - 0.02)
+    assert slow.elapsed_seconds == pytest.approx(10 * (7 + 10 + 42) / 3)
+    assert (slow.best.seed, slow.best.folder) == (7, f"{sweep}/seed-7")
+    assert (fast.label, fast.best.seed) == ("classic, learning rate 0.001", 1)
+    assert comparison.left_out == {f"{sweep}/stopped": "stopped after 3 of 7 epochs"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"learning_rate": 1e-3},
+        {"global_batch_size": 128},
+        {"precision": "bfloat16"},
+        {"data": "other images"},
+    ],
+)
+def test_different_settings_are_never_averaged(tmp_path: Path, other: dict[str, Any]) -> None:
+    make_run(tmp_path / "a", climb(0.5))
+    make_run(tmp_path / "b", climb(0.6), **other)
+    comparison = compare_runs([str(tmp_path)])
+    assert [len(group.runs) for group in comparison.groups] == [1, 1]
+    assert [group.accuracy.deviation for group in comparison.groups] == [None, None]
+    assert len({group.label for group in comparison.groups}) == 2
+
+
+def test_options_that_do_not_change_the_result_do_not_part_runs(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", climb(0.5), seed=1)
+    make_run(tmp_path / "b", climb(0.6), seed=2, jit="off", stall_timeout_seconds=5.0, fresh=True)
+    (group,) = compare_runs([str(tmp_path)]).groups
+    assert len(group.runs) == 2
+
+
+def test_synthetic_images_differ_by_the_seed_alone(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", climb(0.5), seed=1, data="of seed 1", dataset="synthetic")
+    make_run(tmp_path / "b", climb(0.6), seed=2, data="of seed 2", dataset="synthetic")
+    (group,) = compare_runs([str(tmp_path)]).groups
+    assert len(group.runs) == 2
+
+
+def test_a_folder_named_twice_counts_once(sweep: Path) -> None:
+    folders = [str(sweep / "seed-7"), str(sweep), str(sweep / "fast-1" / "..")]
+    found = run_folders(folders)
+    assert sorted(Path(folder).name for folder in found) == sorted(
+        ["fast-1", "fast-2", "seed-10", "seed-42", "seed-7", "stopped"]
+    )
+    (sweep / "seed-7" / "nested").mkdir()
+    (sweep / "seed-7" / "nested" / "run.json").touch()
+    assert run_folders([str(sweep / "seed-7")]) == [str(sweep / "seed-7")]
+
+
+def damage(folder: Path, name: str, content: str | None) -> None:
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("run.json", "{", "damaged"),
+        ("run.json", "[]", "damaged"),
+        ("run.json", '{"config": {"seed": 1}, "outcome": "done"}', "damaged"),
+        ("metrics.jsonl", "nonsense\n", "damaged"),
+        ("metrics.jsonl", '{"val_accuracy": 0.5}\n', "has 1 lines, expected 7"),
+        ("metrics.jsonl", None, "has 0 lines, expected 7"),
+        ("evaluation.json", None, "holds no evaluation.json"),
+        ("evaluation.json", "{", "holds no evaluation.json"),
+        ("evaluation.json", '{"loss": 1, "accuracy": []}', "damaged"),
+        ("run.json", None, "it holds no run.json"),
+    ],
+)
+def test_damaged_runs_are_named_and_left_out(
+    tmp_path: Path, name: str, content: str | None, problem: str
+) -> None:
+    good, bad = make_run(tmp_path / "good", climb(0.5)), make_run(tmp_path / "bad", climb(0.5))
+    damage(bad, name, content)
+    comparison = compare_runs([str(good), str(bad)])
+    assert [run.folder for group in comparison.groups for run in group.runs] == [str(good)]
+    assert problem in comparison.left_out[str(bad)]
+
+
+def test_settings_of_mixed_kinds_are_put_in_order(tmp_path: Path) -> None:
+    for name, value in (("a", None), ("b", 512), ("c", "many")):
+        path = make_run(tmp_path / name, climb(0.5)) / "run.json"
+        document = json.loads(path.read_text())
+        document["config"]["limit"] = value
+        path.write_text(json.dumps(document))
+    assert [run.settings["limit"] for run in compare_runs([str(tmp_path)]).runs] == [
+        None,
+        512,
+        "many",
+    ]
+
+
+def test_nothing_to_compare_is_exit_code_2(tmp_path: Path) -> None:
+    stopped = make_run(tmp_path / "stopped", climb(0.4)[:3], outcome="stopped")
+    with pytest.raises(UserError) as error:
+        compare_runs([str(stopped), str(tmp_path / "nowhere"), "x" * 300])
+    assert "stopped after 3 of 7 epochs" in str(error.value)
+    assert "nowhere: there is no such folder" in str(error.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no run\.json, nor does a folder in it"):
+        read_run(str(tmp_path / "empty"))
+
+
+def test_the_tables_have_every_run_and_the_means(sweep: Path) -> None:
+    result = invoke(sweep)
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0][:6] == ["Every", "run:", "recipe", "classic,", "dataset", "cifar10,"]
+    assert "learning" not in lines[0]
+    rows = {Path(line[0]).name: line[1:] for line in lines if line and line[0].startswith("/")}
+    assert [*rows] == ["seed-7", "seed-10", "seed-42", "fast-1", "fast-2", "stopped"]
+    cells = ["0.0001", "7", "67.00%", "65.00%", "66.00%", "1.0000", "70", "s", "done"]
+    assert rows["seed-7"] == cells
+    assert rows["stopped"][-3:] == ["stopped,", "3", "epochs"]
+    assert lines[-2][:7] == ["0.0001", "3", "62.67%", "2.52%", "63.67%", "2.52%", "66.00%"]
+    assert lines[-1][:6] == ["0.001", "2", "48.00%", "0.00%", "50.00%", "0.00%"]
+    stderr = f"cifar10-job: left out: {sweep}/stopped: stopped after 3 of 7 epochs\n"
+    assert result.stderr == stderr
+    assert "\x1b" not in result.output
+
+
+def test_one_run_has_no_deviation(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", climb(0.5), seed=3)
+    last = invoke(run).stdout.splitlines()[-1].split()
+    assert last == ["1", "48.00%", "50.00%", "50.00%", "3", "30", "s", str(run)]
+    document = json.loads(invoke(run, "--json").stdout)
+    assert document["groups"][0]["accuracy"] == {"mean": 0.5, "standard_deviation": None}
+
+
+def test_json_tells_the_same(sweep: Path) -> None:
+    document = json.loads(invoke(sweep, JOB_JSON="1").stdout)
+    assert len(document["runs"]) == 6
+    run = document["runs"][0]
+    assert (run["folder"], run["seed"], run["accuracy"]) == (f"{sweep}/seed-7", 7, 0.66)
+    assert (run["recipe"], run["learning_rate"], run["epochs_done"]) == ("classic", 1e-4, 7)
+    group = document["groups"][0]
+    assert (group["runs"], group["seeds"]) == (3, [7, 10, 42])
+    assert group["best"] == {"folder": f"{sweep}/seed-7", "seed": 7, "accuracy": 0.66}
+    assert [one["reason"] for one in document["left_out"]] == ["stopped after 3 of 7 epochs"]
+    assert document["runs"][-1]["accuracy"] is None
+
+
+def test_the_picture_is_drawn_and_a_bad_place_for_it_refused(sweep: Path) -> None:
+    assert invoke(sweep, "--png", sweep / "runs.png").exit_code == 0
+    with Image.open(sweep / "runs.png") as picture:
+        assert picture.format == "PNG"
+    for name in ("runs.jpg", "nowhere/runs.png"):
+        result = invoke(sweep, "--png", sweep / name)
+        assert isinstance(result.exception, UserError), name
+        assert result.stdout == ""
