@@ -167,6 +167,10 @@ def test_a_folder_that_is_held_is_left_to_its_holder(config: TrainConfig) -> Non
     with hold_output_dir(config.output_dir, stop, RunIdentity("run mine", 3)):
         (problem,) = examine(config, StopRequest()).problems
         assert isinstance(problem, LeaseLostError)
+        path = next((config.output_dir / ".lease").iterdir())
+        of_a_killed_process = path.read_bytes()
+    assert examine(config, StopRequest()).report["output"]["held_by"] is None
+    path.write_bytes(of_a_killed_process)
     assert examine(config, StopRequest()).report["output"]["held_by"] is None
 
 

@@ -27,3 +27,16 @@ def test_prediction_picture_shows_the_image_and_a_bar_a_class(tmp_path: Path) ->
     colour = np.array([0xC4, 0x50, 0x1B]) / np.float32(255)
     assert (np.abs(wrong - colour).max(axis=-1) < 0.01).sum() > 500
     assert (np.abs(right - colour).max(axis=-1) < 0.01).sum() == 0
+
+
+def test_a_grey_image_is_drawn_grey(tmp_path: Path) -> None:
+    image = np.full((24, 20, 1), 200, np.uint8)
+    image[4:8, 4:8] = 100
+    plots.save_prediction(
+        tmp_path / "grey.png", image, np.array([0.9, 0.1], np.float32), ("a", "b"), 0
+    )
+    left = mpl_image.imread(tmp_path / "grey.png")[60:400, 50:400, :3]
+    assert np.ptp(left, axis=-1).max() == 0
+    # Its values are the image's, not stretched to black and white.
+    assert set(np.rint(left[..., 0] * 255).astype(int).flat) >= {100, 200}
+    assert left.min() * 255 > 90

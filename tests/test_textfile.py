@@ -92,9 +92,12 @@ def test_the_file_tells_where_the_run_is(config: TrainConfig, tmp_path: Path) ->
 
 
 def test_what_is_not_known_has_no_sample(config: TrainConfig, tmp_path: Path) -> None:
-    open_file(config)
+    file = open_file(config)
+    file.show(Status("compiling", 1, 5, 0, 195))
     assert set(samples(tmp_path / "job.prom")) == {
         "cifar10_job_planned_epochs",
+        "cifar10_job_finished_epochs",
+        "cifar10_job_finished_steps",
         "cifar10_job_last_update_timestamp_seconds",
         *(f"cifar10_job_state{state}" for state in textfile.STATES),
     }
