@@ -86,7 +86,7 @@ def find(config: DataConfig) -> Finding:
         raise _unreadable(config.data_dir, error) from error
     if path:
         return Finding(f"in {path}")
-    description = f"not in {config.data_dir}/: downloaded there from {config.cifar10_url}"
+    description = f"not in {config.data_dir}/; would be downloaded from {config.cifar10_url}"
     return Finding(description, (TRAIN_EXAMPLES, TEST_EXAMPLES))
 
 

@@ -207,7 +207,8 @@ def _examine_batch(found: Findings, devices: Devices, plan: Plan, examples: int)
             "total_steps": plan.total_steps,
         },
         f"{plan.global_batch_size} images a step = {devices.replicas} replica(s) x {rows}",
-        f"{plan.steps_per_epoch:,} steps an epoch, {left_out:,} images left out, others each time",
+        f"{plan.steps_per_epoch:,} steps an epoch"
+        + (f", {left_out:,} images left out, others each time" if left_out else ""),
         f"{plan.epochs:,} epochs = {plan.total_steps:,} steps",
     )
 

@@ -122,6 +122,7 @@ def test_a_download_is_announced_and_not_made(config: TrainConfig, tmp_path: Pat
     found = examine(replace(config, data=data), StopRequest())
     assert found.problems == []
     assert found.report["data"]["download"]
+    assert "would be downloaded from http://127.0.0.1:9/x" in found.as_text()
     assert found.report["data"]["train_examples"] == 50_000
     assert found.report["batch"]["steps_per_epoch"] == 520
     limited = replace(config, data=replace(data, limit=960))
