@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,15 @@ class Attempt:
     fresh: bool
     is_finished: bool
 
-    def end_hung_process(self) -> None:
-        """End the process after a call that did not return."""
+    def end_hung_process(self, *last_words: Callable[[], None]) -> None:
+        """End the process after a call that did not return.
+
+        Args:
+            last_words: What to do before, besides recording it.
+        """
         reason = "a call did not return within --stall-timeout"
-        end_process(ExitCode.DEFECT, [lambda: self.manifest.finish("failed", reason)])
+        record = partial(self.manifest.finish, "failed", reason)
+        end_process(ExitCode.DEFECT, [*last_words, record])
 
 
 @contextlib.contextmanager
@@ -110,7 +116,7 @@ def open_attempt(config: TrainConfig, stop: StopRequest) -> Iterator[Attempt]:
             require_same_run(running["config"], run_options(config), config.output_dir)
 
     with hold_output_dir(config.output_dir, stop, identity, require_same_options) as output:
-        attempt = _prepare(config, identity, output, stop)
+        attempt = look_at(config, identity, output, stop)
         if attempt.is_finished:
             yield attempt
             return
@@ -141,10 +147,20 @@ def _recording_failure(attempt: Attempt) -> Iterator[None]:
         raise
 
 
-def _prepare(
+def look_at(
     config: TrainConfig, identity: RunIdentity, output: OutputDir, stop: StopRequest
 ) -> Attempt:
-    """Look at what the folder holds: a run to go on with, a finished one, or nothing."""
+    """Look at what the folder holds: a run to go on with, a finished one, or nothing.
+
+    Args:
+        config: The run's configuration.
+        identity: Which run this process is an attempt of.
+        output: The folder, in which nothing is changed; it need not exist.
+        stop: Is told what to advise once the process has stopped.
+
+    Raises:
+        UserError: If the folder holds another run, or one that cannot go on.
+    """
     document = read_json(output.path / RUN)
     is_complete = _is_complete(output.path, document)
     checkpoints = CheckpointStore(output)

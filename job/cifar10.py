@@ -19,8 +19,8 @@ import numpy.typing as npt
 from numpy._core.multiarray import _reconstruct
 
 from job import log
-from job.config import UserError
-from job.dataset import Dataset
+from job.config import DataConfig, UserError
+from job.dataset import Dataset, Finding, Source
 from job.progress import DownloadBar
 
 ARCHIVE_NAME = "cifar-10-python.tar.gz"
@@ -40,6 +40,9 @@ CLASS_NAMES = (
 )
 TRAIN_FILES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_FILE = "test_batch"
+
+TRAIN_EXAMPLES = 50_000
+TEST_EXAMPLES = 10_000
 
 _ROWS = 10_000
 _ROW_BYTES = 3 * 32 * 32
@@ -61,18 +64,45 @@ def load(data_dir: Path, url: str) -> Dataset:
     Raises:
         UserError: If the data can be neither found nor downloaded, or is damaged.
     """
-    folder, archive = data_dir / FOLDER_NAME, data_dir / ARCHIVE_NAME
     try:
-        if folder.is_dir():
-            return _assemble(lambda name: (str(folder / name), (folder / name).read_bytes()))
-        if not archive.exists():
+        path = _locate(data_dir)
+        if path is None:
             download(data_dir, url)
-        return _assemble(_archive_reader(archive))
+            path = data_dir / ARCHIVE_NAME
+        return _assemble(_folder_reader(path) if path.is_dir() else _archive_reader(path))
     except OSError as error:
-        raise UserError(
-            f"cannot read {error.filename or data_dir}: {error.strerror or error}; "
-            f"expected {FOLDER_NAME}/ or {ARCHIVE_NAME} readable in --data-dir {data_dir}"
-        ) from error
+        raise _unreadable(data_dir, error) from error
+
+
+def find(config: DataConfig) -> Finding:
+    """Say where `load` would take CIFAR-10 from.
+
+    Raises:
+        UserError: If the folder cannot be looked into.
+    """
+    try:
+        path = _locate(config.data_dir)
+    except OSError as error:
+        raise _unreadable(config.data_dir, error) from error
+    if path:
+        return Finding(f"in {path}")
+    description = f"not in {config.data_dir}/; would be downloaded from {config.cifar10_url}"
+    return Finding(description, (TRAIN_EXAMPLES, TEST_EXAMPLES))
+
+
+def _locate(data_dir: Path) -> Path | None:
+    """The folder or the archive with the data; None where there is neither."""
+    folder, archive = data_dir / FOLDER_NAME, data_dir / ARCHIVE_NAME
+    if folder.is_dir():
+        return folder
+    return archive if archive.exists() else None
+
+
+def _unreadable(data_dir: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot read {error.filename or data_dir}: {error.strerror or error}; "
+        f"expected {FOLDER_NAME}/ or {ARCHIVE_NAME} readable in --data-dir {data_dir}"
+    )
 
 
 def download(data_dir: Path, url: str) -> None:
@@ -125,6 +155,10 @@ def download(data_dir: Path, url: str) -> None:
             f"download cannot be written there: {reason}; name the folder that holds the data, or "
             f"one that user {os.getuid()} can write with 200 MB free"
         ) from error
+
+
+def _folder_reader(folder: Path) -> ReadFile:
+    return lambda name: (str(folder / name), (folder / name).read_bytes())
 
 
 def _archive_reader(archive: Path) -> ReadFile:
@@ -227,3 +261,10 @@ class _ArrayUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(
                 f"it names {module}.{name}, and only NumPy arrays are allowed"
             ) from None
+
+
+def _load(config: DataConfig) -> Dataset:
+    return load(config.data_dir, config.cifar10_url)
+
+
+SOURCE = Source(_load, find)

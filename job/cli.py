@@ -57,9 +57,15 @@ def cli() -> None:
 @run_id_option
 @expect_mount_option
 @log_format_option
+@option("--dry-run", is_flag=True, help="Print what would be done, and write nothing.")
 @click.pass_obj
 def train(
-    stop: StopRequest, /, log_format: log.LogFormat, expect_mount: bool, **options: Any
+    stop: StopRequest,
+    /,
+    log_format: log.LogFormat,
+    expect_mount: bool,
+    dry_run: bool,
+    **options: Any,
 ) -> None:
     """Train, and leave model, evaluation, prediction picture and report in the output folder.
 
@@ -72,6 +78,12 @@ def train(
 
     if expect_mount:
         warn_unless_mounted(run_config.output_dir)
+    if dry_run:
+        _load_tensorflow()
+        from job.dry_run import print_dry_run
+
+        print_dry_run(run_config, stop)
+        return
     with open_attempt(run_config, stop) as attempt:
         if attempt.is_finished:
             _report_finished(run_config)

@@ -9,17 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-DatasetName = Literal["cifar10", "synthetic"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
 
-DATASETS: tuple[DatasetName, ...] = ("cifar10", "synthetic")
 PRECISIONS: tuple[Precision, ...] = ("auto", "float32", "bfloat16")
 SWITCHES: tuple[Switch, ...] = ("auto", "on", "off")
-RECIPES = ("classic",)
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 
 _DEVICES = re.compile(r"auto|(?:cpu|gpu):[1-9]\d{0,2}")
+
+
+def _modules_that_define(name: str) -> tuple[str, ...]:
+    """Modules of this package that define a name, found by their text.
+
+    Importing them would take seconds, and the command line has to know its choices at once.
+    """
+    definition = re.compile(rf"^{name} = ", re.MULTILINE)
+    paths = sorted(Path(__file__).parent.glob("*.py"))
+    return tuple(path.stem for path in paths if definition.search(path.read_text("utf-8")))
+
+
+DATASETS = _modules_that_define("SOURCE")
+RECIPES = _modules_that_define("RECIPE")
 
 
 class ExitCode(enum.IntEnum):
@@ -88,14 +99,15 @@ class DataConfig:
     """Where the examples come from.
 
     Attributes:
-        dataset: "cifar10", or "synthetic", which is drawn from the seed and needs no files.
+        dataset: Name of a data set, one of `DATASETS`; "synthetic" is drawn from the seed and needs
+            no files.
         data_dir: Folder that holds the data set or receives its download.
         cifar10_url: Address of the official CIFAR-10 archive, or of a mirror of it.
         seed: Seed of the synthetic data set.
         limit: Keep only the first this many training images; None keeps all.
     """
 
-    dataset: DatasetName = "cifar10"
+    dataset: str = "cifar10"
     data_dir: Path = Path("data")
     cifar10_url: str = CIFAR10_URL
     seed: int = 42
@@ -126,6 +138,8 @@ class TrainConfig:
         stop_after_seconds: Stop with a checkpoint this long after the start; None never does.
         fresh: Start over instead of resuming.
         run_id: What all attempts of this run have in common; None takes the scheduler's job.
+        tensorboard: Whether to write an event file for TensorBoard.
+        metrics_textfile: File for Prometheus' node exporter; None writes none.
     """
 
     output_dir: Path = Path("output")
@@ -145,3 +159,5 @@ class TrainConfig:
     stop_after_seconds: float | None = None
     fresh: bool = False
     run_id: str | None = None
+    tensorboard: bool = False
+    metrics_textfile: Path | None = None

@@ -1,6 +1,8 @@
 """The arrays that a run trains and evaluates on, whatever data set they come from."""
 
 import hashlib
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -47,12 +49,7 @@ class Dataset:
         Raises:
             UserError: If there are fewer training images than asked for.
         """
-        available = len(self.train_images)
-        if train_examples > available:
-            raise UserError(
-                f"--limit received {train_examples}, expected at most the {available} training "
-                f"images of {self.name}; lower --limit or leave it out"
-            )
+        require_limit(train_examples, len(self.train_images), self.name)
         return replace(
             self,
             train_images=self.train_images[:train_examples],
@@ -68,18 +65,61 @@ def _sha256(*arrays: npt.NDArray[Any]) -> str:
     return digest.hexdigest()
 
 
+def require_limit(train_examples: int, available: int, name: str) -> None:
+    """Refuse to take more training images than a data set has.
+
+    Raises:
+        UserError: If there are fewer.
+    """
+    if train_examples > available:
+        raise UserError(
+            f"--limit received {train_examples}, expected at most the {available} training "
+            f"images of {name}; lower --limit or leave it out"
+        )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a data set would be loaded from.
+
+    Attributes:
+        description: For people.
+        download: Training and test examples of what has to be downloaded first; None where nothing
+            has to.
+    """
+
+    description: str
+    download: tuple[int, int] | None = None
+
+
+def _named_only(config: DataConfig) -> Finding:
+    return Finding(f"read by job/{config.dataset}.py")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from. The module ``job.<name>`` of a data set has one as ``SOURCE``.
+
+    Attributes:
+        load: Reads, downloads or draws the data set.
+        find: Says what `load` would take, and writes nothing.
+    """
+
+    load: Callable[[DataConfig], Dataset]
+    find: Callable[[DataConfig], Finding] = _named_only
+
+
+def get_source(name: str) -> Source:
+    """Import the data set of this name: the ``SOURCE`` of the module ``job.<name>``."""
+    source: Source = importlib.import_module(f"job.{name}").SOURCE
+    return source
+
+
 def load_dataset(config: DataConfig) -> Dataset:
     """Read, download or draw the data set that the configuration names.
 
     Raises:
         UserError: If its files are missing, damaged or not what they should be.
     """
-    if config.dataset == "synthetic":
-        from job import synthetic
-
-        dataset = synthetic.make_dataset(config.seed)
-    else:
-        from job import cifar10
-
-        dataset = cifar10.load(config.data_dir, config.cifar10_url)
+    dataset = get_source(config.dataset).load(config)
     return dataset if config.limit is None else dataset.limited_to(config.limit)

@@ -2,7 +2,10 @@
 
 import contextlib
 import logging
+import os
+import shutil
 import sys
+import textwrap
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -19,13 +22,19 @@ def resolve_format(log_format: LogFormat) -> Literal["json", "text"]:
     """Resolve "auto": text on a terminal, JSON lines where stdout is collected by a machine."""
     if log_format != "auto":
         return log_format
-    return "text" if sys.stdout and sys.stdout.isatty() else "json"
+    return "text" if on_terminal() else "json"
+
+
+def on_terminal() -> bool:
+    """Whether stdout is a terminal; it may also be closed."""
+    return bool(sys.stdout and sys.stdout.isatty())
 
 
 def configure(log_format: LogFormat) -> None:
     """Send this program's events to stdout in the given format, replacing an earlier setting."""
     handler = _StdoutHandler()
-    handler.setFormatter(_JsonEvents() if resolve_format(log_format) == "json" else _TextEvents())
+    is_json = resolve_format(log_format) == "json"
+    handler.setFormatter(_JsonEvents() if is_json else _TextEvents(wrap=on_terminal()))
     _logger.handlers = [handler]
     _logger.setLevel(logging.INFO)
     _logger.propagate = False
@@ -93,10 +102,46 @@ class _JsonEvents(JsonFormatter):
 
 
 class _TextEvents(logging.Formatter):
+    """Lines for people.
+
+    Args:
+        wrap: Whether to break lines between words at the terminal's width, as a progress bar below
+            them needs it; off a terminal an event is a line.
+    """
+
+    def __init__(self, *, wrap: bool) -> None:
+        super().__init__()
+        self._wrap = wrap
+
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, Any] = dict(getattr(record, _FIELDS, {}))
         text = fields.pop("message", None) or " ".join(
             [record.getMessage(), *(f"{key}={value}" for key, value in fields.items())]
         )
         prefix = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        return f"{datetime.fromtimestamp(record.created):%H:%M:%S} {prefix}{text}"
+        text = f"{datetime.fromtimestamp(record.created):%H:%M:%S} {prefix}{text}"
+        return wrapped(text, len("12:00:00 ")) if self._wrap else text
+
+
+def _terminal_width() -> int:
+    """Columns of the terminal itself; the variable COLUMNS may be another one's."""
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return shutil.get_terminal_size().columns
+
+
+def wrapped(text: str, indent: int) -> str:
+    """Break lines between words where the terminal ends; paths stay whole.
+
+    Args:
+        text: One or more lines.
+        indent: Spaces before what goes on in a line of its own.
+    """
+    wrapper = textwrap.TextWrapper(
+        max(_terminal_width(), indent + 10),
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(map(wrapper.fill, text.splitlines()))

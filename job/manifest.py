@@ -57,6 +57,12 @@ class RunManifest:
                     "reason": "left no word: killed, or its machine failed",
                 }
 
+    @property
+    def run_id(self) -> str | None:
+        """The run's name; None where nothing tells."""
+        run_id: str | None = self._attempt["run_id"]
+        return run_id
+
     def begin(self, config: TrainConfig) -> None:
         """Add this attempt.
 

@@ -33,6 +33,16 @@ class _PositiveFloatType(click.FloatRange):
         return number
 
 
+class _TextfileType(click.Path):
+    """A file that the node exporter will read: it takes no other names."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(str(super().convert(value, param, ctx)))
+        if path.suffix != ".prom":
+            self.fail(f"received {str(path)!r}, expected a name that ends in .prom.", param, ctx)
+        return path
+
+
 def option(name: str, **settings: Any) -> Callable[[Any], Any]:
     """An option that is also the environment variable ``JOB_<NAME>``."""
     variable = "JOB_" + name.removeprefix("--").replace("-", "_").upper()
@@ -157,6 +167,16 @@ _TRAINING_OPTIONS = (
         "--stop-after",
         type=_POSITIVE_FLOAT,
         help="Stop with a checkpoint and exit code 75 this many seconds after the start.",
+    ),
+    option(
+        "--tensorboard",
+        is_flag=True,
+        help="Write an event file for TensorBoard into the output folder.",
+    ),
+    option(
+        "--metrics-textfile",
+        type=_TextfileType(path_type=Path, dir_okay=False),
+        help="Keep this .prom file up to date for Prometheus' node exporter.",
     ),
     option("--fresh", is_flag=True, help="Start over: discard the run that the folder holds."),
 )

@@ -25,6 +25,7 @@ PICTURES = "report"
 METRICS = "metrics.jsonl"
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
 
 _PICTURE_NAMES = (
     *("accuracy", "loss", "throughput", "confusion", "classes", "reliability"),
@@ -36,6 +37,7 @@ _ARTIFACTS = (
     *(MODEL, EVALUATION, PREDICTION, PREDICTIONS, METRICS, RUN),
     *(REPORT, *REPORT_PICTURES),
 )
+_FOLDERS = (CHECKPOINTS, TENSORBOARD)
 _PARTIAL = ".partial"
 _DISCARDED = ".discarded"
 _FREE_BYTES = 64 * 2**20
@@ -91,10 +93,7 @@ class OutputDir:
             _flush_folder(path.parent)
         except OSError as error:
             self.check()  # who takes the folder over tidies it up, temporary files included
-            raise UserError(
-                f"cannot write {path}: {error.strerror or error}; free some space or mend the "
-                f"volume, then run again"
-            ) from error
+            raise _cannot_write(path, error) from error
         finally:
             # A volume that is gone has nothing left to tidy up, and that error came first.
             with contextlib.suppress(OSError):
@@ -125,6 +124,25 @@ class OutputDir:
         """
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
         self.write_text(name, text + "\n")
+
+    def append_bytes(self, name: str, content: bytes) -> None:
+        """Add to the end of a file whose readers stop at the last whole record.
+
+        Raises:
+            UserError: If it is not there or cannot be written.
+        """
+        path = self.path / name
+        self.check()
+        try:
+            # Never made anew: another attempt may have removed it to write its own.
+            with path.open("rb+") as file:
+                file.seek(0, os.SEEK_END)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            self.check()
+            raise _cannot_write(path, error) from error
 
     def make_folder(self, name: str) -> None:
         """Make a folder in this one, if it is not there.
@@ -165,15 +183,16 @@ class OutputDir:
             UserError: If something cannot be removed.
         """
         self.check()
-        checkpoints = self.path / CHECKPOINTS
-        if checkpoints.exists():
+        for name in _FOLDERS:
+            folder = self.path / name
+            if not folder.exists():
+                continue
             try:
-                checkpoints.rename(self.path / f"{_DISCARDED}.{self._token}")
+                folder.rename(self.path / f"{_DISCARDED}.{self._token}.{name}")
                 _flush_folder(self.path)
             except OSError as error:
                 raise UserError(
-                    f"cannot remove {checkpoints}: {error.strerror or error}; remove it, then run "
-                    f"again"
+                    f"cannot remove {folder}: {error.strerror or error}; remove it, then run again"
                 ) from error
         self.remove([self.path / name for name in _ARTIFACTS])
         with contextlib.suppress(OSError):
@@ -183,15 +202,19 @@ class OutputDir:
     def tidy(self) -> None:
         """Remove what killed processes left half-written, as far as that is possible."""
         with contextlib.suppress(OSError):
-            for folder in (".", CHECKPOINTS, PICTURES):
-                for path in self.path.glob(f"{folder}/.*{_PARTIAL}*"):
+            for name in (".", PICTURES, *_FOLDERS):
+                for path in self.path.glob(f"{name}/.*{_PARTIAL}*"):
                     path.unlink(missing_ok=True)
         for path in self.path.glob(f"{_DISCARDED}.*"):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def prepare_output_dir(output_dir: Path) -> None:
+def prepare_output_dir(output_dir: Path, *, make: bool = True) -> None:
     """Make the output folder and prove that it can take the artifacts, changing none there.
+
+    Args:
+        output_dir: The folder.
+        make: Whether to make it. Otherwise the nearest folder above it is tried in its place.
 
     Raises:
         UserError: If it is a file, cannot be written, or its volume is full.
@@ -201,11 +224,16 @@ def prepare_output_dir(output_dir: Path) -> None:
             raise UserError(
                 f"--output-dir {output_dir} is a file, expected a folder; name another path"
             )
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir) as probe:
+        folder = output_dir
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            above = (output_dir, *output_dir.absolute().parents)
+            folder = next(path for path in above if path.exists())
+        with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"probe")
             probe.flush()
-        free = shutil.disk_usage(output_dir).free
+        free = shutil.disk_usage(folder).free
     except OSError as error:
         advice = "name another folder, or mend the volume"
         if isinstance(error, PermissionError):
@@ -293,6 +321,13 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path}: {error.strerror or error}; free some space or mend the volume, then "
+        f"run again"
+    )
 
 
 def _flush_folder(folder: Path) -> None:

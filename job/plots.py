@@ -40,7 +40,7 @@ def save_prediction(
 
     Args:
         path: PNG file to write.
-        image: [height, width, 3] uint8.
+        image: [height, width, channels] uint8, grey or RGB.
         probabilities: [classes] float32, summing to 1.
         class_names: Name of each class.
         true_label: The image's label.
@@ -59,7 +59,8 @@ def save_prediction(
         f"Predicted: {class_names[predicted]}   True: {class_names[true_label]}   ({verdict})",
         fontsize=14,
     )
-    left.imshow(image, interpolation="nearest")
+    # The last two are for grey images alone.
+    left.imshow(image.squeeze(), interpolation="nearest", cmap="gray", vmin=0, vmax=255)
     left.set_axis_off()
     rows = bars.barh(class_names, probabilities, color=colours)
     bars.bar_label(rows, [f"{value:.1%}" for value in probabilities], padding=3)

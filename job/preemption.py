@@ -129,7 +129,7 @@ def end_process(exit_code: ExitCode, last_words: Sequence[Callable[[], None]]) -
         speaker = threading.Thread(target=speak, daemon=True)
         speaker.start()
         speaker.join(_LAST_WORDS_SECONDS)
-        if os.isatty(1):
+        if os.isatty(1) and os.environ.get("TERM") != "dumb":
             os.write(1, b"\x1b[?25h")  # a progress bar hides the cursor
     finally:
         os._exit(exit_code)

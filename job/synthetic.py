@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from job.dataset import Dataset
+from job.config import DataConfig
+from job.dataset import Dataset, Finding, Source
 
 CLASS_NAMES = (
     "disc",
@@ -150,3 +151,14 @@ def _paint(cover: Array, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     noise = rng.integers(-_NOISE, _NOISE + 1, (*cover.shape, 3), np.int8)
     painted: Array = np.clip(background + cover[..., None] * contrast + noise, 0, 255)
     return painted.astype(np.uint8)
+
+
+def _load(config: DataConfig) -> Dataset:
+    return make_dataset(config.seed)
+
+
+def _find(config: DataConfig) -> Finding:
+    return Finding(f"drawn from seed {config.seed}")
+
+
+SOURCE = Source(_load, _find)

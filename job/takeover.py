@@ -15,7 +15,7 @@ from pathlib import Path
 
 from job import log
 from job.cluster import RunIdentity
-from job.config import UserError
+from job.config import JobError, UserError
 from job.lease import (
     FOLDER,
     Holder,
@@ -64,6 +64,50 @@ def acquire(
         return _Waiter(folder, identity, stop, before_asking).wait()
     except OSError as error:
         raise UserError(unusable(folder, error)) from error
+
+
+def find_holder(output_dir: Path) -> Holder | None:
+    """Find out who holds the output folder, by the rules of `acquire` and without asking for it.
+
+    Where only a change of the lease tells whether its holder is alive, this waits for one as long
+    as `acquire` would.
+
+    Returns:
+        None if nobody does.
+
+    Raises:
+        UserError: If the lease cannot be read.
+    """
+    folder = output_dir / FOLDER
+    try:
+        if not folder.is_dir() or (generation := latest_generation(folder)) == 0:
+            return None
+        path = lease_path(folder, generation)
+        first, holder = read_lease(path)
+        content, give_up_at = first, time.monotonic() + LEASE_SECONDS
+        while not is_released(content) and time.monotonic() < give_up_at:
+            lock = _probe(path, holder)
+            if lock == "free":
+                return None
+            if holder and (lock == "held" or content != first):
+                return holder
+            time.sleep(_POLL_SECONDS)
+            content, holder = read_lease(path)
+    except FileNotFoundError:
+        return find_holder(output_dir)  # its successor has tidied it away
+    except OSError as error:
+        raise UserError(unusable(folder, error)) from error
+    return None
+
+
+def refusal(output_dir: Path, identity: RunIdentity, holder: Holder) -> JobError:
+    """Why a process cannot have an output folder that another, living one holds."""
+    if holder.run is not None and holder.run == identity.name:
+        return LeaseLostError(f"{output_dir} is held by a newer attempt of this run: {holder}")
+    return UserError(
+        f"--output-dir {output_dir} is in use by {holder}; wait for its end, stop it, or name "
+        f"another folder"
+    )
 
 
 class _Waiter:
@@ -117,7 +161,7 @@ class _Waiter:
         alive = lock == "held" or content != self._content
         self._count_silence(content)
         if holder and alive and not self._identity.replaces(holder.run, holder.attempt):
-            self._refuse(holder)
+            raise refusal(self._folder.parent, self._identity, holder)
         if holder and self._identity.replaces(holder.run, holder.attempt):
             self._ask_to_stop(generation)
         self._announce(holder)
@@ -136,16 +180,6 @@ class _Waiter:
             self._unchanged_seconds + silence if content == self._content else 0.0
         )
         self._looked_at, self._content = now, content
-
-    def _refuse(self, holder: Holder) -> None:
-        if holder.run is not None and holder.run == self._identity.name:
-            raise LeaseLostError(
-                f"{self._folder.parent} is held by a newer attempt of this run: {holder}"
-            )
-        raise UserError(
-            f"--output-dir {self._folder.parent} is in use by {holder}; wait for its end, stop it, "
-            f"or name another folder"
-        )
 
     def _ask_to_stop(self, generation: int) -> None:
         if self._asked_at is None:

@@ -2,9 +2,11 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from job import log
@@ -18,10 +20,13 @@ from job.evaluate import Evaluation, Evaluator
 from job.fingerprint import Fingerprint, require_same_run, take_fingerprint
 from job.history import History
 from job.model_file import save_model
+from job.observer import Observer
 from job.output import EVALUATION, MODEL, PREDICTION, PREDICTIONS, REPORT, REPORT_PICTURES
-from job.recipe import get_recipe
+from job.recipe import Recipe, get_recipe
 from job.report import try_to_write_report
 from job.saved_model import evaluate_saved
+from job.tensorboard import EventFile
+from job.textfile import MetricsTextfile, open_textfile
 from job.trainer import Trainer
 from job.watchdog import Watchdog
 
@@ -42,23 +47,32 @@ def train_and_evaluate(config: TrainConfig, attempt: Attempt) -> Evaluation:
         StoppedError: If the run was told to stop; its state is in a checkpoint.
         JobError: If the loss is no finite number any more.
     """
+    with open_textfile(config, attempt) as textfile:
+        return _train_and_evaluate(config, attempt, textfile)
+
+
+def _train_and_evaluate(
+    config: TrainConfig, attempt: Attempt, textfile: MetricsTextfile | None
+) -> Evaluation:
     checkpoint = attempt.checkpoint
-    previous = _previous(checkpoint) if checkpoint else None
+    previous = previous_of(checkpoint) if checkpoint else None
     devices = open_promised_devices(config, previous)
     devices.rows_per_replica(config.global_batch_size)
     dataset = load_dataset(config.data)
     plan = make_plan(config, len(dataset.train_images))
     recipe = get_recipe(config.recipe)
-    watchdog = Watchdog(config.stall_timeout_seconds, attempt.end_hung_process)
+    watchdog = Watchdog(config.stall_timeout_seconds, _end_hung_process(attempt, textfile))
     with _naming_batch_size(config.global_batch_size, devices.replicas):
         engine = Engine(recipe, devices, dataset, plan, config.learning_rate)
+        require_fitting(engine.original, dataset, recipe)
         fingerprint = take_fingerprint(config, devices, dataset, engine.original)
         history = _go_on(engine, fingerprint, attempt)
         _record_start(config, attempt, history, fingerprint, devices, dataset, plan)
         evaluator = Evaluator(
             engine.model, recipe, devices, dataset.test_images, dataset.test_labels
         )
-        trainer = Trainer(engine, evaluator, attempt, history, fingerprint, watchdog)
+        observers = _observers(config, attempt, history, devices, plan, textfile)
+        trainer = Trainer(engine, evaluator, attempt, history, fingerprint, watchdog, observers)
         trainer.train(config.checkpoint_every_seconds)
     save_model(engine.export(), attempt.output, MODEL)
     evaluation = evaluate_saved(attempt.output, recipe, devices, dataset, config.seed, watchdog)
@@ -83,6 +97,44 @@ def make_plan(config: TrainConfig, examples: int) -> Plan:
     return Plan(config.global_batch_size, steps_per_epoch, config.epochs, config.seed)
 
 
+def require_fitting(model: keras.Model, dataset: Dataset, recipe: Recipe) -> None:
+    """Refuse to train a network on images that it does not take.
+
+    Raises:
+        UserError: If the shapes differ.
+    """
+    received, expected = dataset.train_images.shape[1:], tuple(model.input_shape[1:])
+    if received != expected:
+        raise UserError(
+            f"--dataset {dataset.name} has images of shape {received}, expected {expected}, which "
+            f"--recipe {recipe.name} takes; name another --dataset or --recipe"
+        )
+
+
+def _end_hung_process(attempt: Attempt, textfile: MetricsTextfile | None) -> Callable[[], None]:
+    words = [partial(textfile.finish, "failed")] if textfile else []
+    return partial(attempt.end_hung_process, *words)
+
+
+def _observers(
+    config: TrainConfig,
+    attempt: Attempt,
+    history: History,
+    devices: Devices,
+    plan: Plan,
+    textfile: MetricsTextfile | None,
+) -> list[Observer]:
+    observers: list[Observer] = []
+    if config.tensorboard:
+        observers.append(EventFile(attempt.output, history))
+    if textfile:
+        model = devices.descriptions[0].get("model")
+        name = f"{devices.replicas} x {model}"
+        textfile.begin(devices.precision, name, plan.steps_per_epoch, history)
+        observers.append(textfile)
+    return observers
+
+
 @contextlib.contextmanager
 def _naming_batch_size(global_batch_size: int, replicas: int) -> Iterator[None]:
     """Turn the body's running out of device memory into advice on the batch size."""
@@ -100,7 +152,7 @@ def _naming_batch_size(global_batch_size: int, replicas: int) -> Iterator[None]:
         ) from error
 
 
-def _previous(checkpoint: Checkpoint) -> Previous:
+def previous_of(checkpoint: Checkpoint) -> Previous:
     """What the attempt that left a checkpoint was computing with."""
     fingerprint = checkpoint.metadata["fingerprint"]
     environment = fingerprint["environment"]

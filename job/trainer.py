@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from job.engine import Engine
 from job.evaluate import Evaluation, Evaluator
 from job.fingerprint import Fingerprint
 from job.history import History, Progress
+from job.observer import Observer, Pace, Phase, Status
 from job.progress import EpochBar
 from job.watchdog import Watchdog
 
@@ -30,6 +31,7 @@ class Trainer:
         history: What has been done before; brought up to date.
         fingerprint: Goes into the checkpoints.
         watchdog: Ends the process if a call hangs.
+        observers: Look on.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Trainer:
         history: History,
         fingerprint: Fingerprint,
         watchdog: Watchdog,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self._engine, self._evaluator, self._attempt = engine, evaluator, attempt
         self._history, self._fingerprint, self._watchdog = history, fingerprint, watchdog
@@ -48,7 +51,8 @@ class Trainer:
         self._elapsed_before = history.elapsed_seconds
         self._start = self._saved_at = time.perf_counter()
         self._is_saved = attempt.checkpoint is not None
-        self._has_trained = self._has_validated = False
+        self._has_trained = False
+        self._observers, self._pace = tuple(observers), Pace()
 
     @property
     def step(self) -> int:
@@ -66,11 +70,10 @@ class Trainer:
             JobError: If the loss or a variable is no finite number any more.
             UserError: If a file cannot be written.
         """
-        with EpochBar(
-            self._plan.epochs, self._plan.steps_per_epoch, enabled=not log.is_json()
-        ) as bar:
+        with EpochBar(enabled=not log.is_json()) as bar, self._stop.last_words(bar.erase):
+            self._observers = (*self._observers, bar)
             while len(self._history.epochs) < self._plan.epochs:
-                for _ in self._train_epoch(bar):
+                for _ in self._train_epoch():
                     self._save_if_due(checkpoint_every_seconds)
                     self._stop_if_asked()
                 self._finish_epoch(self._validate(), checkpoint_every_seconds)
@@ -78,18 +81,21 @@ class Trainer:
         self._save_if_due(0.0)
         self._stop.resume_ending_at_once()
 
-    def _train_epoch(self, bar: EpochBar) -> Iterator[None]:
+    def _train_epoch(self) -> Iterator[None]:
         """Train what is left of the epoch, handing control back after each span of steps."""
         history = self._history
         epoch, seconds_before = len(history.epochs), history.epoch_seconds
+        self._show("training" if self._has_trained else "compiling")
         start = time.perf_counter()
         for progress in self._watched(self._engine.train_epoch(epoch, history.progress)):
+            steps = progress.steps - history.progress.steps
             history.progress = progress
             self._require_finite("the training loss became", progress.loss)
             self._keep_what_was_done()
-            history.epoch_seconds = seconds_before + time.perf_counter() - start
-            images = progress.steps * self._plan.global_batch_size
-            bar.update(epoch + 1, progress.steps, f"loss {progress.loss / images:.4f}")
+            seconds = seconds_before + time.perf_counter() - start
+            self._pace.add_span(steps, seconds - history.epoch_seconds)
+            history.epoch_seconds = seconds
+            self._show("training")
             paused = time.perf_counter()
             yield
             start += time.perf_counter() - paused  # checkpoints are no training
@@ -105,9 +111,11 @@ class Trainer:
             yield progress
 
     def _validate(self) -> Evaluation:
-        with self._watchdog.watch("a validation", compiling=not self._has_validated):
+        self._show("validating")
+        start = time.perf_counter()
+        with self._watchdog.watch("a validation", compiling=not self._pace.has_validated):
             validation = self._evaluator()
-        self._has_validated = True
+        self._pace.add_validation(time.perf_counter() - start)
         self._require_finite("the validation loss became", validation.loss)
         return validation
 
@@ -118,6 +126,8 @@ class Trainer:
         # First the checkpoint: an epoch that was reported is not trained again if it was due.
         self._save_if_due(checkpoint_every_seconds)
         self._history.write_metrics(self._attempt.output)
+        for observer in self._observers:
+            observer.finish_epoch(line)
         log.event("epoch", **line, message=_describe_epoch(line, self._plan.epochs))
 
     def _keep_what_was_done(self) -> None:
@@ -158,6 +168,29 @@ class Trainer:
             seconds=round(seconds, 3),
             message=f"checkpoint at step {self.step} ({size / 2**20:.1f} MiB, {seconds:.2f} s)",
         )
+
+    def _show(self, phase: Phase) -> None:
+        """Tell the observers where the training is."""
+        history, plan, pace = self._history, self._plan, self._pace
+        progress, rate = history.progress, pace.steps_per_second
+        images = progress.steps * plan.global_batch_size
+        # The saved model is evaluated too, after the last epoch.
+        validations_left = plan.epochs - len(history.epochs) + 1
+        status = Status(
+            phase=phase,
+            epoch=len(history.epochs) + 1,
+            epochs=plan.epochs,
+            steps=progress.steps,
+            steps_per_epoch=plan.steps_per_epoch,
+            loss=progress.loss / images if images else None,
+            accuracy=progress.correct / images if images else None,
+            steps_per_second=rate,
+            images_per_second=rate and rate * plan.global_batch_size,
+            seconds_left=pace.seconds_left(plan.total_steps - self.step, validations_left),
+            seconds_left_is_least=not pace.has_validated,
+        )
+        for observer in self._observers:
+            observer.show(status)
 
     def _require_finite(self, what: str, value: float) -> None:
         if math.isfinite(value):

@@ -48,6 +48,9 @@ def test_version(runner: CliRunner) -> None:
         "checkpoint-every",
         "stop-after",
         "fresh",
+        "tensorboard",
+        "metrics-textfile",
+        "dry-run",
         "stall-timeout",
         "run-id",
         "expect-mount",
@@ -93,6 +96,8 @@ BAD_OPTIONS = [
     (["--precision", "float16"], "'float16' is not one of"),
     (["--devices", "tpu:1"], "expected auto, cpu:N or gpu:N"),
     (["--require-gpus", "-1"], "'--require-gpus'"),
+    (["--metrics-textfile", "job.txt"], "received 'job.txt', expected a name that ends in .prom"),
+    (["--metrics-textfile", "/"], "'--metrics-textfile'"),
     (["--epoch", "3"], "No such option"),
 ]
 
@@ -124,3 +129,29 @@ def test_a_mistyped_command_is_one_line_and_one_event(run_job: RunJob) -> None:
     assert json.loads(event)["exit_code"] == 2
     result = run_job("train", "--epoch", "3")
     assert "after a command" not in result.stderr
+
+
+def completions(*words: str) -> list[str]:
+    script = (
+        "import sys\nfrom job.cli import cli\n"
+        "try: cli(prog_name='cifar10-job')\n"
+        "except SystemExit: pass\n"
+        "assert not {'tensorflow', 'keras', 'numpy', 'matplotlib'} & set(sys.modules)"
+    )
+    environ = {
+        "COMP_WORDS": " ".join(("cifar10-job", *words)),
+        "COMP_CWORD": str(len(words)),
+        "_CIFAR10_JOB_COMPLETE": "bash_complete",
+    }
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=environ, check=True, capture_output=True, text=True
+    )
+    return [line.partition(",")[2] for line in result.stdout.splitlines()]
+
+
+def test_commands_options_and_choices_are_completed_without_tensorflow() -> None:
+    assert {"train", "evaluate", "doctor"} <= set(completions(""))
+    assert completions("train", "--prec") == ["--precision"]
+    assert completions("train", "--precision", "") == ["auto", "float32", "bfloat16"]
+    assert completions("train", "--dataset", "syn") == ["synthetic"]

@@ -87,3 +87,16 @@ def test_many_groups_and_a_single_epoch_are_drawn(tmp_path: Path) -> None:
     groups = [Group(f"classic, batch size {number}", (run,)) for number in range(20)]
     plots.save_comparison(tmp_path / "runs.png", groups)
     assert mpl_image.imread(tmp_path / "runs.png").shape[0] > 900
+
+
+def test_a_grey_image_is_drawn_grey(tmp_path: Path) -> None:
+    image = np.full((24, 20, 1), 200, np.uint8)
+    image[4:8, 4:8] = 100
+    plots.save_prediction(
+        tmp_path / "grey.png", image, np.array([0.9, 0.1], np.float32), ("a", "b"), 0
+    )
+    left = mpl_image.imread(tmp_path / "grey.png")[60:400, 50:400, :3]
+    assert np.ptp(left, axis=-1).max() == 0
+    # Its values are the image's, not stretched to black and white.
+    assert set(np.rint(left[..., 0] * 255).astype(int).flat) >= {100, 200}
+    assert left.min() * 255 > 90

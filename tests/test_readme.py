@@ -1,6 +1,7 @@
 """The README is executed and compared with the program, so that it cannot rot."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ from job.evaluate import Evaluation
 from job.manifest import RunManifest
 from job.output import OutputDir
 from job.predictions import Predictions
+from job.textfile import GAUGES
 from tests.conftest import REPOSITORY
 from tests.test_train import METRICS_KEYS
 
@@ -40,6 +42,38 @@ def test_every_option_is_documented_with_its_variable() -> None:
         if getattr(option, "envvar", None)
     }
     assert dict(rows) == options
+
+
+def test_every_metric_is_documented() -> None:
+    documented = first_column(section("## Watching a run"))
+    assert documented == [f"cifar10_job_{name}" for name in (*GAUGES, "info", "state")]
+
+
+def test_completion_works_as_documented(tmp_path: Path) -> None:
+    lines = re.findall(r"^.*_CIFAR10_JOB_COMPLETE=.*$", README, re.MULTILINE)
+    program = tmp_path / "cifar10-job"
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={REPOSITORY} exec {sys.executable} -m job "$@"\n')
+    program.chmod(0o755)
+    bash, zsh, fish = (line.replace(".venv/bin/cifar10-job", str(program)) for line in lines)
+
+    def said(script: str) -> list[str]:
+        command = ["bash", "-euc", script]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+
+    complete = "COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _cifar10_job_completion " + str(program)
+    show = 'printf "%s\\n" "${COMPREPLY[@]}"'
+    for words, expected in (
+        ("train --prec", ["--precision"]),
+        ("train --precision ''", ["auto", "float32", "bfloat16"]),
+    ):
+        assert said(f"{bash}\nCOMP_WORDS=(cifar10-job {words})\n{complete}\n{show}") == expected
+    # These shells need not be there; this is what they are given.
+    assert "compdef _cifar10_job_completion cifar10-job" in "\n".join(
+        said(zsh.split('"$(')[1][:-2])
+    )
+    assert "--command cifar10-job" in "\n".join(said(fish.partition("|")[0]))
 
 
 def test_every_exit_code_is_documented() -> None:
@@ -82,15 +116,64 @@ def test_every_overlay_is_documented() -> None:
     assert first_column(section("## Kubernetes")) == overlays
 
 
-def commands() -> list[str]:
+# Where the commands of the README are run, by how they begin, and how that file calls them. GPUs,
+# clusters and package sources are stood in for where the gate has none.
+RUN_BY = {
+    "make demo": (".ci/run", "make demo"),
+    "make train": ("tests/test_readme.py", '"make", "train"'),
+    "make install": (".ci/run", "make install"),
+    "mkdir -p output data": ("tests/integration/test_image.py", "README.md"),
+    "docker run": ("tests/integration/test_image.py", "README.md"),
+    ".venv/bin/python -m job": ("tests/test_readme.py", "commands()"),
+    'eval "$(_CIFAR10_JOB_COMPLETE': ("tests/test_readme.py", "_CIFAR10_JOB_COMPLETE"),
+    "_CIFAR10_JOB_COMPLETE": ("tests/test_readme.py", "_CIFAR10_JOB_COMPLETE"),
+    "kubectl apply -f k8s/job.yaml": ("tests/integration/test_kube_play.py", '"play"'),
+    "make k8s-logs": ("tests/test_k8s_targets.py", '"k8s-logs"'),
+    "make k8s-fetch": ("tests/test_k8s_targets.py", '"k8s-fetch"'),
+    "sbatch slurm/train.sh": ("tests/integration/test_slurm.py", "sbatch"),
+}
+
+
+def every_command() -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith(".venv/bin/python")]
+    return [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+
+
+def commands() -> list[str]:
+    return [line for line in every_command() if line.startswith(".venv/bin/python")]
+
+
+def test_every_command_is_run_somewhere() -> None:
+    for command in every_command():
+        (start,) = [start for start in RUN_BY if command.startswith(start)]
+        file, call = RUN_BY[start]
+        assert call in (REPOSITORY / file).read_text(), command
+
+
+def test_make_train_is_the_real_job(tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    python = venv / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    for lock in ("cpu", "gpu"):
+        (venv / f".{lock}").touch()
+    # Its 50 epochs are left out; everything before the first of them is looked at.
+    environ = {"JOB_DRY_RUN": "1", "JOB_DATA_DIR": str(tmp_path), "JOB_DEVICES": "cpu:1"}
+    environ |= {"JOB_OUTPUT_DIR": str(tmp_path / "output"), "PATH": os.environ["PATH"]}
+    command = ["make", "train", f"VENV={venv}"]
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, check=True
+    )
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert (report["config"]["dataset"], report["config"]["recipe"]) == ("cifar10", "classic")
+    assert report["batch"]["total_steps"] == 9750
+    assert not (tmp_path / "output").exists()
 
 
 def test_commands_run_and_the_model_loads_as_shown(tmp_path: Path) -> None:
     # `make demo` runs in the gate, and `make train` is the real job's 50 epochs.
-    assert len(commands()) == 4
+    assert len(commands()) == 5
     for command in commands():
         words = shlex.split(command)
         result = subprocess.run(

@@ -18,9 +18,12 @@ from job.evaluate import Evaluation, Evaluator
 from job.output import OutputDir
 from job.predictions import Predictions, confusion_matrix
 from job.preemption import StopRequest
+from job.tensorboard import TAGS
 from job.trainer import Trainer
 from job.watchdog import Watchdog
 from tests.conftest import MakeDevices
+from tests.test_tensorboard import curve
+from tests.test_textfile import samples
 
 EPOCHS = 2
 METRICS_KEYS = [
@@ -342,7 +345,13 @@ def test_a_run_stopped_after_every_span_ends_with_the_same_bits(
 ) -> None:
     monkeypatch.setattr("job.engine.STEPS_PER_SPAN", 5)  # two spans an epoch
     run(config)
-    stopped = replace(config, output_dir=config.output_dir.with_name("stopped"))
+    textfile = config.output_dir.with_name("job.prom")
+    stopped = replace(
+        config,
+        output_dir=config.output_dir.with_name("stopped"),
+        tensorboard=True,
+        metrics_textfile=textfile,
+    )
     steps = []
     for _ in range(20):
         stop = StopRequest()
@@ -366,6 +375,15 @@ def test_a_run_stopped_after_every_span_ends_with_the_same_bits(
     assert manifest["elapsed_seconds"] >= metrics(stopped)[-1]["elapsed_seconds"]
     best = max(metrics(config), key=lambda line: float(line["val_accuracy"]))
     assert manifest["best"] == {key: best[key] for key in ("epoch", "val_accuracy")}
+    # Epochs of earlier attempts are on the curves, each once.
+    event_file = max((stopped.output_dir / "tensorboard").iterdir())
+    for tag, key in TAGS.items():
+        expected = [(line["step"], pytest.approx(line[key])) for line in metrics(stopped)]
+        assert curve(event_file, tag) == expected
+    values = samples(textfile)
+    assert values["cifar10_job_statedone"] == 1
+    assert values["cifar10_job_finished_steps"] == values["cifar10_job_planned_steps"] == 16
+    assert values["cifar10_job_validation_loss"] == metrics(stopped)[-1]["val_loss"]
     elapsed = [line["elapsed_seconds"] for line in metrics(stopped)]
     assert elapsed == sorted(elapsed)
     assert elapsed[0] >= metrics(stopped)[0]["seconds"]

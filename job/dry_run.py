@@ -1,0 +1,254 @@
+"""What a training would do, found out by the rules of the training itself and without doing it.
+
+Nothing is made, written or downloaded, and nobody who holds the output folder is asked for it.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from job import log
+from job.attempt import Attempt, look_at
+from job.cluster import run_identity
+from job.config import JobError, TrainConfig
+from job.dataset import Dataset, Finding, get_source, load_dataset, require_limit
+from job.devices import Devices, open_promised_devices
+from job.engine import Plan
+from job.fingerprint import require_same_run, take_fingerprint
+from job.manifest import describe_config
+from job.output import OutputDir, prepare_output_dir
+from job.preemption import StopRequest
+from job.recipe import get_recipe
+from job.takeover import find_holder, refusal
+from job.textfile import require_folder
+from job.train import make_plan, previous_of, require_fitting
+
+LABEL_WIDTH = 13
+
+
+@dataclass
+class Findings:
+    """What was found out so far.
+
+    Attributes:
+        report: A JSON object: the configuration, and for each of output, devices, batch, data and
+            network an object, missing where a problem came before it.
+        lines: The same for people: pairs of label and text.
+        problems: Why the training would not start, in the order in which it would find out.
+    """
+
+    report: dict[str, Any] = field(default_factory=dict)
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[JobError] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Go on after the body's problem, if it has one."""
+        try:
+            yield
+        except JobError as error:
+            self.problems.append(error)
+
+    def add(self, key: str, fields: dict[str, Any], *texts: str) -> None:
+        """Add an object to the report, and lines for people."""
+        self.report[key] = fields
+        self.lines += [(key.capitalize(), text) for text in texts]
+
+    def as_text(self) -> str:
+        """What was found out, for a person to read."""
+        result = [*self.lines, *(("Problem", str(problem)) for problem in self.problems)]
+        if not self.problems:
+            result.append(("Dry run", "nothing stands in the way; nothing was written"))
+        return "\n".join(f"{label:<{LABEL_WIDTH}}{text}" for label, text in result)
+
+
+def examine(config: TrainConfig, stop: StopRequest) -> Findings:
+    """Find out what a training with this configuration would do."""
+    found = Findings()
+    options = describe_config(config)
+    found.add("config", options, *_option_lines(options))
+    attempt = None
+    with found.collecting():
+        attempt = _examine_output(found, config, stop)
+    if attempt and attempt.is_finished:
+        return found
+    devices, finding, dataset = None, None, None
+    with found.collecting():
+        if config.metrics_textfile:
+            require_folder(config.metrics_textfile)
+    with found.collecting():
+        devices = _examine_devices(found, config, attempt)
+    with found.collecting():
+        finding = get_source(config.data.dataset).find(config.data)
+        dataset = None if finding.download else load_dataset(config.data)
+        examples = _examine_data(found, config, finding, dataset)
+        plan = make_plan(config, examples)
+        if devices:
+            _examine_batch(found, devices, plan, examples)
+        if dataset:
+            _examine_network(found, config, attempt, devices, dataset, plan)
+    return found
+
+
+def _option_lines(options: dict[str, Any]) -> Iterator[str]:
+    words = {None: "not set", True: "on", False: "off"}
+    for name, value in options.items():
+        text = words[value] if value is None or isinstance(value, bool) else value
+        yield f"--{name.replace('_', '-'):<18}{text}"
+
+
+def _examine_output(found: Findings, config: TrainConfig, stop: StopRequest) -> Attempt:
+    path = config.output_dir
+    prepare_output_dir(path, make=False)
+    identity = run_identity(os.environ, config.run_id)
+    attempt = look_at(config, identity, OutputDir(path), stop)
+    checkpoint = attempt.checkpoint
+    if attempt.is_finished:
+        state, text = "finished", "holds this run, finished: nothing would be done"
+    elif attempt.fresh:
+        state, text = "fresh", "would be emptied of the run that it holds, if any; a new run begins"
+    elif checkpoint:
+        state, text = "resume", f"holds this run: it would go on after step {checkpoint.step}"
+    else:
+        state, text = "new", "holds no run to go on with: a new one would begin"
+    holder = find_holder(path)
+    fields = {
+        "path": str(path),
+        "state": state,
+        "step": checkpoint.step if checkpoint else 0,
+        "held_by": str(holder) if holder else None,
+    }
+    found.add("output", fields, f"{path}/ {text}")
+    if holder:
+        found.lines.append(("", f"held by {holder}"))
+        if not identity.replaces(holder.run, holder.attempt):
+            found.problems.append(refusal(path, identity, holder))
+        else:
+            found.lines.append(("", "which would be asked to stop, and this run would go on"))
+    return attempt
+
+
+def _examine_devices(found: Findings, config: TrainConfig, attempt: Attempt | None) -> Devices:
+    checkpoint = attempt.checkpoint if attempt else None
+    devices = open_promised_devices(config, previous_of(checkpoint) if checkpoint else None)
+    compiled = devices.compilation
+    parts = {"network": compiled.network, "augmentation and optimizer": compiled.elementwise}
+    by_xla = " and ".join(part for part, is_compiled in parts.items() if is_compiled) or "nothing"
+    found.add(
+        "devices",
+        {
+            "kind": devices.kind,
+            "replicas": list(devices.descriptions),
+            "precision": devices.precision,
+            "xla": compiled.network,
+            "deterministic": devices.deterministic,
+            "threads": devices.threads,
+        },
+        *(
+            ", ".join(f"{value}" if key == "name" else f"{key} {value}" for key, value in d.items())
+            for d in devices.descriptions
+        ),
+        f"{devices.precision}; XLA compiles {by_xla}; "
+        f"{'only deterministic operations' if devices.deterministic else 'not deterministic'}",
+    )
+    devices.rows_per_replica(config.global_batch_size)
+    return devices
+
+
+def _examine_data(
+    found: Findings, config: TrainConfig, finding: Finding, dataset: Dataset | None
+) -> int:
+    """Report the data and return the number of training images."""
+    name, limit = config.data.dataset, config.data.limit
+    if dataset:
+        train, test = len(dataset.train_images), len(dataset.test_images)
+        shape = list(dataset.train_images.shape[1:])
+        classes = list(dataset.class_names)
+        text = f"; {'x'.join(map(str, shape))}, {len(classes)} classes"
+    else:
+        train, test = finding.download or (0, 0)
+        shape, classes, text = None, None, ", once they are there"
+        if limit is not None:
+            require_limit(limit, train, name)
+            train = limit
+    found.add(
+        "data",
+        {
+            "name": name,
+            "found": finding.description,
+            "download": finding.download is not None,
+            "train_examples": train,
+            "test_examples": test,
+            "image_shape": shape,
+            "classes": classes,
+            "fingerprint": dataset.fingerprint if dataset else None,
+        },
+        f"{name}: {finding.description}",
+        f"{train:,} training and {test:,} test images{text}",
+    )
+    return train
+
+
+def _examine_batch(found: Findings, devices: Devices, plan: Plan, examples: int) -> None:
+    rows, rest = divmod(plan.global_batch_size, devices.replicas)
+    if rest:
+        return  # that is among the problems
+    left_out = examples - plan.steps_per_epoch * plan.global_batch_size
+    found.add(
+        "batch",
+        {
+            "batch_size": plan.global_batch_size,
+            "rows_per_replica": rows,
+            "steps_per_epoch": plan.steps_per_epoch,
+            "images_left_out": left_out,
+            "epochs": plan.epochs,
+            "total_steps": plan.total_steps,
+        },
+        f"{plan.global_batch_size} images a step = {devices.replicas} replica(s) x {rows}",
+        f"{plan.steps_per_epoch:,} steps an epoch"
+        + (f", {left_out:,} images left out, others each time" if left_out else ""),
+        f"{plan.epochs:,} epochs = {plan.total_steps:,} steps",
+    )
+
+
+def _examine_network(
+    found: Findings,
+    config: TrainConfig,
+    attempt: Attempt | None,
+    devices: Devices | None,
+    dataset: Dataset,
+    plan: Plan,
+) -> None:
+    recipe = get_recipe(config.recipe)
+    model = recipe.build_model(plan.seed, len(dataset.class_names))
+    require_fitting(model, dataset, recipe)
+    recipe.compile(model, config.learning_rate, plan.total_steps)
+    parameters = model.count_params()
+    fields: dict[str, Any] = {"recipe": recipe.name, "parameters": parameters, "changes": []}
+    texts = [f"{recipe.name}: {parameters:,} parameters"]
+    if attempt and attempt.checkpoint and devices:
+        saved = attempt.checkpoint.metadata["fingerprint"]
+        fingerprint = take_fingerprint(config, devices, dataset, model)
+        require_same_run(saved["run"], fingerprint.run, config.output_dir)
+        fields["changes"] = fingerprint.changes_since(saved["environment"])
+        texts.append(f"data and network are those of the run in {config.output_dir}/")
+        texts += [f"other bits than uninterrupted: {change}" for change in fields["changes"]]
+    found.add("network", fields, *texts)
+
+
+def print_dry_run(config: TrainConfig, stop: StopRequest) -> None:
+    """Print what a training with this configuration would do.
+
+    Raises:
+        JobError: The first reason why it would not start, after everything is printed.
+    """
+    found = examine(config, stop)
+    if log.is_json():
+        log.event("dry_run", **found.report, problems=[str(problem) for problem in found.problems])
+    else:
+        text = found.as_text()
+        print(log.wrapped(text, LABEL_WIDTH) if log.on_terminal() else text, flush=True)
+    if found.problems:
+        raise found.problems[0]

@@ -1,0 +1,122 @@
+"""The page about own images and own networks is followed to the letter."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from tests.conftest import REPOSITORY
+
+PAGE = (REPOSITORY / "docs" / "make-it-yours.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the program with the page's two files, and pictures of leaves."""
+    folder = tmp_path_factory.mktemp("copy")
+    shutil.copytree(REPOSITORY / "job", folder / "job")
+    names = re.findall(r"Save it as `(job/\w+\.py)`", PAGE)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert names == ["job/leaves.py", "job/leafnet.py"]
+    for name, code in zip(names, blocks, strict=True):
+        (folder / name).write_text(code)
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 48), ("test", 10)):
+        for label, name in enumerate(("birch", "maple", "oak")):
+            draw_leaves(folder / "data" / "leaves" / part / name, count, label, rng)
+    return folder
+
+
+def draw_leaves(folder: Path, count: int, label: int, rng: np.random.Generator) -> None:
+    """Pictures of 40x30: an ellipse, a triangle or a cross, somewhere."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        picture = Image.new("RGB", (40, 30), (230, 240, 220))
+        draw = ImageDraw.Draw(picture)
+        x, y = (int(value) for value in rng.integers((4, 2), (14, 8)))
+        if label == 0:
+            draw.ellipse((x, y, x + 20, y + 18), fill=(30, 90, 40))
+        elif label == 1:
+            draw.polygon([(x + 10, y), (x, y + 18), (x + 20, y + 18)], fill=(30, 90, 40))
+        else:
+            draw.line((x, y, x + 20, y + 18), fill=(30, 90, 40), width=3)
+            draw.line((x + 20, y, x, y + 18), fill=(30, 90, 40), width=3)
+        picture.save(folder / f"{number}.png")
+
+
+def job(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "job", *arguments], cwd=copy, capture_output=True, text=True
+    )
+
+
+def commands() -> list[list[str]]:
+    (block,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+    lines = block.replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[3:] for line in lines]
+
+
+def test_the_pages_commands_train_its_example_to_the_end(copy: Path) -> None:
+    dry, train, evaluate = commands()
+    looked = job(copy, *dry)
+    assert looked.returncode == 0, looked.stderr
+    report = json.loads(looked.stdout)
+    assert report["data"]["image_shape"] == [24, 24, 1]
+    assert report["data"]["found"] == "pictures in data/leaves/train and data/leaves/test"
+    assert report["batch"]["images_left_out"] == 144 - 4 * 32
+    assert not (copy / "output").exists()
+
+    trained = job(copy, *train)
+    assert trained.returncode == 0, trained.stderr
+    output = copy / "output" / "leaves"
+    names = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+    assert names >= {"cifar10_model.h5", "evaluation.json", "metrics.jsonl", "prediction.png"}
+    evaluation = json.loads((output / "evaluation.json").read_text())
+    assert list(evaluation["classes"]) == ["birch", "maple", "oak"]
+    assert evaluation["examples"] == 30
+    assert evaluation["accuracy"] > 0.8
+    model = keras.models.load_model(output / "cifar10_model.h5")
+    assert (model.input_shape, model.output_shape) == ((None, 24, 24, 1), (None, 3))
+
+    (output / "evaluation.json").unlink()
+    again = job(copy, *evaluate)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((output / "evaluation.json").read_text()) == evaluation
+
+
+def test_both_names_are_choices_of_the_command_line(copy: Path) -> None:
+    help_text = job(copy, "train", "--help").stdout
+    assert "[cifar10|leaves|synthetic]" in help_text
+    assert "[classic|leafnet]" in help_text
+
+
+def test_a_network_for_other_images_is_refused_before_training(copy: Path) -> None:
+    result = job(
+        copy,
+        *("train", "--dataset", "leaves", "--data-dir", "data/leaves", "--batch-size", "16"),
+        *("--output-dir", "output/other"),
+    )
+    assert result.returncode == 2
+    assert "--dataset leaves has images of shape (24, 24, 1), expected (32, 32, 3)" in result.stderr
+    assert sorted(path.name for path in (copy / "output/other").glob("[!.]*")) == ["run.json"]
+
+
+def test_every_file_named_is_in_the_repository_or_made_by_the_page(copy: Path) -> None:
+    for name in re.findall(r"`(job/\w+\.py)`", PAGE):
+        assert (copy / name).exists(), name
+
+
+def test_the_pages_code_is_formatted_and_clean(copy: Path) -> None:
+    files = [str(copy / "job" / name) for name in ("leaves.py", "leafnet.py")]
+    for check in (["format", "--check"], ["check"]):
+        command = [sys.executable, "-m", "ruff", *check, "--config", "pyproject.toml", *files]
+        result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout
