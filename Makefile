@@ -96,9 +96,11 @@ lint: $(VENV)/.dev ## Formatting, lint and types
 	$(BIN)/shellcheck .ci/run k8s/*.sh slurm/*.sh
 
 .PHONY: bench
-bench: $(VENV)/.dev ## This job against the conventional Keras script, and where its time goes
+bench: $(VENV)/.dev ## This job against the conventional Keras script, where its time goes, and predict
 	$(BIN)/python -m tests.benchmarks.bench --data-dir $(DATA_DIR) --rounds $(BENCH_ROUNDS) \
 	  --output-dir $(BENCH_DIR)
+	$(BIN)/python -m tests.benchmarks.bench_predict --data-dir $(DATA_DIR) \
+	  --rounds $(BENCH_ROUNDS) --output-dir $(BENCH_DIR)
 
 .PHONY: chaos
 chaos: $(VENV)/.dev ## Kill and resume a small training CHAOS_ROUNDS times, and compare every bit
