@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from job.cli import train
+from job.cli import cli
 from job.cluster import RunIdentity
 from job.config import ExitCode, TrainConfig
 from job.evaluate import Evaluation
@@ -34,10 +34,16 @@ def test_every_option_is_documented_with_its_variable() -> None:
     rows = re.findall(r"^\| `--([a-z0-9-]+)` \| `(JOB_[A-Z0-9_]+)` \|", README, re.MULTILINE)
     options = {
         option.opts[0].removeprefix("--"): option.envvar
-        for option in train.params
+        for command in cli.commands.values()
+        for option in command.params
         if getattr(option, "envvar", None)
     }
     assert dict(rows) == options
+
+
+def test_every_command_is_documented() -> None:
+    named = re.findall(r"^\| `([a-z]+)` \| [^`]", section("## Commands"), re.MULTILINE)
+    assert sorted(named) == sorted(cli.commands)
 
 
 def test_every_exit_code_is_documented() -> None:
@@ -82,7 +88,7 @@ def commands() -> list[str]:
 
 def test_commands_run_and_the_model_loads_as_shown(tmp_path: Path) -> None:
     # `make demo` runs in the gate, and `make train` is the real job's 50 epochs.
-    assert len(commands()) == 3
+    assert len(commands()) == 5
     for command in commands():
         words = shlex.split(command)
         result = subprocess.run(
