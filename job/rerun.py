@@ -7,8 +7,8 @@ from job.config import TrainConfig
 from job.manifest import describe_config
 
 # The folders stand in front. The others were said to one attempt and do not change what the run
-# computes; --fresh would discard the very run that is to be repeated.
-_NOT_REPEATED = ("output_dir", "data_dir", "fresh", "run_id", "stop_after")
+# computes; --fresh would discard the very run that is to be repeated, and a textfile is of one run.
+_NOT_REPEATED = ("output_dir", "data_dir", "fresh", "run_id", "stop_after", "metrics_textfile")
 
 
 def train_command(config: dict[str, Any], output_dir: str) -> str:
@@ -23,7 +23,7 @@ def train_command(config: dict[str, Any], output_dir: str) -> str:
         not the default.
     """
     defaults = describe_config(TrainConfig())
-    options = {"output_dir": output_dir}
+    options: dict[str, Any] = {"output_dir": output_dir}
     if config["dataset"] != "synthetic":
         options["data_dir"] = config["data_dir"]
     for name, value in config.items():
@@ -36,7 +36,7 @@ def train_command(config: dict[str, Any], output_dir: str) -> str:
 def evaluate_command(config: dict[str, Any]) -> str:
     """The command that evaluates a run's model again, from its ``config`` in ``run.json``."""
     defaults = describe_config(TrainConfig())
-    options = {"output_dir": config["output_dir"]}
+    options: dict[str, Any] = {"output_dir": config["output_dir"]}
     for name in ("dataset", "data_dir", "recipe", "seed"):
         if config[name] != defaults[name]:
             options[name] = config[name]
@@ -46,5 +46,6 @@ def evaluate_command(config: dict[str, Any]) -> str:
 def _command(command: str, options: dict[str, Any]) -> str:
     words = ["python", "-m", "job", command]
     for name, value in options.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
+        option = f"--{name.replace('_', '-')}"
+        words += [option] if value is True else [option, str(value)]
     return shlex.join(words)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from job.cli import cli, train
+from job.cli import cli
 from job.cluster import RunIdentity
 from job.config import ExitCode, TrainConfig
 from job.evaluate import Evaluation
@@ -38,7 +38,8 @@ def test_every_option_is_documented_with_its_variable() -> None:
     rows = re.findall(r"^\| `--([a-z0-9-]+)` \| `(JOB_[A-Z0-9_]+)` \|", README, re.MULTILINE)
     options = {
         option.opts[0].removeprefix("--"): option.envvar
-        for option in train.params
+        for command in cli.commands.values()
+        for option in command.params
         if getattr(option, "envvar", None)
     }
     assert dict(rows) == options
@@ -173,7 +174,7 @@ def test_make_train_is_the_real_job(tmp_path: Path) -> None:
 
 def test_commands_run_and_the_model_loads_as_shown(tmp_path: Path) -> None:
     # `make demo` runs in the gate, and `make train` is the real job's 50 epochs.
-    assert len(commands()) == 5
+    assert len(commands()) == 7
     for command in commands():
         words = shlex.split(command)
         result = subprocess.run(

@@ -28,6 +28,7 @@ EVERYTHING = TrainConfig(
     require_gpus=4,
     stall_timeout_seconds=1e-3,
     checkpoint_every_seconds=1e6,
+    tensorboard=True,
 )
 
 
@@ -36,7 +37,7 @@ def parse(command: str) -> dict[str, Any]:
     words = shlex.split(command)
     assert words[:4] == ["python", "-m", "job", "train"]
     options = train.make_context("train", words[4:]).params
-    del options["log_format"], options["expect_mount"]
+    del options["log_format"], options["expect_mount"], options["dry_run"]
     return describe_config(train_config(options))
 
 
@@ -61,7 +62,13 @@ def test_the_command_gives_the_runs_configuration_in_another_folder(config: Trai
 
 
 def test_what_was_said_to_one_attempt_is_not_repeated() -> None:
-    config = replace(EVERYTHING, fresh=True, run_id="mine", stop_after_seconds=5.0)
+    config = replace(
+        EVERYTHING,
+        fresh=True,
+        run_id="mine",
+        stop_after_seconds=5.0,
+        metrics_textfile=Path("one.prom"),
+    )
     assert train_command(as_recorded(config), "again") == train_command(
         as_recorded(EVERYTHING), "again"
     )

@@ -1,9 +1,9 @@
 """Measure the prediction of image files against the evaluation of the same images.
 
-The real test images are written as PNG files, and each round is a process of its own in which both
-go over them with the same network, four times by turns. The first pass compiles and is all that a
-command does; the others tell the speed once everything is warm. Every other round the prediction
-begins. Each figure is the median over the rounds.
+The real test images are written as PNG files. In each round either side is a process of its own
+that goes over them four times with the same network. The first pass compiles and is all that a
+command does; the fastest of the others is the speed once everything is warm. Each figure is the
+median over the rounds.
 """
 
 import json
@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -33,36 +32,45 @@ PASSES = 4
 @click.option("--data-dir", type=click.Path(path_type=Path), required=True)
 @click.option("--output-dir", type=click.Path(path_type=Path), required=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--folder", help="Measure one round with the PNG files of this folder.")
-@click.option("--begin", type=click.Choice(SIDES), default="evaluation")
-def main(data_dir: Path, output_dir: Path, rounds: int, folder: str | None, begin: str) -> None:
+@click.option("--side", type=click.Choice(SIDES), help="Measure it in this process.")
+@click.option("--folder", help="Where the PNG files are then.")
+def main(
+    data_dir: Path, output_dir: Path, rounds: int, side: str | None, folder: str | None
+) -> None:
     """Print images per second, and write bench_predict.json."""
-    if folder:
-        click.echo(json.dumps(_measure(data_dir, folder, begin)))
+    if side and folder:
+        click.echo(json.dumps(_measure(data_dir, folder, side)))
         return
     images = load_dataset(DataConfig(data_dir=data_dir)).test_images
     results: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory() as pngs:
         _write_pngs(Path(pngs), images)
         for number in range(rounds):
-            options = ["--folder", pngs, "--begin", SIDES[number % 2]]
-            command = [sys.executable, "-m", "tests.benchmarks.bench_predict", *options]
-            folders = ["--data-dir", str(data_dir), "--output-dir", str(output_dir)]
-            result = subprocess.run([*command, *folders], check=True, stdout=subprocess.PIPE)
-            results.append(json.loads(result.stdout))
+            results.append({side: _run_side(data_dir, pngs, side) for side in SIDES})
             click.echo(f"round {number + 1}/{rounds}  {_line(results[-1], 'first')}")
-    document: dict[str, Any] = {"time": log.utc_now(), "images": len(images), "rounds": results}
-    for which in ("first", "warm"):
-        document[which] = {
-            side: statistics.median(result[which][side] for result in results) for side in SIDES
+    medians = {
+        side: {
+            key: statistics.median(result[side][key] for result in results)
+            for key in ("first", "warm")
         }
+        for side in SIDES
+    }
+    document = {"time": log.utc_now(), "images": len(images), **medians, "rounds": results}
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "bench_predict.json").write_text(json.dumps(document, indent=2) + "\n")
-    click.echo(f"first pass  {_line(document, 'first')}\nwarm        {_line(document, 'warm')}")
+    click.echo(f"first pass  {_line(medians, 'first')}\nwarm        {_line(medians, 'warm')}")
 
 
-def _measure(data_dir: Path, folder: str, begin: str) -> dict[str, dict[str, float]]:
-    """Images per second of both sides in this process: the first pass, and the fastest later."""
+def _run_side(data_dir: Path, pngs: str, side: str) -> dict[str, float]:
+    options = ["--data-dir", str(data_dir), "--output-dir", pngs, "--folder", pngs, "--side", side]
+    command = [sys.executable, "-m", "tests.benchmarks.bench_predict", *options]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    speeds: dict[str, float] = json.loads(result.stdout)
+    return speeds
+
+
+def _measure(data_dir: Path, folder: str, side: str) -> dict[str, float]:
+    """Images per second of a side in this process: the first pass, and the fastest later."""
     from job.startup import load_tensorflow
 
     load_tensorflow()
@@ -85,14 +93,10 @@ def _measure(data_dir: Path, folder: str, begin: str) -> dict[str, dict[str, flo
             for prediction in batch:
                 json_line(prediction)
 
-    calls: dict[str, Callable[[], object]] = {"evaluation": evaluate, "prediction": predict}
-    order = sorted(SIDES, key=lambda side: side != begin)
-    passes = [{side: _seconds(calls[side]) for side in order} for _ in range(PASSES)]
+    call = evaluate if side == "evaluation" else predict
+    first, *others = (_seconds(call) for _ in range(PASSES))
     images = len(dataset.test_images)
-    return {
-        "first": {side: images / passes[0][side] for side in SIDES},
-        "warm": {side: images / min(one[side] for one in passes[1:]) for side in SIDES},
-    }
+    return {"first": images / first, "warm": images / min(others)}
 
 
 def _write_pngs(folder: Path, images: npt.NDArray[np.uint8]) -> None:
@@ -106,8 +110,8 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _line(document: dict[str, Any], which: str) -> str:
-    evaluation, prediction = (document[which][side] for side in SIDES)
+def _line(result: dict[str, dict[str, float]], key: str) -> str:
+    evaluation, prediction = (result[side][key] for side in SIDES)
     return (
         f"evaluation {evaluation:7,.0f} images/s   prediction {prediction:7,.0f} images/s   "
         f"ratio {prediction / evaluation:.2f}"
