@@ -122,3 +122,13 @@ def test_a_mistyped_command_is_one_line_and_one_event(run_job: RunJob) -> None:
     assert json.loads(event)["exit_code"] == 2
     result = run_job("train", "--epoch", "3")
     assert "after a command" not in result.stderr
+
+
+@pytest.mark.parametrize(("log_format", "lines"), [("text", 0), ("json", 1), ("nonsense", 1)])
+def test_a_usage_error_keeps_to_the_variable_of_the_log_format(
+    run_job: RunJob, log_format: str, lines: int
+) -> None:
+    result = run_job("train", "--epoch", "3", env={"JOB_LOG_FORMAT": log_format})
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert len(result.stdout.splitlines()) == lines
