@@ -252,7 +252,7 @@ def main(stop: StopRequest) -> NoReturn:
 
     with stop.last_words(say_why):
         # Until the command says otherwise: its options may be what is wrong.
-        log.configure("auto")
+        log.configure(log.wanted_format(os.environ.get("JOB_LOG_FORMAT")))
         try:
             cli.main(prog_name="cifar10-job", standalone_mode=False, obj=stop)
         except click.exceptions.NoArgsIsHelpError as error:

@@ -30,6 +30,11 @@ def on_terminal() -> bool:
     return bool(sys.stdout and sys.stdout.isatty())
 
 
+def wanted_format(text: str | None) -> LogFormat:
+    """The format of this name; "auto" where there is none."""
+    return next((name for name in LOG_FORMATS if name == text), "auto")
+
+
 def configure(log_format: LogFormat) -> None:
     """Send this program's events to stdout in the given format, replacing an earlier setting."""
     handler = _StdoutHandler()

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Trains under Slurm and requeues itself until the run is done. From the top of the checkout:
+# Trains under Slurm and requeues itself until the run is done. At the top of the checkout, and never by srun:
 #
 #     sbatch slurm/train.sh
 #     sbatch --gpus-per-node=4 --time=30 slurm/train.sh --epochs 100
 #     sbatch --array=0-9%4 slurm/train.sh
 #
 # sbatch's options come before the script's name, those of `train` behind it. Each task of an array
-# trains with its index as the seed, in a folder seed-INDEX of its own. This one file suffices where
-# there is an image. Variables that it reads (slurm/README.md has recipes for sites):
+# trains with its index as the seed, in a folder seed-INDEX of its own. With an image this file is all
+# that is needed. Variables that it reads (slurm/README.md has recipes for sites):
 #
 #     JOB_…              options of `train`; JOB_OUTPUT_DIR is output/slurm by default, JOB_DATA_DIR data
-#     CONTAINER_RUNTIME  auto (the first that is found), pyxis, apptainer, podman, docker or none
-#     CONTAINER_IMAGE    image; by default cifar10-job.sqsh (pyxis) or cifar10-job.sif (Apptainer) in
-#                        this folder, or cifar10-job:VERSION on the node (podman, docker)
+#     CONTAINER_RUNTIME  pyxis, apptainer, podman, docker or none; auto is the first of them that has an
+#                        image, or none with .venv
+#     CONTAINER_IMAGE    image; by default cifar10-job.sqsh (pyxis) or cifar10-job.sif (Apptainer) where
+#                        sbatch is called, or cifar10-job:VERSION on the node (podman, docker)
 #     CONTAINER_ARGS     further options of the container runtime, separated by spaces
 #     PYTHON             without a container: interpreter, .venv/bin/python by default
 #     MAX_REQUEUES       how often the job requeues itself at most, 50 by default
@@ -24,9 +25,9 @@
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=4
 #SBATCH --mem=16G
-# Short, because short jobs start sooner and this one goes on when it is over.
+# Short jobs start sooner, and this one requeues itself at the limit; five minutes at least.
 #SBATCH --time=01:00:00
-# Two minutes before, this script is told, and it alone: B.
+# Two minutes before the limit Slurm sends USR1, with B: to this script alone.
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 # The log, slurm-JOB.out or in arrays slurm-JOB_TASK.out, keeps the attempts before this one.
@@ -36,6 +37,7 @@ set +o posix # in which bash forgets a step's exit code once it was asked for
 
 readonly IMAGE=cifar10-job:0.1.0
 readonly MAX_EXCLUDED_NODES=3
+readonly CHECK='import job.cli, importlib.util, sys; sys.exit(not importlib.util.find_spec("tensorflow"))'
 readonly AGAIN="submit it again to go on from the last checkpoint"
 
 say() { echo "$(date '+%F %T') slurm/train.sh: $*" >&2; }
@@ -53,10 +55,14 @@ trap 'terminated=yes; say "told to end (SIGTERM)"; pass_on' TERM
 set_up_site() {
   local site=${SITE_SETUP:-slurm/site.sh}
   if [[ -e $site ]]; then
+    local ours
+    trap 'say "error: $site has ended the script; mend it"' EXIT
+    ours=$(trap -p EXIT)
     set +u # not every site's modules know it
     # shellcheck source=/dev/null
-    source "$site"
+    source "$site" || say "warning: $site ended with exit code $?"
     set -u
+    [[ $(trap -p EXIT) != "$ours" ]] || trap - EXIT
   elif [[ -n ${SITE_SETUP:-} ]]; then
     refuse "SITE_SETUP is $SITE_SETUP, which is not in $PWD; name a file"
   fi
@@ -81,6 +87,9 @@ identify_job() {
     job=$SLURM_JOB_ID
     answer=$(ask_for "$job")
   fi
+  [[ $(field BatchFlag) != 0 ]] || refuse "started by srun or salloc; say sbatch slurm/train.sh"
+  [[ $(field TimeLimit) != 00:0[0-4]:* ]] || say "warning: the time limit is $(field TimeLimit)," \
+    "expected 5 minutes at least: Slurm may tell the job to stop before it has got anything done"
   attempt=$(field Restarts) || attempt=${SLURM_RESTART_COUNT:-0}
   export SLURM_RESTART_COUNT=$attempt
   unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU # srun refuses them beside --mem
@@ -88,16 +97,17 @@ identify_job() {
 
 # Checks the arguments of `train` and the variables, and sets output, data and record.
 read_settings() {
-  local argument folder task=${SLURM_ARRAY_TASK_ID:-}
+  local argument task=${SLURM_ARRAY_TASK_ID:-}
   ((${SLURM_JOB_NUM_NODES:-1} == 1)) ||
     refuse "received $SLURM_JOB_NUM_NODES nodes, expected 1; say --nodes=1 and --gpus-per-node=N"
   [[ ${MAX_REQUEUES:=50} =~ ^(0|[1-9][0-9]*)$ ]] ||
     refuse "MAX_REQUEUES is $MAX_REQUEUES, expected a number"
   for argument; do
     case ${argument%%=*} in
-      --output-dir | --data-dir)
-        refuse "received ${argument%%=*}, which the runtimes would not mount;" \
-          "set JOB_OUTPUT_DIR or JOB_DATA_DIR instead"
+      --output-dir) refuse "received --output-dir; say JOB_OUTPUT_DIR=FOLDER sbatch slurm/train.sh" ;;
+      --data-dir) refuse "received --data-dir; say JOB_DATA_DIR=FOLDER sbatch slurm/train.sh" ;;
+      --time | --partition | --account | --array | --nodes | --gres | --gpus* | --cpus* | --mem*)
+        refuse "received ${argument%%=*}, an option of sbatch; say it before slurm/train.sh"
         ;;
       --seed)
         [[ -z $task ]] || refuse "received --seed in an array, whose indices are the seeds;" \
@@ -113,14 +123,18 @@ read_settings() {
     export JOB_SEED=$task
     output+=/seed-$task
   fi
-  for folder in "$output" "$data"; do
-    mkdir -p -- "$folder" || refuse "cannot make the folder $folder; set JOB_OUTPUT_DIR and" \
-      "JOB_DATA_DIR to folders that $(id -un) may write"
-  done
   # People read the log. Where machines do, say JOB_LOG_FORMAT=json.
   export JOB_LOG_FORMAT=${JOB_LOG_FORMAT:-text}
   # A line for each time that this job has requeued itself.
   record=$output/.slurm-$job
+}
+
+make_folders() {
+  local folder
+  for folder in "$output" "$data"; do
+    mkdir -p -- "$folder" || refuse "cannot make the folder $folder; set JOB_OUTPUT_DIR and" \
+      "JOB_DATA_DIR to folders that $(id -un) may write"
+  done
   ((attempt)) || rm -f -- "$record" # of an older job with this number
 }
 
@@ -130,7 +144,7 @@ is_here() {
     pyxis) [[ $(srun --help 2>&1) == *--container-image* ]] ;;
     apptainer) command -v apptainer singularity > /dev/null ;;
     podman | docker) command -v "$1" > /dev/null ;;
-    none) [[ -x ${PYTHON:-.venv/bin/python} ]] ;;
+    none) command -v "$python" > /dev/null ;;
   esac
 }
 
@@ -165,28 +179,34 @@ image_for() {
   esac
 }
 
-# Sets runtime and image.
+# Sets runtime, and image or python.
 choose_runtime() {
+  local here
+  here=$(hostname)
+  python=${PYTHON:-.venv/bin/python}
   runtime=${CONTAINER_RUNTIME:-auto}
   case $runtime in
     auto)
       for runtime in pyxis apptainer podman docker none; do
         is_here "$runtime" && image=$(image_for "$runtime") && return
       done
-      refuse "nothing on $(hostname) runs ${CONTAINER_IMAGE:-the program}: expected pyxis," \
-        "Apptainer, podman or docker with an image, or .venv in $PWD; say make install there, or" \
-        "set CONTAINER_IMAGE (slurm/README.md)"
+      [[ -z ${CONTAINER_IMAGE:-} ]] || refuse "nothing on $here runs the image $CONTAINER_IMAGE:" \
+        "expected pyxis for a .sqsh, Apptainer for a .sif, any of them, podman or docker for a name"
+      refuse "received neither an image nor $python in $PWD; submit at the top of the checkout or with" \
+        "--chdir=CHECKOUT, after make install LOCK=gpu, or set CONTAINER_IMAGE (slurm/README.md)"
       ;;
     none)
+      [[ -z ${CONTAINER_IMAGE:-} ]] || refuse "CONTAINER_RUNTIME is none and CONTAINER_IMAGE" \
+        "$CONTAINER_IMAGE; unset one"
       image=''
-      is_here none || refuse "there is no ${PYTHON:-.venv/bin/python} in $PWD; say make install" \
-        "there, or set PYTHON"
+      is_here none || refuse "there is no $python in $PWD; submit at the top of the checkout or with" \
+        "--chdir=CHECKOUT, after make install LOCK=gpu, or set PYTHON"
       ;;
     pyxis | apptainer | podman | docker)
-      is_here "$runtime" || refuse "CONTAINER_RUNTIME is $runtime, which $(hostname) does not have;" \
-        "load its module in slurm/site.sh, or name another"
-      image=$(image_for "$runtime") || refuse "CONTAINER_RUNTIME is $runtime and CONTAINER_IMAGE" \
-        "'${CONTAINER_IMAGE:-}': there is no such image; slurm/README.md says how to make one"
+      is_here "$runtime" || refuse "CONTAINER_RUNTIME is $runtime, which $here does not have; load its" \
+        "module in slurm/site.sh, or name another"
+      image=$(image_for "$runtime") || refuse "CONTAINER_RUNTIME is $runtime, which has no image" \
+        "${CONTAINER_IMAGE:-by default} on $here; see slurm/README.md, Container runtimes"
       ;;
     *) refuse "CONTAINER_RUNTIME is $runtime, expected auto, pyxis, apptainer, podman, docker or none" ;;
   esac
@@ -199,9 +219,8 @@ build_step() {
   # srun does not take this over from sbatch.
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || step+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
   if [[ $runtime == none ]]; then
-    local python=${PYTHON:-.venv/bin/python}
-    "$python" -c 'import job' || refuse "$python cannot import the package job in $PWD; say make" \
-      "install and sbatch at the top of the checkout"
+    "$python" -c "$CHECK" || refuse "$python has not all that job/ in $PWD needs; submit at the top of" \
+      "the checkout, when make install LOCK=gpu is done"
     export JOB_OUTPUT_DIR=$output JOB_DATA_DIR=$data
     step+=("$python" -m job train "$@")
     return
@@ -339,7 +358,7 @@ finish() {
   elif ((code == 2)); then
     say "exit code 2, not requeued: the error above says what to change"
   elif [[ $state != RUNNING ]]; then
-    say "job $job was ended from outside, its state is $state; $AGAIN"
+    say "job $job was cancelled or ended from outside (Slurm: $state); $AGAIN"
   elif [[ -n $terminated && $preempted == None ]]; then
     say "stopped by SIGTERM, not requeued; $AGAIN"
   elif ((code == 3)); then
@@ -352,7 +371,7 @@ finish() {
   elif [[ -n $time_is_up ]]; then
     requeue time "$MAX_REQUEUES" "stopped for the time limit" scontrol requeue Incomplete "$job"
   elif ((code == 75)); then
-    say "exit code 75, not requeued, since it was not the time limit that stopped it; $AGAIN"
+    say "exit code 75, not requeued: it was not Slurm's time limit that stopped it; $AGAIN"
   elif ((code > 128)); then
     requeue defect 1 "killed by signal $((code - 128))" scontrol requeue Incomplete "$job"
   else
@@ -378,12 +397,12 @@ requeue() {
   local cause=$1 limit=$2 reason=$3 of_cause in_all
   of_cause=$(grep -c -s "^$cause " "$record") in_all=$(grep -c -s . "$record")
   if ((of_cause >= limit || in_all >= MAX_REQUEUES)); then
-    say "$reason, not requeued: that was done ${of_cause:-0} of at most $limit times for this cause," \
-      "${in_all:-0} of at most $MAX_REQUEUES in all; $AGAIN"
+    say "$reason, not requeued: the job has requeued itself ${in_all:-0} times (at most $MAX_REQUEUES)," \
+      "${of_cause:-0} times for this cause (at most $limit); see the error above, if any, or $AGAIN"
   elif ! echo "$cause in attempt $attempt" >> "$record"; then
     say "$reason, not requeued, because $record cannot be written; $AGAIN"
   else
-    say "$reason; requeueing ($((in_all + 1)) of at most $MAX_REQUEUES)"
+    say "$reason; requeueing ($((in_all + 1)) of at most $MAX_REQUEUES), which Slurm reports as cancelled"
     # Slurm ends this script, and whatever it has started, together with the attempt.
     trap '' TERM
     persist "${@:4}" && exit "$code"
@@ -394,6 +413,10 @@ requeue() {
 # Requeues the job for another node than this one, which lacks a GPU that Slurm has promised.
 replace_node() {
   local node=${SLURMD_NODENAME:-$(hostname)} excluded others=''
+  if ((${SLURM_GPUS_ON_NODE:-0} == 0)); then
+    say "exit code 3, not requeued: Slurm was asked for no GPU; say sbatch --gpus-per-node=1"
+    return
+  fi
   excluded=$(field ExcNodeList)
   excluded=${excluded/#'(null)'/}
   excluded+=${excluded:+,}$node
@@ -402,7 +425,8 @@ replace_node() {
       grep -v -x -F -f <(scontrol show hostnames "$excluded"))
   fi
   if [[ -z $others ]]; then
-    say "exit code 3, not requeued: job $job may have no other node than $excluded"
+    say "exit code 3, not requeued: a GPU is missing on node $node, and the job has no other to go to" \
+      "than $excluded; have them examined, or say sbatch --gpus-per-node=0 to train on processors"
     return
   fi
   requeue gpu "$MAX_EXCLUDED_NODES" "exit code 3: a GPU is missing on node $node" hold_and_exclude
@@ -424,6 +448,7 @@ set_up_site
 identify_job
 read_settings "$@"
 choose_runtime
+make_folders
 build_step "$@"
 say "job $job, attempt $attempt on ${SLURMD_NODENAME:-$(hostname)}: runtime $runtime${image:+ with $image}," \
   "output $output, data $data, ${SLURM_GPUS_ON_NODE:-0} GPU(s)"

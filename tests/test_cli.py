@@ -155,3 +155,13 @@ def test_commands_options_and_choices_are_completed_without_tensorflow() -> None
     assert completions("train", "--prec") == ["--precision"]
     assert completions("train", "--precision", "") == ["auto", "float32", "bfloat16"]
     assert completions("train", "--dataset", "syn") == ["synthetic"]
+
+
+@pytest.mark.parametrize(("log_format", "lines"), [("text", 0), ("json", 1), ("nonsense", 1)])
+def test_a_usage_error_keeps_to_the_variable_of_the_log_format(
+    run_job: RunJob, log_format: str, lines: int
+) -> None:
+    result = run_job("train", "--epoch", "3", env={"JOB_LOG_FORMAT": log_format})
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert len(result.stdout.splitlines()) == lines

@@ -26,7 +26,7 @@ SCONTROL = """#!/bin/bash
 echo "$*" >> {folder}/scontrol.told
 case $* in
   *"show job 7_0"*) echo "JobId=6 JobName=outer JobState=RUNNING Reason=None Restarts=3" ;;
-  *"show job"*) echo "JobId={job} JobName=cifar10 JobState={state} Restarts={restarts}" \
+  *"show job"*) echo "JobId={job} JobName=cifar10 JobState={state} Restarts={restarts} {more}" \
     "{preempted} ReqNodeList={required} ExcNodeList={excluded} NodeList=n7" ;;
   *"show hostnames"*) tr , '\\n' <<< "$3" ;;
   *"{failing}"*) exit 1 ;;
@@ -99,6 +99,7 @@ class Node:
         required: str = "(null)",
         job: str = "41",
         then: str = "",
+        more: str = "BatchFlag=1 TimeLimit=01:00:00",
         failing: str = "nothing",
     ) -> None:
         self.put(
@@ -111,6 +112,7 @@ class Node:
                 preempted=preempted,
                 required=required,
                 job=job,
+                more=more,
                 then=f"[[ $1 != requeue ]] || {then}" if then else "",
                 failing=failing,
             ),
@@ -362,8 +364,16 @@ REFUSED = [
     ({"SLURM_JOB_ID": ""}, (), "not started by Slurm; say sbatch slurm/train.sh"),
     ({"SLURM_JOB_NUM_NODES": "2"}, (), "received 2 nodes, expected 1; say --nodes=1"),
     ({"MAX_REQUEUES": "ten"}, (), "MAX_REQUEUES is ten, expected a number"),
-    ({}, ("--output-dir", "a"), "received --output-dir, which .* set JOB_OUTPUT_DIR"),
-    ({}, ("--data-dir=a",), "received --data-dir, which"),
+    ({}, ("--output-dir", "a"), "received --output-dir; say JOB_OUTPUT_DIR=FOLDER sbatch"),
+    ({}, ("--time=30",), "received --time, an option of sbatch; say it before slurm/train.sh"),
+    ({}, ("--gpus-per-node", "4"), "received --gpus-per-node, an option of sbatch"),
+    ({"CONTAINER_RUNTIME": "none", "CONTAINER_IMAGE": "a"}, (), "is none and CONTAINER_IMAGE a"),
+    (
+        {"CONTAINER_RUNTIME": "none", "PYTHON": "python9"},
+        (),
+        "there is no python9 in .*; submit at",
+    ),
+    ({}, ("--data-dir=a",), "received --data-dir; say JOB_DATA_DIR"),
     ({"SLURM_ARRAY_TASK_ID": "3"}, ("--seed=1",), "received --seed in an array"),
     ({"SLURM_ARRAY_TASK_ID": "3", "JOB_SEED": "1"}, (), "JOB_SEED is 1 in an array, .*; unset it"),
     ({"JOB_OUTPUT_DIR": "/proc/a"}, (), "cannot make the folder /proc/a; set JOB_OUTPUT_DIR"),
@@ -371,10 +381,18 @@ REFUSED = [
     ({"JOB_DATA_DIR": "a b", "CONTAINER_IMAGE": "a.sqsh"}, (), "expected letters, .* for pyxis"),
     ({"CONTAINER_RUNTIME": "lxc"}, (), "CONTAINER_RUNTIME is lxc, expected auto, pyxis, "),
     ({"CONTAINER_RUNTIME": "docker"}, (), "CONTAINER_RUNTIME is docker, which .* does not have"),
-    ({"CONTAINER_RUNTIME": "none"}, (), r"there is no \.venv/bin/python in .*; say make install"),
+    ({"CONTAINER_RUNTIME": "none"}, (), r"there is no \.venv/bin/python in .*LOCK=gpu"),
     ({"CONTAINER_RUNTIME": "pyxis"}, (), "CONTAINER_RUNTIME is pyxis, which .* does not have"),
-    ({"CONTAINER_RUNTIME": "podman", "CONTAINER_IMAGE": "a.sif"}, (), "there is no such image"),
-    ({"CONTAINER_IMAGE": "a.sqsh"}, (), "nothing on .* runs a.sqsh: expected pyxis, "),
+    (
+        {"CONTAINER_RUNTIME": "podman", "CONTAINER_IMAGE": "a.sif"},
+        (),
+        "podman, which has no image a.sif on",
+    ),
+    (
+        {"CONTAINER_IMAGE": "a.sqsh"},
+        (),
+        "nothing on .* runs the image a.sqsh: expected pyxis for a .sqsh",
+    ),
     ({"SITE_SETUP": "lost.sh"}, (), "SITE_SETUP is lost.sh, which is not in"),
 ]
 
@@ -396,7 +414,40 @@ def test_a_folder_that_is_no_checkout_is_refused(node: Node) -> None:
     node.put("broken", "#!/bin/bash\nexit 1\n")
     result = node.run(PYTHON=f"{node.env['PATH']}/broken")
     assert result.returncode == 2
-    assert "cannot import the package job in" in result.stderr
+    assert "has not all that job/ in" in result.stderr
+
+
+def test_without_image_and_environment_it_says_where_to_submit(node: Node) -> None:
+    result = node.run()
+    assert result.returncode == 2
+    assert "received neither an image nor .venv/bin/python in" in result.stderr
+    assert "--chdir=CHECKOUT" in result.stderr
+    assert list(node.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [("exit 1\n", "error: .*site.sh has ended the script"), ("false\n", "ended with exit code 1")],
+)
+def test_what_goes_wrong_in_a_sites_file_is_told(node: Node, script: str, message: str) -> None:
+    (node.folder / "site.sh").write_text(script)
+    node.install("podman")
+    result = node.run(SITE_SETUP="./site.sh")
+    assert re.search(message, result.stderr)
+    assert "done" not in result.stderr or script == "false\n"
+    assert "ended the script" not in result.stderr or script == "exit 1\n"
+
+
+def test_a_step_of_another_job_is_refused_and_a_short_limit_warned_of(node: Node) -> None:
+    node.install("podman")
+    node.slurm_says(more="BatchFlag=0 TimeLimit=01:00:00")
+    result = node.run()
+    assert result.returncode == 2
+    assert "started by srun or salloc; say sbatch slurm/train.sh" in result.stderr
+    node.slurm_says(more="BatchFlag=1 TimeLimit=00:04:00")
+    result = node.run()
+    assert result.returncode == 0
+    assert "warning: the time limit is 00:04:00, expected 5 minutes at least" in result.stderr
 
 
 def test_a_sites_file_is_sourced_first(node: Node) -> None:
@@ -470,7 +521,7 @@ def test_a_missing_gpu_adds_its_node_to_those_excluded(node: Node) -> None:
     node.install("podman")
     node.srun_ends_with(3)
     node.slurm_says(excluded="n3")
-    assert node.run().returncode == 3
+    assert node.run(**TWO_GPUS).returncode == 3
     assert node.requests() == [
         "requeuehold Incomplete 41",
         "update JobId=41 ExcNodeList=n3,n7",
@@ -479,13 +530,22 @@ def test_a_missing_gpu_adds_its_node_to_those_excluded(node: Node) -> None:
     assert record(node).read_text() == "gpu in attempt 0\n"
 
 
+def test_a_job_that_has_asked_for_no_gpu_misses_none(node: Node) -> None:
+    node.install("podman")
+    node.srun_ends_with(3)
+    result = node.run("--require-gpus", "1")
+    assert result.returncode == 3
+    assert "Slurm was asked for no GPU; say sbatch --gpus-per-node=1" in result.stderr
+    assert node.requests() == []
+
+
 def test_a_job_that_wants_this_node_is_not_sent_to_another(node: Node) -> None:
     node.install("podman")
     node.srun_ends_with(3)
     node.slurm_says(required="n7")
-    result = node.run()
+    result = node.run(**TWO_GPUS)
     assert result.returncode == 3
-    assert "not requeued: job 41 may have no other node than n7" in result.stderr
+    assert "the job has no other to go to than n7" in result.stderr
     assert node.requests() == []
 
 
@@ -493,7 +553,7 @@ def test_a_job_whose_node_cannot_be_excluded_is_held_with_a_message(node: Node) 
     node.install("podman")
     node.srun_ends_with(3)
     node.slurm_says(failing="update")
-    result = node.run()
+    result = node.run(**TWO_GPUS)
     assert result.returncode == 3
     assert "job 41 is held, because node n7 could not be excluded" in result.stderr
     assert "scontrol release 41" in result.stderr
@@ -519,12 +579,12 @@ def test_a_job_that_is_ending_is_not_requeued(node: Node, code: int) -> None:
     node.slurm_says(state="COMPLETING")
     result = node.run()
     assert result.returncode == code
-    assert "ended from outside, its state is COMPLETING" in result.stderr
+    assert "cancelled or ended from outside (Slurm: COMPLETING)" in result.stderr
     assert node.requests() == []
 
 
 @pytest.mark.parametrize(
-    ("code", "message"), [(75, "it was not the time limit"), (125, "of srun or")]
+    ("code", "message"), [(75, "it was not Slurm's time limit"), (125, "of srun or")]
 )
 def test_what_is_nobodys_fault_is_not_requeued(node: Node, code: int, message: str) -> None:
     node.install("podman")
@@ -540,7 +600,7 @@ def test_what_is_nobodys_fault_is_not_requeued(node: Node, code: int, message: s
     [
         (
             "USR1",
-            r"stopped for the time limit; requeueing \(1 of at most 50\)",
+            r"stopped for the time limit; requeueing \(1 of at most 50\), which Slurm reports",
             ["requeue Incomplete 41"],
         ),
         ("TERM", "stopped by SIGTERM, not requeued", []),
@@ -612,5 +672,7 @@ def test_requeues_of_all_causes_are_bounded_together(node: Node) -> None:
     record(node).write_text("time in attempt 0\ntime in attempt 1\n")
     result = node.run(MAX_REQUEUES="2")
     assert result.returncode == 1
-    assert "0 of at most 1 times for this cause, 2 of at most 2 in all" in result.stderr
+    assert (
+        "requeued itself 2 times (at most 2), 0 times for this cause (at most 1)" in result.stderr
+    )
     assert node.requests() == []
