@@ -70,6 +70,8 @@ def hold_output_dir(
     stop: StopRequest,
     identity: RunIdentity = NO_RUN,
     before_asking: Callable[[], None] = lambda: None,
+    *,
+    brief: bool = False,
 ) -> Iterator[OutputDir]:
     """Hold an output folder for the time of the body.
 
@@ -78,13 +80,14 @@ def hold_output_dir(
         stop: Is asked if the folder is.
         identity: The run whose older attempts are to make room; none by default.
         before_asking: Raises if they should not, because this attempt could not go on.
+        brief: Whether a training should wait until the folder is given back.
 
     Raises:
         UserError: If it cannot be used or another run holds it.
         LeaseLostError: If a newer attempt of this run holds it.
     """
     prepare_output_dir(path)
-    lease = acquire(path, identity, stop, before_asking)
+    lease = acquire(path, identity, stop, before_asking, brief=brief)
     with stop.last_words(lambda _reason: lease.release()):
         try:
             output = OutputDir(path, lease)

@@ -126,7 +126,7 @@ def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) ->
     from job.output import MODEL, require_model
 
     require_model(run_config.output_dir / MODEL)
-    with hold_output_dir(run_config.output_dir, stop) as output:
+    with hold_output_dir(run_config.output_dir, stop, brief=True) as output:
         _load_tensorflow()
         from job.saved_model import evaluate_output_dir
 
@@ -149,7 +149,7 @@ def report(stop: StopRequest, /, log_format: log.LogFormat, output_dir: Path) ->
     from job.run_record import RunRecord
 
     RunRecord.load(output_dir)  # before a folder is made where there is none
-    with hold_output_dir(output_dir, stop) as output:
+    with hold_output_dir(output_dir, stop, brief=True) as output:
         write_report(output)
 
 

@@ -19,18 +19,20 @@ CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 _DEVICES = re.compile(r"auto|(?:cpu|gpu):[1-9]\d{0,2}")
 
 
-def _modules_that_define(name: str) -> tuple[str, ...]:
-    """Modules of this package that define a name, found by their text.
+def modules_that_define(name: str, folder: Path) -> tuple[str, ...]:
+    """Modules of a folder that define a name, found by their text.
 
     Importing them would take seconds, and the command line has to know its choices at once.
     """
-    definition = re.compile(rf"^{name} = ", re.MULTILINE)
-    paths = sorted(Path(__file__).parent.glob("*.py"))
+    definition = re.compile(rf"^{name}\b[^=\n]*= ", re.MULTILINE)
+    # Not what an editor leaves beside a module while it is open.
+    paths = sorted(folder.glob("[!.]*.py"))
     return tuple(path.stem for path in paths if definition.search(path.read_text("utf-8")))
 
 
-DATASETS = _modules_that_define("SOURCE")
-RECIPES = _modules_that_define("RECIPE")
+_HERE = Path(__file__).parent
+DATASETS = modules_that_define("SOURCE", _HERE)
+RECIPES = modules_that_define("RECIPE", _HERE)
 
 
 class ExitCode(enum.IntEnum):

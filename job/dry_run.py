@@ -22,6 +22,7 @@ from job.output import OutputDir, prepare_output_dir
 from job.preemption import StopRequest
 from job.recipe import get_recipe
 from job.takeover import find_holder, refusal
+from job.terminal import write_lines
 from job.textfile import require_folder
 from job.train import make_plan, previous_of, require_fitting
 
@@ -123,7 +124,9 @@ def _examine_output(found: Findings, config: TrainConfig, stop: StopRequest) -> 
     found.add("output", fields, f"{path}/ {text}")
     if holder:
         found.lines.append(("", f"held by {holder}"))
-        if not identity.replaces(holder.run, holder.attempt):
+        if holder.brief:
+            found.lines.append(("", "which this run would wait for"))
+        elif not identity.replaces(holder.run, holder.attempt):
             found.problems.append(refusal(path, identity, holder))
         else:
             found.lines.append(("", "which would be asked to stop, and this run would go on"))
@@ -249,6 +252,6 @@ def print_dry_run(config: TrainConfig, stop: StopRequest) -> None:
         log.event("dry_run", **found.report, problems=[str(problem) for problem in found.problems])
     else:
         text = found.as_text()
-        print(log.wrapped(text, LABEL_WIDTH) if log.on_terminal() else text, flush=True)
+        write_lines((log.wrapped(text, LABEL_WIDTH) if log.on_terminal() else text).splitlines())
     if found.problems:
         raise found.problems[0]

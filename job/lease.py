@@ -48,6 +48,7 @@ class Holder:
         start: When it took the folder, UTC; for people.
         kernel: What identifies the kernel and the file system as one in which file locks of holder
             and waiter meet; None where the holder could get no lock.
+        brief: Whether it will give the folder back soon, so that waiting is better than giving up.
     """
 
     run: str | None
@@ -56,6 +57,7 @@ class Holder:
     pid: int
     start: str
     kernel: str | None
+    brief: bool = False
 
     def __str__(self) -> str:
         run = self.run or "a run without --run-id"
@@ -178,10 +180,11 @@ def read_lease(path: Path) -> tuple[bytes, Holder | None]:
     """A lease's content and its holder; None where it is being written for the first time."""
     content = path.read_bytes()
     document = _parse(content)
-    fields = [field.name for field in dataclasses.fields(Holder)]
-    if not document.keys() >= set(fields):
+    fields = dataclasses.fields(Holder)
+    if not all(field.name in document for field in fields if field.default is dataclasses.MISSING):
         return content, None
-    return content, Holder(**{field: document[field] for field in fields})
+    known = {field.name: document[field.name] for field in fields if field.name in document}
+    return content, Holder(**known)
 
 
 def is_released(content: bytes) -> bool:

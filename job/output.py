@@ -37,7 +37,8 @@ _ARTIFACTS = (
     *(MODEL, EVALUATION, PREDICTION, PREDICTIONS, METRICS, RUN),
     *(REPORT, *REPORT_PICTURES),
 )
-_FOLDERS = (CHECKPOINTS, TENSORBOARD)
+EVENT_FILES = f"{TENSORBOARD}/events.out.tfevents.{'[0-9]' * 6}"
+"""Pattern of the names that the job gives its event files; other programs give longer ones."""
 _PARTIAL = ".partial"
 _DISCARDED = ".discarded"
 _FREE_BYTES = 64 * 2**20
@@ -183,26 +184,26 @@ class OutputDir:
             UserError: If something cannot be removed.
         """
         self.check()
-        for name in _FOLDERS:
-            folder = self.path / name
-            if not folder.exists():
-                continue
+        checkpoints = self.path / CHECKPOINTS
+        if checkpoints.exists():
             try:
-                folder.rename(self.path / f"{_DISCARDED}.{self._token}.{name}")
+                checkpoints.rename(self.path / f"{_DISCARDED}.{self._token}")
                 _flush_folder(self.path)
             except OSError as error:
                 raise UserError(
-                    f"cannot remove {folder}: {error.strerror or error}; remove it, then run again"
+                    f"cannot remove {checkpoints}: {error.strerror or error}; remove it, then run "
+                    f"again"
                 ) from error
-        self.remove([self.path / name for name in _ARTIFACTS])
-        with contextlib.suppress(OSError):
-            (self.path / PICTURES).rmdir()  # unless somebody keeps a file of his own there
+        self.remove([*(self.path / name for name in _ARTIFACTS), *self.path.glob(EVENT_FILES)])
+        for folder in (PICTURES, TENSORBOARD):
+            with contextlib.suppress(OSError):
+                (self.path / folder).rmdir()  # unless somebody keeps a file of his own there
         self.tidy()
 
     def tidy(self) -> None:
         """Remove what killed processes left half-written, as far as that is possible."""
         with contextlib.suppress(OSError):
-            for name in (".", PICTURES, *_FOLDERS):
+            for name in (".", CHECKPOINTS, PICTURES, TENSORBOARD):
                 for path in self.path.glob(f"{name}/.*{_PARTIAL}*"):
                     path.unlink(missing_ok=True)
         for path in self.path.glob(f"{_DISCARDED}.*"):

@@ -1,4 +1,4 @@
-"""Pictures of single predictions. Besides `job.report_plots` nothing imports matplotlib."""
+"""Pictures of predictions and comparisons. Besides `job.report_plots` nothing imports matplotlib."""
 
 import math
 import warnings
@@ -18,6 +18,9 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 from job.compare import Group
+
+# Names of classes and files are no formulas.
+plt.rcParams["text.parse_math"] = False
 
 _PREDICTED, _TRUE, _OTHER = "#c4501b", "#1b6fc4", "#b8bec6"
 # Okabe and Ito's colours, which colour-blind people can tell apart, less the pale yellow; line and

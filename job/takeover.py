@@ -44,6 +44,8 @@ def acquire(
     identity: RunIdentity,
     stop: StopRequest,
     before_asking: Callable[[], None] = lambda: None,
+    *,
+    brief: bool = False,
 ) -> Lease:
     """Take the output folder, waiting as long as an earlier holder may be alive.
 
@@ -53,6 +55,7 @@ def acquire(
             stop and then replaced.
         stop: Is asked when another attempt wants the folder.
         before_asking: Raises if an older attempt should not be asked to stop after all.
+        brief: Whether others should wait until this process gives the folder back.
 
     Raises:
         UserError: If a live attempt of another run holds it, or the lease cannot be written.
@@ -61,7 +64,7 @@ def acquire(
     folder = output_dir / FOLDER
     try:
         folder.mkdir(exist_ok=True)
-        return _Waiter(folder, identity, stop, before_asking).wait()
+        return _Waiter(folder, identity, stop, before_asking, brief).wait()
     except OSError as error:
         raise UserError(unusable(folder, error)) from error
 
@@ -119,9 +122,10 @@ class _Waiter:
         identity: RunIdentity,
         stop: StopRequest,
         before_asking: Callable[[], None],
+        brief: bool,
     ) -> None:
         self._folder, self._identity, self._stop = folder, identity, stop
-        self._before_asking = before_asking
+        self._before_asking, self._brief = before_asking, brief
         self._watch(0, b"")
 
     def _watch(self, generation: int, content: bytes) -> None:
@@ -160,9 +164,10 @@ class _Waiter:
             return True
         alive = lock == "held" or content != self._content
         self._count_silence(content)
-        if holder and alive and not self._identity.replaces(holder.run, holder.attempt):
+        replaces = holder and self._identity.replaces(holder.run, holder.attempt)
+        if holder and alive and not replaces and not (holder.brief and not self._brief):
             raise refusal(self._folder.parent, self._identity, holder)
-        if holder and self._identity.replaces(holder.run, holder.attempt):
+        if replaces:
             self._ask_to_stop(generation)
         self._announce(holder)
         return self._unchanged_seconds >= LEASE_SECONDS or (
@@ -219,6 +224,7 @@ class _Waiter:
             os.getpid(),
             log.utc_now(),
             kernel,
+            self._brief,
         )
         lease = Lease(self._folder, generation, descriptor, holder, self._stop)
         for earlier in self._folder.iterdir():

@@ -8,14 +8,13 @@ time. Records are read up to the last whole one, whenever the process is killed.
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
 from job.history import History
 from job.observer import Observer
-from job.output import TENSORBOARD, OutputDir
+from job.output import EVENT_FILES, TENSORBOARD, OutputDir
 
 TAGS = {
     "loss/train": "loss",
@@ -47,8 +46,8 @@ class EventFile(Observer):
         # Times between two points are times of training: the pauses between attempts are left out.
         self._start = time.time() - history.elapsed_seconds
         output.make_folder(TENSORBOARD)
-        earlier = sorted((output.path / TENSORBOARD).glob(f"{_NAME}*"))
-        number = 1 + max((_number(path) for path in earlier), default=0)
+        earlier = sorted(output.path.glob(EVENT_FILES))
+        number = 1 + max((int(path.suffix[1:]) for path in earlier), default=0)
         # A TensorBoard that is looking on goes to the file of the next name when one is over.
         self._name = f"{TENSORBOARD}/{_NAME}{number:06d}"
         events = [
@@ -79,11 +78,6 @@ class EventFile(Observer):
             step=line["step"],
             summary=tf.compat.v1.Summary(value=values),
         )
-
-
-def _number(path: Path) -> int:
-    digits = path.name.removeprefix(_NAME)
-    return int(digits) if digits.isdecimal() else 0
 
 
 def _records(events: list[tf.compat.v1.Event]) -> bytes:

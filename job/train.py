@@ -76,6 +76,8 @@ def _train_and_evaluate(
         trainer.train(config.checkpoint_every_seconds)
     save_model(engine.export(), attempt.output, MODEL)
     evaluation = evaluate_saved(attempt.output, recipe, devices, dataset, config.seed, watchdog)
+    # Without it the run is not finished. One that is there tells of an earlier end.
+    attempt.output.remove([attempt.output.path / REPORT])
     # First, because the report tells how the run ended.
     attempt.manifest.finish("done")
     try_to_write_report(attempt.output)

@@ -96,6 +96,14 @@ def test_a_live_holder_is_named_and_keeps_the_folder(tmp_path: Path) -> None:
     held.release()
 
 
+def test_a_training_waits_for_a_holder_that_is_brief(tmp_path: Path) -> None:
+    held = takeover.acquire(tmp_path, NOBODY, make_stop(), brief=True)
+    with pytest.raises(UserError, match="is in use by"):
+        takeover.acquire(tmp_path, NOBODY, make_stop(), brief=True)
+    threading.Timer(2.0, held.release).start()
+    assert 1.5 < seconds(lambda: acquire(tmp_path, JOB).release()) < 5
+
+
 @pytest.mark.usefixtures("different_hosts")
 def test_a_lease_that_was_given_back_elsewhere_is_free_at_once(tmp_path: Path) -> None:
     acquire(tmp_path).release()
@@ -253,7 +261,9 @@ def test_only_one_of_two_that_want_to_follow_can(tmp_path: Path) -> None:
     """Both have seen the same holder die, and neither has seen the other."""
     folder = tmp_path / ".lease"
     folder.mkdir()
-    first, second = (takeover._Waiter(folder, NOBODY, make_stop(), lambda: None) for _ in range(2))
+    first, second = (
+        takeover._Waiter(folder, NOBODY, make_stop(), lambda: None, False) for _ in range(2)
+    )
     winner = first._create(1)
     assert winner is not None
     assert second._create(1) is None

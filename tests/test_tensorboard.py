@@ -139,6 +139,18 @@ def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> No
     assert (tmp_path / "tensorboard").read_text() == "mine"
 
 
+def test_event_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    output = OutputDir(tmp_path)
+    output.make_folder("tensorboard")
+    other = tmp_path / "tensorboard" / "events.out.tfevents.1700000000.host"
+    other.write_text("not this job's")
+    EventFile(output, history(1))
+    EventFile(output, history(1, 2))
+    output.discard()
+    assert [path.name for path in (tmp_path / "tensorboard").iterdir()] == [other.name]
+    assert other.read_text() == "not this job's"
+
+
 def test_starting_over_discards_it_and_a_kill_leaves_nothing_to_tidy(tmp_path: Path) -> None:
     output = OutputDir(tmp_path)
     EventFile(output, history(1))

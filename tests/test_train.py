@@ -161,6 +161,27 @@ def test_the_report_is_the_last_artifact_and_one_that_is_missing_is_made_up_for(
         assert attempt.is_finished
 
 
+def test_a_report_of_an_earlier_end_does_not_pass_for_the_last_one(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        pass
+
+    def kill(output: OutputDir) -> None:
+        raise KilledError
+
+    run(config)
+    longer = replace(config, epochs=config.epochs + 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "try_to_write_report", kill)
+        with pytest.raises(KilledError):
+            run(longer)
+    with open_attempt(longer, StopRequest()) as attempt:
+        assert not attempt.is_finished
+    run(longer)
+    assert f"over {longer.epochs} epochs" in (config.output_dir / "report.html").read_text()
+
+
 def test_a_new_run_keeps_nothing_of_a_model_that_is_no_more(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
