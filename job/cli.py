@@ -171,7 +171,7 @@ def predict(stop: StopRequest, /, images: tuple[str, ...], **options: Any) -> No
     log.configure("text")  # stdout is for the predictions
     stop.advice = "run the same command again"
     png = options["png"]
-    from job.images import find_images
+    from job.images import find_images, require_no_source
     from job.output import MODEL, require_folder_for, require_model
 
     path = options["model"] or options["output_dir"] / MODEL
@@ -179,6 +179,8 @@ def predict(stop: StopRequest, /, images: tuple[str, ...], **options: Any) -> No
     if png:
         require_folder_for(png)
     sources = find_images(images)
+    if png:
+        require_no_source(png, sources)
     _load_tensorflow()
     from job.predict import predict_images
 
@@ -210,7 +212,7 @@ def compare(folders: tuple[str, ...], **options: Any) -> None:
     else:
         write_tables(comparison)
     for folder, reason in comparison.left_out.items():
-        say(f"left out: {printable(folder)}: {reason}")
+        say(f"left out: {printable(folder)}: {printable(reason)}")
     if png:
         save_picture(png, comparison)
 

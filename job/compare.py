@@ -117,7 +117,9 @@ def compare_runs(folders: Iterable[str]) -> Comparison:
         if not run.problem:
             alike.setdefault(tuple(run.settings.values()), []).append(run)
     if not alike:
-        reasons = "; ".join(f"{printable(name)}: {why}" for name, why in left_out.items())
+        reasons = "; ".join(
+            f"{printable(name)}: {printable(why)}" for name, why in left_out.items()
+        )
         raise UserError(f"received no folder of a finished run ({reasons}); name some")
     groups = tuple(Group(_label(same[0], varying), tuple(same)) for same in alike.values())
     return Comparison(tuple(runs), groups, varying, left_out)
@@ -130,9 +132,19 @@ def _order(run: Run) -> list[tuple[bool, bool, Any]]:
 
 def _label(run: Run, varying: Sequence[str]) -> str:
     names = [name for name in varying if name != "recipe"]
-    return ", ".join(
-        [str(run.settings["recipe"]), *(f"{_title(name)} {run.settings[name]}" for name in names)]
-    )
+    return ", ".join([_value(run, "recipe"), *_named(run, names)])
+
+
+def _named(run: Run, names: Iterable[str]) -> list[str]:
+    return [f"{_title(name)} {value}" for name in names if (value := _value(run, name))]
+
+
+def _value(run: Run, name: str) -> str:
+    """A setting in words; empty where there is none, as synthetic images have no data."""
+    value = run.settings[name]
+    if value is None:
+        return "all" if name == "limit" else ""
+    return printable(str(value))
 
 
 def _title(name: str) -> str:
@@ -173,8 +185,8 @@ def write_tables(comparison: Comparison) -> None:
     Raises:
         UserError: If it cannot be written.
     """
-    first, varying = comparison.runs[0].settings, comparison.varying
-    common = [f"{_title(name)} {first[name]}" for name in SETTINGS if name not in varying]
+    varying = comparison.varying
+    common = _named(comparison.runs[0], [name for name in SETTINGS if name not in varying])
     titles = [_title(name) for name in varying]
     write_lines([f"Every run: {', '.join(common)}", ""])
     write_table(
@@ -192,8 +204,8 @@ def write_tables(comparison: Comparison) -> None:
 
 def _run_row(run: Run, varying: Sequence[str]) -> list[str]:
     return [
-        printable(run.folder),
-        *(str(run.settings[name]) for name in varying),
+        run.folder,
+        *(_value(run, name) for name in varying),
         str(run.seed),
         _percent(run.last),
         _percent(run.last_mean),
@@ -207,7 +219,7 @@ def _run_row(run: Run, varying: Sequence[str]) -> list[str]:
 def _group_row(group: Group, varying: Sequence[str]) -> list[str]:
     best, last_mean, accuracy = group.best, group.last_mean, group.accuracy
     return [
-        *(str(best.settings[name]) for name in varying),
+        *(_value(best, name) for name in varying),
         str(len(group.runs)),
         _percent(last_mean.mean),
         _percent(last_mean.deviation),
@@ -216,7 +228,7 @@ def _group_row(group: Group, varying: Sequence[str]) -> list[str]:
         _percent(best.accuracy),
         str(best.seed),
         _seconds(group.elapsed_seconds),
-        printable(best.folder),
+        best.folder,
     ]
 
 

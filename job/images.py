@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from job.config import UserError
+from job.terminal import printable
 
 STDIN = "-"
 """In place of a path: standard input."""
@@ -66,6 +68,30 @@ def find_images(names: Sequence[str]) -> list[Source]:
         names: Paths of files and folders, and `STDIN`.
     """
     return [source for name in names for source in _find(name)]
+
+
+def require_no_source(target: Path, sources: Sequence[Source]) -> None:
+    """Make sure that writing a file replaces none of the images, however the paths are spelt.
+
+    Raises:
+        UserError: If it is one of them.
+    """
+    wanted = _identity(str(target))
+    for source in sources if wanted else ():
+        if _identity(0 if source.name == STDIN else source.name) == wanted:
+            raise UserError(
+                f"received --png {printable(str(target))}, which is the image "
+                f"{printable(source.name)} to be predicted and would be overwritten; name the "
+                f"picture to be drawn otherwise"
+            )
+
+
+def _identity(file: str | int) -> tuple[int, int] | None:
+    try:
+        status = os.stat(file)  # noqa: PTH116 (it may be a descriptor)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _find(name: str) -> Iterator[Source]:

@@ -1,8 +1,11 @@
 """Pictures of predictions and comparisons. Besides `job.report_plots` nothing imports matplotlib."""
 
+import contextlib
 import math
+import string
+import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 from job.compare import Group
+from job.terminal import count
 
 # Names of classes and files are no formulas.
 plt.rcParams["text.parse_math"] = False
@@ -28,7 +32,7 @@ _PREDICTED, _TRUE, _OTHER = "#c4501b", "#1b6fc4", "#b8bec6"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_LEGEND_GROUPS = 8
+_LEGEND_COLUMNS = 130
 _BELOW: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 9}
 
 
@@ -119,11 +123,17 @@ def save_predictions(path: Path, pictures: Sequence[Captioned], images: int) -> 
         axis.text(0.5, -0.03, name, caption, transform=axis.transAxes, parse_math=False)
     if len(pictures) < images:
         figure.suptitle(f"The first {len(pictures)} of {images:,} images", fontsize=14)
-    with warnings.catch_warnings():
-        # The font has no Chinese letters, for one; boxes stand in for them.
-        warnings.filterwarnings("ignore", message="Glyph")
+    with _any_letters():
         figure.savefig(path, format="png", dpi=110)
     plt.close(figure)
+
+
+@contextlib.contextmanager
+def _any_letters() -> Iterator[None]:
+    """The font has no Chinese letters, for one; boxes stand in for them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
 
 
 def _shortened(text: str) -> str:
@@ -137,10 +147,14 @@ def save_comparison(path: Path, groups: Sequence[Group]) -> None:
         path: PNG file to write.
         groups: At least one; the runs of each have curves of one length.
     """
-    height = max(4.5, 2.5 + 0.35 * len(groups))
+    names = [_letters(number) if len(groups) > 1 else "" for number in range(len(groups))]
+    legend = [_legend_text(*one) for one in zip(names, groups, strict=True)]
+    lines = sum(text.count("\n") + 1 for text in legend)
+    height = max(3.9, 1.6 + 0.5 * len(groups)) + 0.4 + 0.19 * lines
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, height), width_ratios=(1.5, 1), layout="constrained"
     )
+    handles = []
     for number, group in enumerate(groups):
         colour = _COLOURS[number % len(_COLOURS)]
         line = _LINES[number % len(_LINES)]
@@ -152,26 +166,46 @@ def save_comparison(path: Path, groups: Sequence[Group]) -> None:
             left.plot(epochs, _percent(curve), color=colour, linewidth=0.8, alpha=0.45)
         # A curve of a single epoch is nothing but its marker.
         style: dict[str, Any] = {"linestyle": line, "linewidth": 2.2, "marker": marker}
-        style |= {"markevery": max(1, len(mean) // 8), "label": f"{group.label} ({len(curves)})"}
-        left.plot(epochs, _percent(mean), color=colour, **style)
+        style |= {"markevery": max(1, len(mean) // 8)}
+        handles += left.plot(epochs, _percent(mean), color=colour, **style)
         _draw_accuracies(right, number, group, colour, marker)
     left.set_title("Validation accuracy of each run, and the mean")
     left.set_xlabel("Epoch")
     left.set_ylabel("Validation accuracy (%)")
     left.xaxis.get_major_locator().set_params(integer=True)
-    if len(groups) <= _LEGEND_GROUPS:  # more would hide the curves; the right side has them all
-        left.legend(fontsize=9, title="Settings (number of runs)")
     left.grid(alpha=0.3)
     right.set_title("Saved model of each run")
-    right.set_xlabel("Test accuracy (%); below: mean ± standard deviation")
-    labels = [group.label.replace(", ", "\n") for group in groups]
-    right.set_yticks(range(len(groups)), labels)
+    deviates = any(group.accuracy.deviation is not None for group in groups)
+    below = "\nbelow the points: mean ± standard deviation" if deviates else ""
+    right.set_xlabel(f"Test accuracy (%){below}")
+    right.set_yticks(range(len(groups)) if len(groups) > 1 else [])
+    right.set_yticklabels(names if len(groups) > 1 else [], weight="bold")
+    right.margins(x=0.15)  # for the text below a mean
     right.set_ylim(len(groups) - 0.4, -0.6)
     right.grid(axis="x", alpha=0.3)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png", dpi=110)
+    below_both = figure.legend(
+        handles, legend, loc="outside lower center", fontsize=9, handlelength=4
+    )
+    for text in below_both.get_texts():
+        text.set_parse_math(False)
+    with _any_letters():
+        figure.savefig(path, format="png", dpi=110)
     plt.close(figure)
+
+
+def _letters(number: int) -> str:
+    """Name a group by capital letters: A to Z, then AA, AB and so on."""
+    before, last = divmod(number, len(string.ascii_uppercase))
+    return (_letters(before - 1) if before else "") + string.ascii_uppercase[last]
+
+
+def _legend_text(name: str, group: Group) -> str:
+    text = f"{group.label} ({count(len(group.runs), 'run')})"
+    return textwrap.fill(
+        f"{name}: {text}" if name else text, _LEGEND_COLUMNS, break_on_hyphens=False
+    )
 
 
 def _draw_accuracies(axis: Axes, row: int, group: Group, colour: str, marker: str) -> None:

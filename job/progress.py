@@ -1,6 +1,5 @@
 """Progress bars on a terminal; nothing at all where stdout is not one."""
 
-import os
 import sys
 from types import TracebackType
 from typing import Self
@@ -18,22 +17,11 @@ from rich.progress import (
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from job import log
 from job.observer import Observer, Status
+from job.terminal import open_console
 
 _GAP = "  "
 _LEAST_BAR, _MOST_BAR = 8, 40
-
-
-def _console() -> Console:
-    # The size of the terminal itself counts, not what these may say of another one.
-    environ = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
-    return Console(file=sys.stdout, _environ=environ)
-
-
-def _is_drawable(console: Console) -> bool:
-    """Whether a bar can be drawn; a variable such as FORCE_COLOR makes no terminal of a pipe."""
-    return log.on_terminal() and console.is_interactive
 
 
 class DownloadBar:
@@ -45,7 +33,7 @@ class DownloadBar:
     """
 
     def __init__(self, label: str, *, enabled: bool) -> None:
-        console = _console()
+        console = open_console()
         self.total = 0
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -55,7 +43,7 @@ class DownloadBar:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not (enabled and _is_drawable(console)),
+            disable=not (enabled and console.is_interactive),
         )
         self._task = self._progress.add_task(label, total=None)
 
@@ -91,7 +79,7 @@ class EpochBar(Observer):
     """
 
     def __init__(self, *, enabled: bool) -> None:
-        console = _console()
+        console = open_console()
         self._status: Status | None = None
         self._live = Live(
             console=console,
@@ -99,7 +87,7 @@ class EpochBar(Observer):
             transient=True,
             redirect_stderr=bool(sys.stderr and sys.stderr.isatty()),
         )
-        self._enabled = enabled and _is_drawable(console)
+        self._enabled = enabled and console.is_interactive
 
     def __enter__(self) -> Self:
         if self._enabled:

@@ -131,7 +131,11 @@ def _settings(document: dict[str, Any]) -> dict[str, Any]:
         "replicas": document["replicas"],
         "data": fingerprint and fingerprint[:8],
     }
-    return {name: known[name] for name in SETTINGS}
+    settings = {name: known[name] for name in SETTINGS}
+    for name, value in settings.items():
+        if isinstance(value, list | dict):
+            raise TypeError(f"{name} is {value}")
+    return settings
 
 
 def _read_curve(metrics: Path) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from job import log
 from job.config import ExitCode, UserError
 
 
@@ -20,11 +21,13 @@ def printable(name: str) -> str:
     Args:
         name: As `os.fsdecode` gives it; bytes that are no UTF-8 become ``\xff``.
     """
-    text = os.fsencode(name).decode(errors="backslashreplace")
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in name)
+
+
+def _escaped(letter: str) -> str:
+    if "\udc80" <= letter <= "\udcff":  # a byte that is no UTF-8
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return letter.encode("unicode_escape").decode()
 
 
 def padded(text: str, width: int) -> str:
@@ -73,15 +76,16 @@ def write_table(
 
     Args:
         columns: Their headings.
-        rows: A cell for each column.
+        rows: A cell for each column; what a terminal would obey in it is escaped.
         left: Headings of the columns that begin at the left, as text does.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in columns:
         table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
+    rows = [[printable(cell) for cell in row] for row in rows]
     for row in rows:
         table.add_row(*map(Text, row))
-    console = _console()
+    console = open_console()
     needed = console.measure(table, options=console.options.update(width=10_000)).maximum
     if not console.is_terminal or needed <= console.width:
         console.width = needed
@@ -103,7 +107,19 @@ def _record(columns: Sequence[str], row: Sequence[str]) -> Table:
     return record
 
 
-def _console() -> Console:
+def open_console() -> Console:
+    """A console on stdout, whatever variables such as FORCE_COLOR and COLUMNS say of it.
+
+    They make no terminal of a pipe, and the size of a terminal is its own.
+    """
+    environ = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    on_terminal = log.on_terminal()
     # rich would keep bold letters; with NO_COLOR there is to be no escape sequence at all.
-    plain = bool(os.environ.get("NO_COLOR"))
-    return Console(color_system=None if plain else "auto", highlight=False)
+    plain = bool(environ.get("NO_COLOR")) or not on_terminal
+    return Console(
+        file=sys.stdout,
+        force_terminal=on_terminal,
+        color_system=None if plain else "auto",
+        highlight=False,
+        _environ=environ,
+    )

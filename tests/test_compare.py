@@ -200,6 +200,61 @@ def test_the_tables_have_every_run_and_the_means(sweep: Path) -> None:
     assert "\x1b" not in result.output
 
 
+def change(folder: Path, **entries: Any) -> None:
+    """Change entries of a run.json, those of its options where they are such."""
+    document = json.loads((folder / "run.json").read_text())
+    for name, value in entries.items():
+        (document["config"] if name in document["config"] else document)[name] = value
+    (folder / "run.json").write_text(json.dumps(document))
+
+
+def test_no_text_of_a_run_can_command_a_terminal(tmp_path: Path) -> None:
+    escape = "\x1b[2J\n\ud800"
+    for name in ("common", "varying", "outcome"):
+        make_run(tmp_path / name, climb(0.5))
+        change(tmp_path / name, recipe=escape)
+    change(tmp_path / "varying", dataset=f"other{escape}")
+    change(tmp_path / "outcome", outcome=f"ended{escape}")
+    result = invoke(tmp_path, "--png", tmp_path / "runs.png")
+    assert result.exit_code == 0
+    assert "\x1b" not in result.output
+    escaped = r"\x1b[2J\n\ud800"
+    assert f"Every run: recipe {escaped}" in result.stdout
+    assert f" other{escaped} " in result.stdout
+    assert f" ended{escaped}, 7 epochs" in result.stdout
+    assert f"outcome: ended{escaped} after 7 of 7 epochs" in result.stderr
+    with pytest.raises(UserError) as error:
+        compare_runs([str(tmp_path / "outcome")])
+    assert f"ended{escaped} after" in str(error.value)
+
+
+def test_a_setting_that_is_no_single_value_is_damage(tmp_path: Path) -> None:
+    make_run(tmp_path / "good", climb(0.5))
+    change(make_run(tmp_path / "bad", climb(0.5)), limit=[1, 2])
+    assert "limit is [1, 2]" in compare_runs([str(tmp_path)]).left_out[f"{tmp_path}/bad"]
+
+
+def test_settings_that_are_none_are_told_in_words(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", climb(0.5), dataset="synthetic")
+    heading = invoke(tmp_path).stdout.splitlines()[0]
+    assert "limit all, " in heading
+    assert "data " not in heading
+    make_run(tmp_path / "b", climb(0.5))
+    change(tmp_path / "b", limit=512)
+    result = invoke(tmp_path)
+    assert "None" not in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines() if line.startswith(str(tmp_path))]
+    assert [row[1:4] for row in rows] == [
+        ["cifar10", "512", "01234567"],
+        ["synthetic", "all", "42"],
+    ]
+    labels = [group.label for group in compare_runs([str(tmp_path)]).groups]
+    assert labels == [
+        "classic, dataset cifar10, limit 512, data 01234567",
+        "classic, dataset synthetic, limit all",
+    ]
+
+
 def test_one_run_has_no_deviation(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", climb(0.5), seed=3)
     last = invoke(run).stdout.splitlines()[-1].split()

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from job.config import UserError
-from job.images import STDIN, Source, decode_batches, find_images, read_image
+from job.images import STDIN, Source, decode_batches, find_images, read_image, require_no_source
 
 SIZE = (32, 32)
 RED, GREEN, BLUE = (255, 0, 0), (0, 128, 0), (0, 0, 255)
@@ -296,3 +296,29 @@ def test_batches_keep_the_order_of_the_sources(tmp_path: Path) -> None:
     decoded = [decoded for batch in batches for decoded in batch]
     assert [one.source for one in decoded] == sources
     assert [int(one.pixels[0, 0, 0]) for one in decoded if one.pixels is not None] == [*range(130)]
+
+
+def test_a_picture_replaces_no_image_however_it_is_spelt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png"):
+        halves(32, 32).save(name)
+    (tmp_path / "link.png").symlink_to("a.png")
+    for target in ("a.png", "./a.png", str(tmp_path / "a.png"), "link.png"):
+        with pytest.raises(UserError) as error:
+            require_no_source(
+                Path(target), [Source("b.png"), Source("../" + tmp_path.name + "/a.png")]
+            )
+        assert f"received --png {Path(target)}, which is the image ../" in str(error.value)
+    with Path("a.png").open() as file:
+        standard_input = os.dup(0)
+        os.dup2(file.fileno(), 0)
+        try:
+            with pytest.raises(UserError, match="which is the image - to be"):
+                require_no_source(Path("a.png"), [Source(STDIN)])
+        finally:
+            os.dup2(standard_input, 0)
+            os.close(standard_input)
+    for target in ("a.png", "new.png"):
+        require_no_source(Path(target), [Source("b.png"), Source("missing.png"), Source("\0")])

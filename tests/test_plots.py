@@ -4,6 +4,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from matplotlib import image as mpl_image
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from job import plots
 from job.compare import Group
@@ -80,6 +84,68 @@ def test_the_comparison_draws_each_group_in_its_colour(tmp_path: Path) -> None:
     assert counts[0][0] > 500
     assert counts[0][1] == 0
     assert min(counts[1]) > 500
+
+
+def saved_figure(monkeypatch: pytest.MonkeyPatch, path: Path, groups: list[Group]) -> Figure:
+    """Draw a comparison and keep its figure."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    plots.save_comparison(path, groups)
+    monkeypatch.undo()
+    (figure,) = figures
+    plt.close(figure)
+    # The places are those at the resolution at which it was saved.
+    figure.set_dpi(110)
+    return figure
+
+
+def visible_texts(axis: Axes) -> list[Text]:
+    """All texts of a plot, less the labels of ticks beyond its ends."""
+    (left, right), (low, high) = sorted(axis.get_xlim()), sorted(axis.get_ylim())
+    return [
+        *(axis.title, axis.xaxis.label, axis.yaxis.label, *axis.texts),
+        *(label for label in axis.get_xticklabels() if left <= label.get_position()[0] <= right),
+        *(label for label in axis.get_yticklabels() if low <= label.get_position()[1] <= high),
+    ]
+
+
+@pytest.mark.parametrize("groups", [1, 3, 8, 30])
+@pytest.mark.parametrize("settings", [1, 14])
+def test_no_text_of_the_comparison_lies_on_another_or_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: int, settings: int
+) -> None:
+    label = r"classic, $\no$" + ", learning rate 0.0001" * settings
+    accuracies = [[0.6 + 0.001 * n, 0.601 + 0.001 * n, 0.9] for n in range(groups)]
+    named = [group(f"{label} {n}", values) for n, values in enumerate(accuracies)]
+    figure = saved_figure(monkeypatch, tmp_path / "runs.png", named)
+    left, right = figure.axes
+    (legend,) = figure.legends
+    assert left.get_legend() is right.get_legend() is None
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert [" ".join(text.split()) for text in texts] == [
+        f"{letter}{label} {n} (3 runs)"
+        for n, letter in enumerate(
+            [""] if groups == 1 else [f"{plots._letters(n)}: " for n in range(groups)]
+        )
+    ]
+    texts_drawn = [*legend.get_texts(), *visible_texts(left), *visible_texts(right)]
+    boxes = [text.get_window_extent() for text in texts_drawn if text.get_text()]
+    for box in boxes:
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+        assert [other for other in boxes if box.overlaps(other)] == [box]
+    frame = legend.get_window_extent()
+    for axis in (left, right):
+        occupied = axis.get_tightbbox()
+        assert occupied is not None
+        assert not frame.overlaps(occupied)
+    assert left.get_window_extent().height > 300
+
+
+def test_groups_have_letters() -> None:
+    assert [plots._letters(n) for n in (0, 25, 26, 51, 52, 702)] == [
+        *("A", "Z", "AA", "AZ", "BA", "AAA")
+    ]
 
 
 def test_many_groups_and_a_single_epoch_are_drawn(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from job import classic, predict
+from job.cli import cli
 from job.config import TrainConfig, UserError
 from job.dataset import Dataset
 from job.devices import Compilation, Devices
@@ -16,6 +18,7 @@ from job.images import Source, find_images
 from job.model_file import save_model
 from job.output import EVALUATION, MODEL, OutputDir, sha256_of
 from job.predict import Classifier, Predictor, load_classifier, predict_batches, predict_images
+from job.preemption import StopRequest
 from job.recipe import unchanged
 from tests.conftest import MakeDevices
 
@@ -213,3 +216,20 @@ def test_a_model_of_other_inputs_is_refused(
     monkeypatch.setattr(predict, "open_promised_devices", lambda config: devices)
     with pytest.raises(UserError, match=r"expected \(None, height, width, 3\)"):
         predict_images(TrainConfig(), tmp_path / MODEL, [Source("a.png")], 3)
+
+
+@pytest.mark.parametrize("named", ["photos", "photos/0.png"])
+def test_a_picture_that_would_replace_a_photo_is_refused_before_anything_is_computed(
+    output: OutputDir, photos: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    monkeypatch.setattr("job.cli._load_tensorflow", pytest.fail)
+    content = (photos / "0.png").read_bytes()
+    arguments = ["predict", "--png", "photos/0.png", named, "photos/1.png"]
+    result = CliRunner().invoke(cli, [*arguments, "--output-dir", "output"], obj=StopRequest())
+    assert isinstance(result.exception, UserError)
+    assert result.exception.exit_code == 2
+    assert str(result.exception).startswith(
+        "received --png photos/0.png, which is the image photos/0.png"
+    )
+    assert (photos / "0.png").read_bytes() == content

@@ -29,8 +29,11 @@ def open_terminal(monkeypatch: pytest.MonkeyPatch, columns: int, **env: str) -> 
     monkeypatch.setattr(sys, "stdout", terminal)
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"TERM": "xterm", "COLUMNS": str(columns), **env}.items():
+    # The variable is stale, as a script's may be.
+    for name, value in {"TERM": "xterm", "COLUMNS": "1000", **env}.items():
         monkeypatch.setenv(name, value)
+    size = os.terminal_size((columns, 24))
+    monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: size)
     return terminal
 
 
@@ -38,6 +41,7 @@ def test_names_are_printed_in_one_line_that_no_terminal_obeys() -> None:
     assert printable("größe 日本.png") == "größe 日本.png"
     assert printable("a\nb\x1b[31m\u202e") == r"a\nb\x1b[31m\u202e"
     assert printable(os.fsdecode(b"caf\xe9.png")) == r"caf\xe9.png"
+    assert printable("\ud800") == r"\ud800"  # JSON may hold it
 
 
 def test_wide_letters_take_two_columns() -> None:
@@ -74,7 +78,8 @@ def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_piped_table_is_plain_and_whole(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "20")
+    for name, value in {"COLUMNS": "20", "FORCE_COLOR": "1", "TERM": "xterm-256color"}.items():
+        monkeypatch.setenv(name, value)
     write_table(COLUMNS, ROWS, left=("run",))
     assert capsys.readouterr().out.splitlines() == [
         "run                       learning rate   model",
@@ -104,3 +109,13 @@ def test_a_narrow_terminal_gets_lists_in_which_nothing_is_cut_off(
     for row in ROWS:
         for cell in row:
             assert cell.replace(" ", "") in "".join(text.split()), cell
+
+
+@pytest.mark.parametrize("columns", [33, 80])
+def test_no_cell_can_command_a_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    terminal = open_terminal(monkeypatch, columns, NO_COLOR="1")
+    write_table(COLUMNS, [("a\x1b[2J\nb", "\x9b2J", "\r")], left=("run",))
+    text = terminal.text()
+    assert not {"\x1b", "\x9b", "\r"} & set(text)
+    for cell in (r"a\x1b[2J\nb", r"\x9b2J", r"\r"):
+        assert cell in text
