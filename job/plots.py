@@ -1,4 +1,4 @@
-"""Pictures of predictions and comparisons. Besides `job.report_plots` nothing imports matplotlib."""
+"""Pictures of predictions and comparisons; with `job.report_plots` all that uses matplotlib."""
 
 import contextlib
 import math
