@@ -258,8 +258,16 @@ def examine_visible(output: Path) -> list[str]:
     return problems
 
 
-def compare(reference: Path, output: Path) -> list[str]:
-    """Find what two finished runs differ in, but for times."""
+def compare(
+    reference: Path, output: Path, ends: tuple[str, ...] = ("stopped", "lost", "done")
+) -> list[str]:
+    """Find what two finished runs differ in, but for times.
+
+    Args:
+        reference: Output folder of a run that nothing happened to.
+        output: Output folder of the other.
+        ends: How attempts before the last may have ended.
+    """
     problems = []
     for what, read in (
         ("checkpoint", state_of_checkpoint),
@@ -281,7 +289,7 @@ def compare(reference: Path, output: Path) -> list[str]:
     if manifest["outcome"] != "done" or attempts[-1]["outcome"] != "done":
         problems.append("run.json does not say done")
     # One that is hit while it draws the report has done the rest.
-    if any(attempt["outcome"] not in ("stopped", "lost", "done") for attempt in attempts[:-1]):
+    if any(attempt["outcome"] not in ends for attempt in attempts[:-1]):
         problems.append(f"attempts ended as {[attempt['outcome'] for attempt in attempts]}")
     return problems
 

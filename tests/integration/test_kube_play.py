@@ -58,6 +58,14 @@ def pod_of(job: Manifest, image: str) -> Manifest:
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
 def wait_for_an_epoch() -> None:
     deadline = time.monotonic() + 300
     while '"event": "epoch"' not in podman("logs", CONTAINER).stdout:
@@ -165,11 +173,11 @@ def test_k8s_fetch_copies_the_artifacts_out_of_the_volume(
     folder = copy_of_the_repository(tmp_path / "repository")
     fetched = make(folder, "k8s-fetch", f"KUBECTL={kubectl}", "FETCH_DIR=fetched")
     assert fetched.returncode == 0, fetched.stderr
-    artifacts = {path.name: path.read_bytes() for path in (folder / "fetched").iterdir()}
+    artifacts = contents(folder / "fetched")
     assert artifacts == {
-        path.name: path.read_bytes()
-        for path in played.output.iterdir()
-        if path.is_file() and not path.name.startswith(".")
+        name: content
+        for name, content in contents(played.output).items()
+        if not name.startswith((".", "checkpoints/"))
     }
-    assert {"cifar10_model.h5", "evaluation.json", "prediction.png"} <= artifacts.keys()
+    assert {"cifar10_model.h5", "prediction.png", "report/accuracy.png"} <= artifacts.keys()
     assert podman("pod", "exists", "cifar10-fetch").returncode == 1
