@@ -339,7 +339,7 @@ run_step() {
 
 # Ends this script, and with it the job unless that is requeued.
 finish() {
-  local answer state restarts excluded preempted
+  local answer state restarts preempted
   [[ $runtime == none ]] || rm -rf -- "$MPLCONFIGDIR"
   answer=$(ask_for "$job")
   # First of all: where this node was taken for dead and the job goes on elsewhere, srun breaks off, and
