@@ -43,6 +43,7 @@ class Attempt:
         stop: Tells when to end early.
         fresh: Whether to discard what the folder holds once the training can begin.
         is_finished: Whether nothing is left to do.
+        is_chief: Whether this process writes what there is to write, not another worker.
     """
 
     output: OutputDir
@@ -52,6 +53,7 @@ class Attempt:
     stop: StopRequest
     fresh: bool
     is_finished: bool
+    is_chief: bool = True
 
     def end_hung_process(self, *last_words: Callable[[], None]) -> None:
         """End the process after a call that did not return.

@@ -40,6 +40,29 @@ class Checkpoint:
     arrays: Arrays
     metadata: dict[str, Any]
 
+    def to_bytes(self) -> bytes:
+        """Arrays and metadata as the content of an ``.npz`` file."""
+        buffer = io.BytesIO()
+        metadata = json.dumps({"format": _FORMAT, **self.metadata}, allow_nan=False)
+        members: dict[str, Any] = {**self.arrays, _METADATA: np.array(metadata)}
+        np.savez(buffer, **members)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, step: int, content: bytes) -> "Checkpoint":
+        """What `to_bytes` made of a checkpoint.
+
+        Raises:
+            ValueError: If it has the format of another version of this program.
+        """
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        metadata = json.loads(str(arrays.pop(_METADATA)))
+        received = metadata.pop("format")
+        if received != _FORMAT:
+            raise ValueError(f"received format {received}, expected {_FORMAT}")
+        return cls(step, arrays, metadata)
+
 
 class CheckpointStore:
     """The checkpoints of an output folder.
@@ -100,11 +123,7 @@ class CheckpointStore:
         Raises:
             UserError: If it cannot be written; all earlier ones are still there.
         """
-        buffer = io.BytesIO()
-        metadata = json.dumps({"format": _FORMAT, **checkpoint.metadata}, allow_nan=False)
-        members: dict[str, Any] = {**checkpoint.arrays, _METADATA: np.array(metadata)}
-        np.savez(buffer, **members)
-        content = buffer.getvalue()
+        content = checkpoint.to_bytes()
         if not self._kept:
             self._output.make_folder(CHECKPOINTS)
         self._last_number += 1
@@ -144,16 +163,13 @@ def _step_of(path: Path) -> int:
 
 
 def _parse(path: Path, content: bytes) -> Checkpoint:
-    with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    metadata = json.loads(str(arrays.pop(_METADATA)))
-    received = metadata.pop("format")
-    if received != _FORMAT:
+    try:
+        return Checkpoint.from_bytes(_step_of(path), content)
+    except ValueError as error:
         raise UserError(
-            f"the checkpoint {path} has format {received}, expected {_FORMAT}; go on with the "
-            f"version of this program that wrote it, or start over with --fresh"
-        )
-    return Checkpoint(_step_of(path), arrays, metadata)
+            f"cannot use the checkpoint {path}: {error}; go on with the version of this program "
+            f"that wrote it, or start over with --fresh"
+        ) from error
 
 
 def _report_damaged(path: Path) -> None:

@@ -74,15 +74,25 @@ def train(
     log.configure(log_format)
     run_config = train_config(options)
     from job.attempt import open_attempt
+    from job.cluster import cluster_spec
     from job.output import warn_unless_mounted
 
     if expect_mount:
         warn_unless_mounted(run_config.output_dir)
+    spec = cluster_spec(os.environ)
     if dry_run:
         _load_tensorflow()
         from job.dry_run import print_dry_run
 
         print_dry_run(run_config, stop)
+        return
+    if spec.count > 1:
+        log.configure(log_format, worker=spec.index)
+        _load_tensorflow()
+        from job.multi_worker import train_together
+
+        if train_together(run_config, spec, stop).is_finished and spec.is_chief:
+            _report_finished(run_config)
         return
     with open_attempt(run_config, stop) as attempt:
         if attempt.is_finished:

@@ -136,6 +136,7 @@ class TrainConfig:
         devices: Replicas to train on.
         require_gpus: Fail unless at least this many GPUs are visible.
         stall_timeout_seconds: Longest time that one compiled call may take once it is compiled.
+        join_timeout_seconds: Longest time to wait for the run's other workers to start.
         checkpoint_every_seconds: Least time between two checkpoints.
         stop_after_seconds: Stop with a checkpoint this long after the start; None never does.
         fresh: Start over instead of resuming.
@@ -157,6 +158,7 @@ class TrainConfig:
     devices: DeviceRequest = DeviceRequest("auto", 0)
     require_gpus: int = 0
     stall_timeout_seconds: float = 600.0
+    join_timeout_seconds: float = 300.0
     checkpoint_every_seconds: float = 60.0
     stop_after_seconds: float | None = None
     fresh: bool = False

@@ -5,16 +5,19 @@ The only module that picks a `tf.distribute` strategy.
 
 import logging
 import os
-import re
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import tensorflow as tf
 
 from job import log
+from job.cluster import ALONE, ClusterSpec
 from job.config import DeviceRequest, Precision, Switch, TrainConfig, UserError
-from job.gpus import Promise, check_promised_gpus, describe_gpu, promised_gpus, visible_gpus
+from job.gpus import Promise, check_promised_gpus, promised_gpus, visible_gpus
+from job.local_devices import LocalDevices, use_cpu, use_gpus
+from job.multi_worker_strategy import create_strategy
+from job.workers import Workers, join
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,37 @@ class Previous:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """The replicas of a run in their places.
+
+    Attributes:
+        strategy: Distributes over all of them, those of other workers too; in sync after each step.
+        kind: "cpu" or "gpu".
+        descriptions: For each replica its name, model and memory, and on GPUs compute capability.
+        computes_bfloat16: Whether all of them do so in hardware.
+        local_names: Names of this process's own devices.
+        workers: The processes that have them.
+    """
+
+    strategy: tf.distribute.Strategy
+    kind: Literal["cpu", "gpu"]
+    descriptions: tuple[dict[str, Any], ...]
+    computes_bfloat16: bool
+    local_names: tuple[str, ...]
+    workers: Workers
+
+    @property
+    def replicas(self) -> int:
+        """Number of replicas that train in parallel."""
+        return int(self.strategy.num_replicas_in_sync)
+
+
+@dataclass(frozen=True)
 class Devices:
     """The replicas of a run and how they compute.
 
     Attributes:
-        strategy: Distributes over them; in sync after each step.
-        kind: "cpu" or "gpu".
-        descriptions: For each replica its name, model and memory, and on GPUs compute capability.
+        placement: Where they are.
         precision: "float32" or "bfloat16".
         jit: The setting that says what XLA compiles.
         compilation: What it compiles with this setting on this kind of device.
@@ -70,9 +97,7 @@ class Devices:
         threads: Processors that this process may run on; sums are split by them.
     """
 
-    strategy: tf.distribute.Strategy
-    kind: Literal["cpu", "gpu"]
-    descriptions: tuple[dict[str, Any], ...]
+    placement: Placement
     precision: Literal["float32", "bfloat16"]
     jit: Switch
     compilation: Compilation
@@ -80,9 +105,49 @@ class Devices:
     threads: int
 
     @property
+    def strategy(self) -> tf.distribute.Strategy:
+        """Distributes over all replicas."""
+        return self.placement.strategy
+
+    @property
+    def kind(self) -> Literal["cpu", "gpu"]:
+        """What they are."""
+        return self.placement.kind
+
+    @property
+    def descriptions(self) -> tuple[dict[str, Any], ...]:
+        """For each replica its name, model and memory, and on GPUs compute capability."""
+        return self.placement.descriptions
+
+    @property
+    def workers(self) -> Workers:
+        """The processes that have them."""
+        return self.placement.workers
+
+    def without_other_workers(self) -> "Devices":
+        """One device of this process, for what the other workers have no part in."""
+        if self.workers.count == 1:
+            return self
+        names = self.placement.local_names[:1]
+        alone = replace(
+            self.placement,
+            # A single device has no collectives, which would meddle with those of all workers.
+            strategy=tf.distribute.MirroredStrategy(names),
+            descriptions=self.descriptions[self.workers.spec.index * self.local_replicas :][:1],
+            local_names=names,
+            workers=Workers(ALONE),
+        )
+        return replace(self, placement=alone)
+
+    @property
+    def local_replicas(self) -> int:
+        """Number of replicas of this process."""
+        return len(self.placement.local_names)
+
+    @property
     def replicas(self) -> int:
         """Number of replicas that train in parallel."""
-        return int(self.strategy.num_replicas_in_sync)
+        return self.placement.replicas
 
     def rows_per_replica(self, global_batch_size: int) -> int:
         """Rows of the global batch that each replica takes.
@@ -99,23 +164,125 @@ class Devices:
         return rows
 
 
-def open_promised_devices(config: TrainConfig, previous: Previous | None = None) -> Devices:
+def open_promised_devices(
+    config: TrainConfig, previous: Previous | None = None, placement: Placement | None = None
+) -> Devices:
     """Set up the devices that a configuration asks for, if every promised GPU is there.
 
     Args:
         config: Says which devices, and how they compute.
         previous: What "auto" keeps where it can, from the attempt that this one goes on from.
+        placement: Replicas that are in their places already, all promised GPUs among them.
 
     Raises:
         GpuMissingError: If a promised or required GPU cannot be used.
         UserError: If more GPUs are asked for than there are.
     """
+    if placement is None:
+        require_promised_gpus(config)
+    return open_devices(
+        config.devices, config.precision, config.jit, config.deterministic, previous, placement
+    )
+
+
+def require_promised_gpus(config: TrainConfig) -> None:
+    """Refuse to go on without the GPUs that this process was promised or that are required.
+
+    Raises:
+        GpuMissingError: If one cannot be used.
+    """
     asked_for_cpu = config.devices.kind == "cpu"
     promise = Promise(0, "") if asked_for_cpu else promised_gpus(os.environ)
     check_promised_gpus(promise, len(visible_gpus()), config.require_gpus)
-    return open_devices(
-        config.devices, config.precision, config.jit, config.deterministic, previous
+
+
+def place_replicas(request: DeviceRequest, previous: Previous | None = None) -> Placement:
+    """Place the replicas of a run on devices of this process.
+
+    Args:
+        request: Which; "auto" takes every visible GPU, or the CPU where there is none.
+        previous: What "auto" keeps where it can.
+
+    Raises:
+        UserError: If more GPUs are asked for than there are.
+    """
+    local = _use_local_devices(request, previous)
+    strategy = tf.distribute.MirroredStrategy(local.names)
+    return Placement(
+        strategy,
+        local.kind,
+        local.descriptions,
+        local.computes_bfloat16,
+        local.names,
+        Workers(ALONE),
     )
+
+
+def place_replicas_on_all(
+    request: DeviceRequest, spec: ClusterSpec, join_timeout_seconds: float
+) -> Placement:
+    """Place the replicas of a run on devices of all its workers, once all of them are there.
+
+    Args:
+        request: Which devices of each worker.
+        spec: The workers.
+        join_timeout_seconds: Longest time to wait for them.
+
+    Raises:
+        UserError: If more GPUs are asked for than there are, or workers differ in their devices.
+        LostWorkerError: If not all workers come.
+    """
+    local = _use_local_devices(request, None)
+    create = partial(create_strategy, spec, local.kind, len(local.names))
+    strategy = join(spec, create, join_timeout_seconds)
+    workers = Workers(spec)
+    offers = workers.gather(
+        {
+            "devices": f"{local.kind}:{len(local.names)}",
+            "descriptions": local.descriptions,
+            "computes_bfloat16": local.computes_bfloat16,
+        }
+    )
+    _require_equal_devices(spec, [offer["devices"] for offer in offers])
+    descriptions = [
+        {**description, "name": f"worker {rank} {description['name']}"}
+        for rank, offer in enumerate(offers)
+        for description in offer["descriptions"]
+    ]
+    return Placement(
+        strategy,
+        local.kind,
+        tuple(descriptions),
+        all(offer["computes_bfloat16"] for offer in offers),
+        local.names,
+        workers,
+    )
+
+
+def _require_equal_devices(spec: ClusterSpec, devices: list[str]) -> None:
+    """Refuse workers that differ in kind or number of devices: TensorFlow takes equal ones only."""
+    if len(set(devices)) == 1:
+        return
+    listed = ", ".join(f"{spec.name(rank)} {one}" for rank, one in enumerate(devices))
+    fewest = min(int(one.partition(":")[2]) for one in devices)
+    alike = len({one.partition(":")[0] for one in devices}) == 1
+    advice = f"--devices {devices[0].partition(':')[0]}:{fewest}" if alike else "--devices cpu:1"
+    raise UserError(
+        f"received different devices ({listed}), expected as many of the same kind on every "
+        f"worker; start it on equal nodes, or say {advice}"
+    )
+
+
+def _use_local_devices(request: DeviceRequest, previous: Previous | None) -> LocalDevices:
+    gpus = visible_gpus()
+    if request.kind == "gpu" and request.count > len(gpus):
+        raise UserError(
+            f"--devices received gpu:{request.count}, expected at most the {len(gpus)} visible "
+            f"GPUs; ask for fewer, or --devices auto or cpu:N"
+        )
+    on_gpus = request.kind == "gpu" or (request.kind == "auto" and bool(gpus))
+    count = request.count or _automatic_count("gpu" if on_gpus else "cpu", len(gpus), previous)
+    return use_gpus(gpus[:count]) if on_gpus else use_cpu(count)
 
 
 def open_devices(
@@ -124,6 +291,7 @@ def open_devices(
     jit: Switch,
     deterministic: Switch = "auto",
     previous: Previous | None = None,
+    placement: Placement | None = None,
 ) -> Devices:
     """Set the requested devices up for one run; once in a process, before any computation.
 
@@ -133,23 +301,16 @@ def open_devices(
         jit: "auto" compiles everything on GPUs, and augmentation and optimizer update on CPUs.
         deterministic: "auto" is on for CPUs.
         previous: What "auto" keeps where it can, from the attempt that this one goes on from.
+        placement: Replicas that are in their places already.
 
     Raises:
         UserError: If more GPUs are asked for than there are.
     """
-    gpus = visible_gpus()
-    if request.kind == "gpu" and request.count > len(gpus):
-        raise UserError(
-            f"--devices received gpu:{request.count}, expected at most the {len(gpus)} visible "
-            f"GPUs; ask for fewer, or --devices auto or cpu:N"
-        )
-    kind: Literal["cpu", "gpu"] = "cpu"
-    if request.kind == "gpu" or (request.kind == "auto" and gpus):
-        kind = "gpu"
-    count = request.count or _automatic_count(kind, len(gpus), previous)
-    names, descriptions = _use_gpus(gpus[:count]) if kind == "gpu" else _use_cpu(count)
+    if placement is None:
+        placement = place_replicas(request, previous)
+    kind = placement.kind
     if precision == "auto":
-        precision = _automatic_precision(kind, descriptions, previous)
+        precision = _automatic_precision(placement, previous)
     if jit == "auto" and previous:
         jit = previous.jit
     if deterministic == "auto":
@@ -160,16 +321,14 @@ def open_devices(
         tf.config.experimental.enable_op_determinism()
     compile_network = jit == "on" or (jit == "auto" and kind == "gpu")
     return Devices(
-        strategy=tf.distribute.MirroredStrategy(names),
-        kind=kind,
-        descriptions=descriptions,
+        placement=placement,
         precision=precision,
         jit=jit,
         compilation=Compilation(
             network=compile_network,
             elementwise=jit != "off",
             # On CPUs XLA's convolutions are slower still inside of a loop.
-            loops=compile_network and kind == "gpu" and len(names) == 1,
+            loops=compile_network and kind == "gpu" and placement.replicas == 1,
         ),
         deterministic=deterministic == "on",
         threads=int(os.environ.get("TF_NUM_INTRAOP_THREADS") or len(os.sched_getaffinity(0))),
@@ -199,56 +358,11 @@ def _automatic_count(kind: str, gpus: int, previous: Previous | None) -> int:
 
 
 def _automatic_precision(
-    kind: str, descriptions: tuple[dict[str, Any], ...], previous: Previous | None
+    placement: Placement, previous: Previous | None
 ) -> Literal["float32", "bfloat16"]:
-    in_hardware = _computes_bfloat16(kind, descriptions)
+    in_hardware = placement.computes_bfloat16
     if previous is None:
         return "bfloat16" if in_hardware else "float32"
     # Older GPUs have no bfloat16 kernels at all; CPUs without the instructions are merely slow.
-    keep = previous.precision == "bfloat16" and (in_hardware or kind == "cpu")
+    keep = previous.precision == "bfloat16" and (in_hardware or placement.kind == "cpu")
     return "bfloat16" if keep else "float32"
-
-
-def _use_gpus(
-    gpus: list[tf.config.PhysicalDevice],
-) -> tuple[list[str], tuple[dict[str, Any], ...]]:
-    tf.config.set_visible_devices(gpus, "GPU")
-    for gpu in gpus:
-        tf.config.experimental.set_memory_growth(gpu, True)
-    names = [f"GPU:{index}" for index in range(len(gpus))]
-    return names, tuple(describe_gpu(gpu) for gpu in gpus)
-
-
-def _use_cpu(replicas: int) -> tuple[list[str], tuple[dict[str, Any], ...]]:
-    tf.config.set_visible_devices([], "GPU")
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0],
-        [tf.config.LogicalDeviceConfiguration()] * replicas,
-    )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    names = [f"CPU:{index}" for index in range(replicas)]
-    descriptions = [
-        {"name": name, "model": _cpu_model(), "memory_gib": round(memory / 2**30, 1)}
-        for name in names
-    ]
-    return names, tuple(descriptions)
-
-
-def _computes_bfloat16(kind: str, descriptions: tuple[dict[str, Any], ...]) -> bool:
-    if kind == "gpu":
-        return all(gpu["compute_capability"] >= [8, 0] for gpu in descriptions)
-    return bool({"avx512_bf16", "amx_bf16"} & set(_cpuinfo("flags").split()))
-
-
-def _cpu_model() -> str:
-    return _cpuinfo("model name") or os.uname().machine
-
-
-def _cpuinfo(key: str) -> str:
-    """A field of the first processor in /proc/cpuinfo; empty where there is none."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
-    match = re.search(rf"^{key}\s*: (.*)$", text, re.MULTILINE)
-    return match[1] if match else ""

@@ -2,11 +2,11 @@
 
 Keras builds the network and the optimizer; the loop is this module's. Each replica owns its
 variables and updates them by itself from the summed gradients, so that nothing but the gradients
-crosses between replicas and one compiled function does a whole update.
+crosses between replicas, on whatever worker, and one compiled function does a whole update.
 """
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,7 @@ class Engine:
     Attributes:
         original: The recipe's stock network in float32, for files; `export` brings it up to date.
         model: The network in training, one set of variables a replica.
+        workers: The processes that train it.
     """
 
     def __init__(
@@ -82,9 +83,11 @@ class Engine:
         self.recipe, self.plan = recipe, plan
         self._strategy = devices.strategy
         self._replicas = devices.replicas
+        self.workers = devices.workers
+        self._asked_to_stop: tuple[int, ...] = ()
         self._rows = devices.rows_per_replica(plan.global_batch_size)
         self._classes = len(dataset.class_names)
-        self._data = ResidentImages(self._strategy, dataset.train_images, dataset.train_labels)
+        self._data = ResidentImages(devices, dataset.train_images, dataset.train_labels)
         compilation = devices.compilation
         self._resample = resample_by_gather if compilation.elementwise else resample_by_op
         self._prepare = tf.function(self._prepare_rows, jit_compile=compilation.elementwise)
@@ -100,7 +103,8 @@ class Engine:
             self.model = training_network(self.original, devices.precision, compilation.network)
             self._optimizer = recipe.build_optimizer(learning_rate, plan.total_steps)
             self._optimizer.build(self.model.trainable_variables)
-            self._sums = tf.Variable([0.0, 0.0], trainable=False, name="sums")
+            # Loss and correct predictions, and for each worker whether it was told to stop.
+            self._sums = tf.Variable([0.0] * (2 + self.workers.count), trainable=False, name="sums")
         # Keras's TensorFlow optimizers reduce gradients and leave the replica's context to assign.
         # Here gradients come summed and each replica assigns its own variables.
         for method in ("_backend_update_step", "_apply_weight_decay"):
@@ -123,12 +127,26 @@ class Engine:
         """The optimizer's learning rate at this point of its schedule."""
         return float(keras.ops.convert_to_numpy(self._optimizer.learning_rate))
 
-    def train_epoch(self, epoch: int, done: Progress | None = None) -> Iterator[Progress]:
+    @property
+    def asked_to_stop(self) -> tuple[int, ...]:
+        """Ranks of the workers that were told to stop before the last span of steps.
+
+        All workers know the same ones, and so can end after the same step.
+        """
+        return self._asked_to_stop
+
+    def train_epoch(
+        self,
+        epoch: int,
+        done: Progress | None = None,
+        is_told_to_stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Progress]:
         """Train one epoch, handing control back after each span of steps.
 
         Args:
             epoch: From 0.
             done: What of the epoch is done already; None is nothing.
+            is_told_to_stop: Whether this worker is; asked before each span, for `asked_to_stop`.
 
         Yields:
             The epoch's progress so far.
@@ -142,9 +160,12 @@ class Engine:
         done = done or Progress()
         for start in range(done.steps, plan.steps_per_epoch, STEPS_PER_SPAN):
             end = min(start + STEPS_PER_SPAN, plan.steps_per_epoch)
-            sums = self._span(batches[start:end], draws[start:end], tf.constant(first_step + start))
+            told = tf.constant(float(is_told_to_stop()))
+            step = tf.constant(first_step + start)
+            sums = self._span(batches[start:end], draws[start:end], step, told)
             # Reading the sums waits for the devices: the span is over.
-            loss, correct = sums.numpy()
+            loss, correct, *asked = sums.numpy()
+            self._asked_to_stop = tuple(int(rank) for rank in np.flatnonzero(asked))
             done = Progress(end, done.loss + float(loss), done.correct + int(correct))
             yield done
 
@@ -189,18 +210,22 @@ class Engine:
         )
 
     @tf.function
-    def _span(self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor) -> tf.Tensor:
+    def _span(
+        self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor, told: tf.Tensor
+    ) -> tf.Tensor:
         """Run a span of steps.
 
         Args:
             batches: [steps, global_batch_size] int64 rows of the training set.
             draws: [steps, global_batch_size, ...] what augments them.
             first_step: Scalar int32, step of the run that the span begins with.
+            told: Scalar float32, 1 if this worker is told to stop, else 0.
 
         Returns:
-            [2] float32: the sum of the losses and the correct predictions, exact up to 2**24.
+            [2 + workers] float32: the sum of the losses and the correct predictions, exact up to
+            2**24; then for each worker a number above 0 if it is told to stop.
         """
-        self._strategy.run(self._reset_sums)
+        self._strategy.run(self._reset_sums, (told,))
         if self._compiled_span:
             self._strategy.run(self._compiled_span, (batches, draws, first_step))
         else:
@@ -228,8 +253,8 @@ class Engine:
         for step in tf.range(batches.shape[0]):
             self._replica_step(batches[step], draws[step], first_step + step)
 
-    def _reset_sums(self) -> None:
-        self._sums.assign([0.0, 0.0])
+    def _reset_sums(self, told: tf.Tensor) -> None:
+        self._sums.assign(tf.one_hot(2 + self.workers.spec.index, 2 + self.workers.count) * told)
 
     def _read_sums(self) -> tf.Tensor:
         return self._sums.read_value()
@@ -253,7 +278,7 @@ class Engine:
             gradients = context.all_reduce("SUM", gradients)
         self._update(gradients)
         # Summed over the replicas once a span, not once a step.
-        self._sums.assign_add(tf.stack([loss, correct]))
+        self._sums.assign_add(tf.pad(tf.stack([loss, correct]), [[0, self.workers.count]]))
 
     def _replica_batch(self, batch: tf.Tensor, draws: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """This replica's rows of a global batch: augmented images and labels."""

@@ -84,14 +84,14 @@ class Evaluator:
     ) -> None:
         self._model, self._recipe = model, recipe
         self._strategy, self._replicas = devices.strategy, devices.replicas
-        self._data = ResidentImages(self._strategy, images, labels)
+        self._data = ResidentImages(devices, images, labels)
         self._labels = labels
         self._rows = min(ROWS_PER_REPLICA, -(-len(images) // self._replicas))
         compilation = devices.compilation
         self._score = tf.function(self._score_rows, jit_compile=compilation.network)
-        self._compiled_loop = (
-            tf.function(self._replica_loop, jit_compile=True) if compilation.loops else None
-        )
+        self._loop: Any = self._replica_loop
+        if compilation.loops:
+            self._loop = tf.function(self._loop, jit_compile=True)
 
     def __call__(self) -> Evaluation:
         """Evaluate all examples."""
@@ -109,33 +109,36 @@ class Evaluator:
 
     @tf.function
     def _evaluate(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """The sum of the losses, and [examples, classes] probabilities."""
-        if self._compiled_loop:
-            results: tuple[tf.Tensor, tf.Tensor] = self._strategy.run(self._compiled_loop)
-            return results
-        loss, parts = tf.constant(0.0), self._parts(self._rows * self._replicas)
-        for part in tf.range(parts.size()):
-            start = tf.cast(part, tf.int64) * self._rows * self._replicas
-            replica_loss, rows = self._strategy.run(self._replica_part, (start,))
-            loss += self._strategy.reduce("SUM", replica_loss, axis=None)
-            parts = parts.write(
-                part, tf.concat(self._strategy.experimental_local_results(rows), axis=0)
-            )
-        return loss, parts.concat()[: self._data.examples]
+        """The sum of the losses, and [examples, classes] probabilities; on every worker all."""
+        loss, rows = self._strategy.run(self._replica_share)
+        if self._replicas > 1:
+            loss, rows = self._strategy.experimental_local_results((loss, rows))[0]
+        classes = self._model.output_shape[-1]
+        rows = tf.reshape(rows, [self._replicas, -1, self._rows, classes])
+        # A part's rows are in the order of the replicas.
+        rows = tf.reshape(tf.transpose(rows, [1, 0, 2, 3]), [-1, classes])
+        return loss, rows[: self._data.examples]
+
+    def _replica_share(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """What all replicas together come to: the loss, and [replicas * parts, rows, classes]."""
+        loss, rows = self._loop()
+        if self._replicas > 1:
+            context = tf.distribute.get_replica_context()
+            loss = context.all_reduce("SUM", loss)
+            rows = context.all_gather(rows, axis=0)
+        return loss, rows
 
     def _replica_loop(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """Evaluate all examples on the only replica."""
-        loss, parts = tf.constant(0.0), self._parts(self._rows)
+        """Evaluate this replica's examples: the loss, and probabilities [parts, rows, classes]."""
+        together = self._rows * self._replicas
+        shape = [self._rows, self._model.output_shape[-1]]
+        loss = tf.constant(0.0)
+        parts = tf.TensorArray(tf.float32, -(-self._data.examples // together), element_shape=shape)
         for part in tf.range(parts.size()):
-            part_loss, rows = self._replica_part(tf.cast(part, tf.int64) * self._rows)
+            part_loss, rows = self._replica_part(tf.cast(part, tf.int64) * together)
             loss += part_loss
             parts = parts.write(part, rows)
-        return loss, parts.concat()[: self._data.examples]
-
-    def _parts(self, rows: int) -> tf.TensorArray:
-        """Room for the probabilities of so many rows at a time, in the order of the examples."""
-        shape = [rows, self._model.output_shape[-1]]
-        return tf.TensorArray(tf.float32, -(-self._data.examples // rows), element_shape=shape)
+        return loss, parts.stack()
 
     def _replica_part(self, start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group

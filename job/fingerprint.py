@@ -49,6 +49,7 @@ class Fingerprint:
 
     def changes_since(self, environment: dict[str, Any]) -> list[str]:
         """What is computed differently than in an earlier environment, a phrase each."""
+        environment = {"workers": 1, **environment}  # earlier versions had no others
         return [
             f"{name.replace('_', ' ')}: {environment.get(name)} -> {value}"
             for name, value in self.environment.items()
@@ -91,6 +92,7 @@ def take_fingerprint(
         environment={
             "device_kind": devices.kind,
             "device_models": sorted({str(device.get("model")) for device in devices.descriptions}),
+            "workers": devices.workers.count,
             "replicas": devices.replicas,
             "threads": devices.threads,
             "precision": devices.precision,

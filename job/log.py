@@ -35,14 +35,27 @@ def wanted_format(text: str | None) -> LogFormat:
     return next((name for name in LOG_FORMATS if name == text), "auto")
 
 
-def configure(log_format: LogFormat) -> None:
-    """Send this program's events to stdout in the given format, replacing an earlier setting."""
+def configure(log_format: LogFormat, worker: int | None = None) -> None:
+    """Send this program's events to stdout in the given format, replacing an earlier setting.
+
+    Args:
+        log_format: One of `LOG_FORMATS`.
+        worker: The rank of this worker, which its events tell, because several workers' logs are
+            often one; None where there is only one.
+    """
     handler = _StdoutHandler()
     is_json = resolve_format(log_format) == "json"
-    handler.setFormatter(_JsonEvents() if is_json else _TextEvents(wrap=on_terminal()))
+    handler.setFormatter(
+        _JsonEvents(worker) if is_json else _TextEvents(worker, wrap=on_terminal())
+    )
     _logger.handlers = [handler]
     _logger.setLevel(logging.INFO)
     _logger.propagate = False
+
+
+def only_warnings() -> None:
+    """From now on write warnings and errors alone."""
+    _logger.setLevel(logging.WARNING)
 
 
 def is_json() -> bool:
@@ -82,8 +95,9 @@ class _StdoutHandler(logging.Handler):
 
 
 class _JsonEvents(JsonFormatter):
-    def __init__(self) -> None:
+    def __init__(self, worker: int | None) -> None:
         super().__init__(json_ensure_ascii=False)
+        self._worker = {} if worker is None else {"worker": worker}
 
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
         """Lay one record out as time, level, event and then its own fields."""
@@ -92,6 +106,7 @@ class _JsonEvents(JsonFormatter):
             "time": log_data["time"],
             "level": log_data["level"],
             "event": log_data["message"],
+            **self._worker,
             **fields,
         }
 
@@ -110,12 +125,15 @@ class _TextEvents(logging.Formatter):
     """Lines for people.
 
     Args:
+        worker: The rank of this worker; None where there is only one.
         wrap: Whether to break lines between words at the terminal's width, as a progress bar below
             them needs it; off a terminal an event is a line.
     """
 
-    def __init__(self, *, wrap: bool) -> None:
+    def __init__(self, worker: int | None, *, wrap: bool) -> None:
         super().__init__()
+        # The chief's lines are the run's.
+        self._worker = f"worker {worker}: " if worker else ""
         self._wrap = wrap
 
     def format(self, record: logging.LogRecord) -> str:
@@ -124,7 +142,7 @@ class _TextEvents(logging.Formatter):
             [record.getMessage(), *(f"{key}={value}" for key, value in fields.items())]
         )
         prefix = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        text = f"{datetime.fromtimestamp(record.created):%H:%M:%S} {prefix}{text}"
+        text = f"{datetime.fromtimestamp(record.created):%H:%M:%S} {self._worker}{prefix}{text}"
         return wrapped(text, len("12:00:00 ")) if self._wrap else text
 
 

@@ -15,7 +15,7 @@ from job.cluster import RunIdentity
 from job.config import DeviceRequest, TrainConfig
 from job.output import RUN, OutputDir, read_json
 
-DETAILS = ("devices", "replicas", "threads", "precision", "xla", "deterministic", "data")
+DETAILS = ("devices", "workers", "replicas", "threads", "precision", "xla", "deterministic", "data")
 """What the manifest says of devices and data, null before the first training."""
 
 _VERSIONED = ("tensorflow", "keras", "numpy", "h5py")
@@ -173,7 +173,7 @@ def describe_config(config: TrainConfig) -> dict[str, Any]:
     devices: DeviceRequest = config.devices
     fields["devices"] = f"{devices.kind}:{devices.count}" if devices.count else devices.kind
     fields["batch_size"] = fields.pop("global_batch_size")
-    for name in ("stall_timeout", "checkpoint_every", "stop_after"):
+    for name in ("stall_timeout", "join_timeout", "checkpoint_every", "stop_after"):
         fields[name] = fields.pop(f"{name}_seconds")
     return {key: str(value) if isinstance(value, Path) else value for key, value in fields.items()}
 

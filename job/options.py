@@ -158,6 +158,12 @@ _TRAINING_OPTIONS = (
         help="Use only operations that give the same bits each time; auto is on for CPUs.",
     ),
     option(
+        "--join-timeout",
+        type=_PositiveFloatType(min=0, max=_WEEK_SECONDS, min_open=True),
+        default=300.0,
+        help="Seconds to wait for the other workers, where the scheduler started several.",
+    ),
+    option(
         "--checkpoint-every",
         type=_POSITIVE_FLOAT,
         default=60.0,
@@ -194,6 +200,7 @@ def train_config(options: dict[str, Any]) -> TrainConfig:
     renamed = {
         "batch_size": "global_batch_size",
         "stall_timeout": "stall_timeout_seconds",
+        "join_timeout": "join_timeout_seconds",
         "checkpoint_every": "checkpoint_every_seconds",
         "stop_after": "stop_after_seconds",
     }

@@ -144,15 +144,23 @@ def listen_to_signals() -> StopRequest:
     stop = StopRequest()
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
-    for number in SIGNALS:
-        # What nohup has made the process deaf to stays unheard.
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _handled_by_the_listener)
+    listen_again()
     signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     # The sender goes along because the socket closes with its last reference.
     listener = threading.Thread(target=_listen, args=(receiver, sender, stop), daemon=True)
     listener.start()
     return stop
+
+
+def listen_again() -> None:
+    """Take the handlers of `SIGNALS` back from a library that has set its own.
+
+    TensorFlow's distributed runtime swallows SIGTERM.
+    """
+    for number in SIGNALS:
+        # What nohup has made the process deaf to stays unheard.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _handled_by_the_listener)
 
 
 def _listen(receiver: socket.socket, _sender: socket.socket, stop: StopRequest) -> None:

@@ -4,29 +4,35 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from job.devices import Devices
+
 
 class ResidentImages:
-    """Images and labels, one copy on each replica's device.
+    """Images and labels, one copy on each of this process's devices.
 
-    They are variables because a captured constant would be copied to the device at every call.
+    They are variables because a captured constant would be copied to the device at every call. The
+    strategy would make one of all copies and have the first worker send the others theirs.
 
     Args:
-        strategy: The replicas.
+        devices: Where the replicas are.
         images: [examples, height, width, channels] uint8.
         labels: [examples] integers.
     """
 
     def __init__(
         self,
-        strategy: tf.distribute.Strategy,
+        devices: Devices,
         images: npt.NDArray[np.uint8],
         labels: npt.NDArray[np.int32],
     ) -> None:
         self.examples = len(images)
         self._image_shape = images.shape[1:]
-        with strategy.scope():
-            self._pixels = tf.Variable(images.reshape(self.examples, -1), trainable=False)
-            self._labels = tf.Variable(labels.astype(np.int64), trainable=False)
+        self._first_replica = devices.workers.spec.index * devices.local_replicas
+        self._copies = []
+        for device in devices.strategy.extended.worker_devices:
+            with tf.device(device):
+                pixels = tf.Variable(images.reshape(self.examples, -1), trainable=False)
+                self._copies.append((pixels, tf.Variable(labels.astype(np.int64), trainable=False)))
 
     def gather(self, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Gather rows of this replica's copy; only inside of `strategy.run`.
@@ -38,7 +44,10 @@ class ResidentImages:
             Pixels [batch, height * width * channels] uint8, which `decode` turns into images, and
             labels [batch] int64.
         """
-        return _gather(self._pixels, rows), _gather(self._labels, rows)
+        context = tf.distribute.get_replica_context()
+        replica = int(tf.get_static_value(context.replica_id_in_sync_group))
+        pixels, labels = self._copies[replica - self._first_replica]
+        return _gather(pixels, rows), _gather(labels, rows)
 
     def decode(self, pixels: tf.Tensor) -> tf.Tensor:
         """From gathered pixels to images [batch, height, width, channels] float32, 0 to 1."""
@@ -47,8 +56,8 @@ class ResidentImages:
 
 
 def _gather(variable: tf.Variable, rows: tf.Tensor) -> tf.Tensor:
-    # `tf.gather` of a distributed variable reads the whole of it, and then has no GPU kernel for
-    # uint8; the op on the variable has one.
+    # `tf.gather` of a variable reads the whole of it, and then has no GPU kernel for uint8; the op
+    # on the variable has one.
     gathered = tf.raw_ops.ResourceGather(
         resource=variable.handle, indices=rows, dtype=variable.dtype
     )

@@ -192,7 +192,7 @@ def open_textfile(config: TrainConfig, attempt: Attempt) -> Iterator[MetricsText
     Raises:
         UserError: If it cannot be written.
     """
-    if config.metrics_textfile is None:
+    if config.metrics_textfile is None or not attempt.is_chief:
         yield None
         return
     run_id = attempt.manifest.run_id or ""

@@ -14,7 +14,7 @@ from job.attempt import Attempt
 from job.checkpoint import Checkpoint
 from job.config import TrainConfig, UserError
 from job.dataset import Dataset, load_dataset
-from job.devices import Devices, Previous, open_promised_devices
+from job.devices import Devices, Placement, Previous, open_promised_devices
 from job.engine import Engine, Plan
 from job.evaluate import Evaluation, Evaluator
 from job.fingerprint import Fingerprint, require_same_run, take_fingerprint
@@ -31,15 +31,20 @@ from job.trainer import Trainer
 from job.watchdog import Watchdog
 
 
-def train_and_evaluate(config: TrainConfig, attempt: Attempt) -> Evaluation:
+def train_and_evaluate(
+    config: TrainConfig, attempt: Attempt, placement: Placement | None = None
+) -> Evaluation | None:
     """Train from where the attempt goes on, save the model, and evaluate what was saved.
 
     Args:
         config: What to train and how.
         attempt: The folder for its artifacts, and what an earlier attempt has done.
+        placement: Replicas that are in their places already; None places them on this process's
+            devices.
 
     Returns:
-        The evaluation of the saved model, as in ``evaluation.json``.
+        The evaluation of the saved model, as in ``evaluation.json``; None on a worker that is not
+        the chief, whose part is over with the training.
 
     Raises:
         UserError: If the configuration, the data or a folder must be changed first.
@@ -48,15 +53,18 @@ def train_and_evaluate(config: TrainConfig, attempt: Attempt) -> Evaluation:
         JobError: If the loss is no finite number any more.
     """
     with open_textfile(config, attempt) as textfile:
-        return _train_and_evaluate(config, attempt, textfile)
+        return _train_and_evaluate(config, attempt, placement, textfile)
 
 
 def _train_and_evaluate(
-    config: TrainConfig, attempt: Attempt, textfile: MetricsTextfile | None
-) -> Evaluation:
+    config: TrainConfig,
+    attempt: Attempt,
+    placement: Placement | None,
+    textfile: MetricsTextfile | None,
+) -> Evaluation | None:
     checkpoint = attempt.checkpoint
     previous = previous_of(checkpoint) if checkpoint else None
-    devices = open_promised_devices(config, previous)
+    devices = open_promised_devices(config, previous, placement)
     devices.rows_per_replica(config.global_batch_size)
     dataset = load_dataset(config.data)
     plan = make_plan(config, len(dataset.train_images))
@@ -66,6 +74,7 @@ def _train_and_evaluate(
         engine = Engine(recipe, devices, dataset, plan, config.learning_rate)
         require_fitting(engine.original, dataset, recipe)
         fingerprint = take_fingerprint(config, devices, dataset, engine.original)
+        devices.workers.require_equal(fingerprint.run)
         history = _go_on(engine, fingerprint, attempt)
         _record_start(config, attempt, history, fingerprint, devices, dataset, plan)
         evaluator = Evaluator(
@@ -74,8 +83,17 @@ def _train_and_evaluate(
         observers = _observers(config, attempt, history, devices, plan, textfile)
         trainer = Trainer(engine, evaluator, attempt, history, fingerprint, watchdog, observers)
         trainer.train(config.checkpoint_every_seconds)
+    if not attempt.is_chief:
+        return None
     save_model(engine.export(), attempt.output, MODEL)
-    evaluation = evaluate_saved(attempt.output, recipe, devices, dataset, config.seed, watchdog)
+    evaluation = evaluate_saved(
+        attempt.output,
+        recipe,
+        devices.without_other_workers(),
+        dataset,
+        config.seed,
+        watchdog,
+    )
     # Without it the run is not finished. One that is there tells of an earlier end.
     attempt.output.remove([attempt.output.path / REPORT])
     # First, because the report tells how the run ended.
@@ -127,7 +145,7 @@ def _observers(
     textfile: MetricsTextfile | None,
 ) -> list[Observer]:
     observers: list[Observer] = []
-    if config.tensorboard:
+    if config.tensorboard and attempt.is_chief:
         observers.append(EventFile(attempt.output, history))
     if textfile:
         model = devices.descriptions[0].get("model")
@@ -226,6 +244,7 @@ def _log_start(plan: Plan, devices: Devices, dataset: Dataset, step: int) -> Non
         dataset=dataset.name,
         train_examples=len(dataset.train_images),
         test_examples=len(dataset.test_images),
+        workers=devices.workers.count,
         replicas=devices.replicas,
         device_kind=devices.kind,
         precision=devices.precision,
@@ -248,6 +267,7 @@ def _describe(devices: Devices, dataset: Dataset) -> dict[str, Any]:
     """What the manifest says of devices and data."""
     return {
         "devices": list(devices.descriptions),
+        "workers": devices.workers.count,
         "replicas": devices.replicas,
         "threads": devices.threads,
         "precision": devices.precision,

@@ -46,7 +46,7 @@ class Trainer:
     ) -> None:
         self._engine, self._evaluator, self._attempt = engine, evaluator, attempt
         self._history, self._fingerprint, self._watchdog = history, fingerprint, watchdog
-        self._plan = engine.plan
+        self._plan, self._workers = engine.plan, engine.workers
         self._stop = attempt.stop
         self._elapsed_before = history.elapsed_seconds
         self._start = self._saved_at = time.perf_counter()
@@ -70,7 +70,8 @@ class Trainer:
             JobError: If the loss or a variable is no finite number any more.
             UserError: If a file cannot be written.
         """
-        with EpochBar(enabled=not log.is_json()) as bar, self._stop.last_words(bar.erase):
+        shown = self._attempt.is_chief and not log.is_json()
+        with EpochBar(enabled=shown) as bar, self._stop.last_words(bar.erase):
             self._observers = (*self._observers, bar)
             while len(self._history.epochs) < self._plan.epochs:
                 for _ in self._train_epoch():
@@ -87,7 +88,10 @@ class Trainer:
         epoch, seconds_before = len(history.epochs), history.epoch_seconds
         self._show("training" if self._has_trained else "compiling")
         start = time.perf_counter()
-        for progress in self._watched(self._engine.train_epoch(epoch, history.progress)):
+        spans = self._engine.train_epoch(
+            epoch, history.progress, lambda: self._stop.reason is not None
+        )
+        for progress in self._watched(spans):
             steps = progress.steps - history.progress.steps
             history.progress = progress
             self._require_finite("the training loss became", progress.loss)
@@ -136,17 +140,32 @@ class Trainer:
         self._stop.defer()
 
     def _stop_if_asked(self) -> None:
-        reason = self._stop.reason
+        reason = self._reason_to_stop()
         if reason is None:
             return
         self._save_if_due(0.0)
+        # The scheduler may end all workers with the first.
+        self._workers.gather({})
         raise StoppedError(
             f"{reason}; everything up to step {self.step} of {self._plan.total_steps} is in "
-            f"{self._attempt.checkpoints.latest}; {self._stop.advice}"
+            f"{self._attempt.checkpoints.latest or 'the checkpoint of worker 0'}; "
+            f"{self._stop.advice}"
         )
+
+    def _reason_to_stop(self) -> str | None:
+        """Why to stop; with several workers as all of them know it, None until they do."""
+        if self._workers.count == 1:
+            return self._stop.reason
+        ranks = self._engine.asked_to_stop
+        if not ranks:
+            return None
+        others = ", ".join(map(self._workers.spec.name, ranks))
+        return self._stop.reason or f"{others} was told to stop"
 
     def _save_if_due(self, checkpoint_every_seconds: float) -> None:
         start = time.perf_counter()
+        if not self._attempt.is_chief:
+            return
         if self._is_saved or start - self._saved_at < checkpoint_every_seconds:
             return
         history = self._history

@@ -22,8 +22,10 @@ load_tensorflow()
 import tensorflow as tf  # noqa: E402 (its start-up messages are held back above)
 
 from job import synthetic  # noqa: E402
+from job.cluster import ALONE  # noqa: E402
 from job.dataset import Dataset  # noqa: E402
-from job.devices import Compilation, Devices  # noqa: E402
+from job.devices import Compilation, Devices, Placement  # noqa: E402
+from job.workers import Workers  # noqa: E402
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("JOB_TEST_SHARED", REPOSITORY.parent / "shared"))
@@ -73,10 +75,17 @@ def make_devices() -> MakeDevices:
     def make(
         replicas: int = 1, precision: str = "float32", compilation: Compilation | None = None
     ) -> Devices:
-        return Devices(
+        names = tuple(f"CPU:{index}" for index in range(replicas))
+        placement = Placement(
             strategy=strategy_over(replicas),
             kind="cpu",
-            descriptions=tuple({"name": f"CPU:{index}"} for index in range(replicas)),
+            descriptions=tuple({"name": name} for name in names),
+            computes_bfloat16=False,
+            local_names=names,
+            workers=Workers(ALONE),
+        )
+        return Devices(
+            placement,
             precision="bfloat16" if precision == "bfloat16" else "float32",
             jit="auto",
             compilation=compilation or Compilation(network=False, elementwise=True),

@@ -1,5 +1,5 @@
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import tensorflow as tf
@@ -7,6 +7,7 @@ import tensorflow as tf
 from job import devices
 from job.config import DeviceRequest, UserError
 from job.devices import Devices, Previous, open_devices
+from job.local_devices import LocalDevices
 from tests.conftest import MakeDevices
 
 PREVIOUS = Previous(
@@ -34,19 +35,18 @@ def test_rows_per_replica(make_devices: MakeDevices) -> None:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Open devices on a machine with some GPUs, or none, without setting any up."""
 
-    def use(count: int, kind: str, model: str) -> tuple[list[str], tuple[dict[str, Any], ...]]:
-        capability = [7, 0] if model == "old" else [9, 0]
-        description = {"model": model, "compute_capability": capability}
-        return [f"{kind}:{index}" for index in range(count)], (description,) * count
+    def use(count: int, kind: Literal["cpu", "gpu"], model: str) -> LocalDevices:
+        names = tuple(f"{kind.upper()}:{index}" for index in range(count))
+        return LocalDevices(kind, names, ({"model": model},) * count, model == "new")
 
     class Strategy:
-        def __init__(self, names: list[str]) -> None:
+        def __init__(self, names: tuple[str, ...]) -> None:
             self.num_replicas_in_sync = len(names)
 
     def open_with(gpus: int, model: str, *settings: Any, **options: Any) -> Devices:
         monkeypatch.setattr(devices, "visible_gpus", lambda: ["GPU"] * gpus)
-        monkeypatch.setattr(devices, "_use_gpus", lambda used: use(len(used), "GPU", model))
-        monkeypatch.setattr(devices, "_use_cpu", lambda count: use(count, "CPU", "cpu"))
+        monkeypatch.setattr(devices, "use_gpus", lambda used: use(len(used), "gpu", model))
+        monkeypatch.setattr(devices, "use_cpu", lambda count: use(count, "cpu", "cpu"))
         monkeypatch.setattr(tf.distribute, "MirroredStrategy", Strategy)
         monkeypatch.setattr(tf.config.experimental, "enable_op_determinism", lambda: None)
         return open_devices(DeviceRequest.parse(settings[0]), *settings[1:], **options)

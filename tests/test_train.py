@@ -65,7 +65,9 @@ def two_replicas_and_little_data(
 
 def run(config: TrainConfig, stop: StopRequest | None = None) -> Evaluation:
     with open_attempt(config, stop or StopRequest()) as attempt:
-        return train.train_and_evaluate(config, attempt)
+        evaluation = train.train_and_evaluate(config, attempt)
+    assert evaluation is not None
+    return evaluation
 
 
 def evaluate_again(config: TrainConfig) -> Evaluation:

@@ -1,0 +1,300 @@
+"""The processes that train one run together: how they meet, what they tell each other, and loss.
+
+TensorFlow's own runtime carries everything; what is here only calls its collectives. Besides the
+gradients, which the strategy reduces, workers exchange a few documents, always all of them at once.
+"""
+
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from job import log
+from job.cluster import ClusterSpec
+from job.config import ExitCode, JobError, UserError
+from job.preemption import listen_again
+
+# Beyond all those of strategies, which count from 1.
+_GROUP_KEY = 1_000_000
+_WORD_BYTES = 8
+_POLL_SECONDS = 0.2
+_PROBE_SECONDS = 2.0
+
+
+class LostWorkerError(JobError):
+    """Another worker of the run is gone; the run goes on from its last checkpoint.
+
+    This worker's variables may be those between two steps, so nothing of it may be saved.
+    """
+
+    exit_code = ExitCode.RUN_AGAIN
+
+
+class Workers:
+    """All workers of a run, as one of them sees them.
+
+    Args:
+        spec: Who they are. Only `join` makes several of them meet.
+    """
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        self.spec = spec
+        self._calls = 0
+
+    @property
+    def count(self) -> int:
+        """Number of workers."""
+        return self.spec.count
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.spec.is_chief
+
+    def gather(self, document: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Give every worker the documents of all, in the order of their ranks.
+
+        Waits until all workers have come here.
+
+        Args:
+            document: This worker's, a JSON object.
+
+        Raises:
+            LostWorkerError: If one of them is gone.
+        """
+        content = json.dumps(document).encode()
+        sizes = self._gather(np.array([len(content)]))
+        words = self._gather(_as_words(content, int(sizes.max())))
+        return [
+            json.loads(row.tobytes()[:size])
+            for row, size in zip(words.reshape(self.count, -1), sizes, strict=True)
+        ]
+
+    def require_equal(self, document: Mapping[str, Any]) -> None:
+        """Refuse workers that differ from the chief in what all of them must have in common.
+
+        Args:
+            document: This worker's, a JSON object.
+
+        Raises:
+            UserError: If one differs, on every worker.
+            LostWorkerError: If one of them is gone.
+        """
+        first, *others = self.gather(document)
+        differences = [
+            f"{self.spec.name(rank)} has {name.replace('_', ' ')} {other.get(name)}, "
+            f"{self.spec.name(0)} {first.get(name)}"
+            for rank, other in enumerate(others, start=1)
+            for name in first | other
+            if first.get(name) != other.get(name)
+        ]
+        if differences:
+            raise UserError(
+                f"the workers differ, expected the same on each: {'; '.join(differences)}; start "
+                f"all of them with the same options, data and image"
+            )
+
+    def broadcast(self, content: bytes) -> bytes:
+        """Give every worker what the chief has.
+
+        Args:
+            content: The chief's; that of others does not matter.
+
+        Raises:
+            LostWorkerError: If one of them is gone.
+        """
+        size = self.gather({"size": len(content)})[0]["size"]
+        if self.count == 1 or not size:
+            return content[:size]
+        words = _as_words(content if self.is_chief else b"", size)
+        self._calls += 1
+        key = {"group_size": self.count, "group_key": _GROUP_KEY, "instance_key": self._calls}
+        with naming_lost_workers(self.spec), tf.device(self._host):
+            if self.is_chief:
+                tf.raw_ops.CollectiveBcastSendV2(input=words, **key)
+            else:
+                received = tf.raw_ops.CollectiveBcastRecvV2(shape=words.shape, T=tf.int64, **key)
+                words = received.numpy()
+        return words.tobytes()[:size]
+
+    def _gather(self, words: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Concatenate the words of all workers, of which each has as many."""
+        if self.count == 1:
+            return words
+        self._calls += 1
+        with naming_lost_workers(self.spec), tf.device(self._host):
+            gathered = tf.raw_ops.CollectiveGatherV2(
+                input=words,
+                group_size=self.count,
+                group_key=_GROUP_KEY,
+                instance_key=self._calls,
+                ordering_token=[],
+            )
+            result: npt.NDArray[np.int64] = gathered.numpy()
+        return result
+
+    @property
+    def _host(self) -> str:
+        # Only host memory: the devices may not have a kernel for numbers.
+        return f"/job:worker/task:{self.spec.index}/device:CPU:0"
+
+
+def _as_words(content: bytes, size: int) -> npt.NDArray[np.int64]:
+    """Content as [words] int64, which collectives take, with zeros up to at least a size."""
+    padded = content.ljust(-(-size // _WORD_BYTES) * _WORD_BYTES, b"\0")
+    return np.frombuffer(padded, np.int64)
+
+
+def join(
+    spec: ClusterSpec, create: Callable[[], tf.distribute.Strategy], timeout_seconds: float
+) -> tf.distribute.Strategy:
+    """Meet the other workers.
+
+    Args:
+        spec: Who they are.
+        create: Makes the strategy over all of them, and returns once all are there.
+        timeout_seconds: Longest time to wait for them.
+
+    Raises:
+        LostWorkerError: If they do not come.
+    """
+    start = time.monotonic()
+    log.event(
+        "waiting_for_workers",
+        workers=list(spec.workers),
+        index=spec.index,
+        timeout_seconds=timeout_seconds,
+        message=f"{spec.name(spec.index)} of {spec.count} waits for the others, for at most "
+        f"{timeout_seconds:g} s",
+    )
+    deadline = start + timeout_seconds
+    _wait_for_port(spec, deadline)
+    created: list[tf.distribute.Strategy] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            created.append(create())
+        except BaseException as error:
+            failures.append(error)
+
+    # In a thread, because TensorFlow waits for hours, and deaf to signals.
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_SECONDS)
+        listen_again()
+        if time.monotonic() > deadline and thread.is_alive():
+            raise LostWorkerError(_missing(spec, timeout_seconds))
+    if failures:
+        with naming_lost_workers(spec):
+            raise failures[0]
+    seconds = time.monotonic() - start
+    log.event(
+        "joined",
+        workers=spec.count,
+        index=spec.index,
+        seconds=round(seconds, 3),
+        message=f"all {spec.count} workers are there after {seconds:.1f} s",
+    )
+    return created[0]
+
+
+def _wait_for_port(spec: ClusterSpec, deadline: float) -> None:
+    """Wait until this worker's port is free.
+
+    TensorFlow would share it with whoever listens there, such as an earlier attempt of the run.
+    """
+    port = int(spec.workers[spec.index].rpartition(":")[2])
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise LostWorkerError(
+                        f"port {port} of {spec.name(spec.index)} cannot be used: {error.strerror}; "
+                        f"end the process that listens there, then run again"
+                    ) from error
+        time.sleep(_POLL_SECONDS)
+
+
+def _missing(spec: ClusterSpec, timeout_seconds: float) -> str:
+    reasons = _unreachable(spec)
+    names = "; ".join(f"{spec.name(rank)} ({reason})" for rank, reason in reasons.items())
+    if not names:
+        names = "worker: all answer, but not all of them to this attempt of the run"
+    return (
+        f"missing {names}; expected all {spec.count} workers within --join-timeout "
+        f"{timeout_seconds:g} s; see the logs of those, and whether names resolve and ports are "
+        f"open between the nodes, then run again"
+    )
+
+
+def _unreachable(spec: ClusterSpec) -> dict[int, str]:
+    """The other workers that do not answer, and why."""
+    reasons: dict[int, str] = {}
+
+    def probe(rank: int) -> None:
+        host, _, port = spec.workers[rank].rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _PROBE_SECONDS).close()
+        except OSError as error:
+            reasons[rank] = error.strerror or str(error)
+
+    others = [rank for rank in range(spec.count) if rank != spec.index]
+    threads = [threading.Thread(target=probe, args=(rank,), daemon=True) for rank in others]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * _PROBE_SECONDS)
+    return dict(sorted(reasons.items()))
+
+
+_ABORTED = "Collective ops is aborted"
+_LOSSES = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.FailedPreconditionError,
+)
+
+
+@contextlib.contextmanager
+def naming_lost_workers(spec: ClusterSpec) -> Iterator[None]:
+    """Turn what TensorFlow raises if another worker is gone into an error that names it.
+
+    Raises:
+        LostWorkerError: If one is gone.
+    """
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if spec.count == 1 or not (isinstance(error, _LOSSES) or _ABORTED in str(error)):
+            raise
+        raise LostWorkerError(_lost(spec, str(error))) from error
+
+
+def _lost(spec: ClusterSpec, text: str) -> str:
+    """Who is gone: by who does not answer, else by what TensorFlow says."""
+    ranks = list(_unreachable(spec))
+    if not ranks:
+        told = re.findall(r"/job:worker/(?:replica:0/)?task:(\d+)", text)
+        ranks = sorted({int(rank) for rank in told} - {spec.index})
+    names = ", ".join(map(spec.name, ranks)) or "worker: one of the others"
+    reason = re.sub(r"\s+", " ", text.partition(_ABORTED)[2] or text).strip(" :by")
+    return (
+        f"lost {names}, which has ended or does not answer ({reason[:160]}); run the same command "
+        f"again on all workers to go on from the last checkpoint"
+    )
