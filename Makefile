@@ -17,6 +17,8 @@ KUBECTL ?= kubectl
 NAMESPACE ?=
 # Names of folders in k8s/overlays.
 OVERLAY ?=
+# Of k8s/multi-node.yaml; empty is the one node of k8s/job.yaml.
+NODES ?=
 # Not OUTPUT_DIR, which may hold a run of this machine.
 FETCH_DIR ?= output/k8s
 
@@ -127,15 +129,24 @@ K8S_UNKNOWN := $(filter-out $(notdir $(wildcard k8s/overlays/*)),$(OVERLAYS))
 ifneq ($(K8S_UNKNOWN),)
 $(error OVERLAY has $(K8S_UNKNOWN), expected any of $(notdir $(wildcard k8s/overlays/*)))
 endif
+ifneq ($(NODES),)
+ifneq ($(strip $(words $(NODES)) $(filter-out $(shell seq 999),$(NODES))),1)
+$(error NODES is $(NODES), expected a number of nodes from 1 to 999)
+endif
+ifneq ($(filter sweep,$(OVERLAYS)),)
+$(error OVERLAY has sweep, whose trainings take a node each; leave NODES out)
+endif
+endif
 K8S := $(strip $(KUBECTL) $(if $(NAMESPACE),--namespace=$(NAMESPACE)))
 # Overlay sweep adds to the names, as its nameSuffix says.
 K8S_SUFFIX := $(if $(filter sweep,$(OVERLAYS)),-sweep)
-K8S_DELETE_JOB := $(K8S) delete job cifar10$(K8S_SUFFIX) --ignore-not-found --cascade=foreground
+K8S_JOB := cifar10$(if $(NODES),-multi-node)$(K8S_SUFFIX)
+K8S_DELETE_JOB := $(K8S) delete job $(K8S_JOB) --ignore-not-found --cascade=foreground
 
 # A Job's template cannot be changed. The old Job's Pods are gone, with a checkpoint, before the new
 # Job begins, because two Jobs are two runs, and a folder has room for one.
 .PHONY: k8s-run
-k8s-run: k8s-render ## Start the Job on Kubernetes, again if there is one; OVERLAY="gpus kueue"
+k8s-run: k8s-render ## Start the Job on Kubernetes, again if there is one; NODES=2 OVERLAY="gpus kueue"
 	@# Nothing is stopped for a Job that the cluster would refuse.
 	$(K8S) create -k $(K8S_DIR) --dry-run=client --validate=strict --output=name
 	$(K8S_DELETE_JOB)
@@ -143,7 +154,7 @@ k8s-run: k8s-render ## Start the Job on Kubernetes, again if there is one; OVERL
 
 .PHONY: k8s-logs
 k8s-logs: ## Follow the logs of all of its Pods until it has ended
-	@KUBECTL="$(K8S)" k8s/logs.sh cifar10$(K8S_SUFFIX)
+	@KUBECTL="$(K8S)" k8s/logs.sh $(K8S_JOB)
 
 .PHONY: k8s-fetch
 k8s-fetch: k8s-render ## Copy the artifacts from the volume to FETCH_DIR
@@ -153,12 +164,21 @@ k8s-fetch: k8s-render ## Copy the artifacts from the volume to FETCH_DIR
 k8s-delete: ## Delete the Job, never its volumes
 	$(K8S_DELETE_JOB)
 
-# kustomize takes no folder that the kustomization itself is in, so this one is not in k8s/.
+# The number of nodes in all places that tell it, and four retries for each.
+K8S_NODES = {apiVersion: batch/v1, kind: Job, metadata: {name: $(K8S_JOB)}, \
+  spec: {completions: $(NODES), parallelism: $(NODES), backoffLimit: $(shell expr 4 '*' 0$(NODES)), \
+  template: {spec: {containers: [{name: cifar10, \
+  env: [{name: KUBERNETES_JOB_COMPLETIONS, value: "$(NODES)"}]}]}}}}
+
+# kustomize takes no folder that the kustomization itself is in, so this one is not in k8s/, and no
+# file of another folder, so that one is copied.
 .PHONY: k8s-render
 k8s-render:
 	@mkdir -p $(K8S_DIR)
-	@printf '%s\n' 'resources: [../../k8s]' 'components:' \
+	@$(if $(NODES),cp k8s/multi-node.yaml $(K8S_DIR))
+	@printf '%s\n' 'resources: [$(if $(NODES),multi-node.yaml,../../k8s)]' 'components:' \
 	  $(foreach name,fetch $(addprefix overlays/,$(OVERLAYS)),'- ../../k8s/$(name)') \
+	  $(if $(NODES),'patches:' '- patch: >-' '    $(K8S_NODES)') \
 	  > $(K8S_DIR)/kustomization.yaml
 
 .PHONY: clean

@@ -12,6 +12,7 @@ import yaml
 from tests.conftest import REPOSITORY
 
 Manifest = dict[str, Any]
+FETCH = "fetch/pod.yaml"
 
 
 def copy_of_the_repository(folder: Path) -> Path:
@@ -41,15 +42,17 @@ def kustomize(folder: Path) -> str:
     pytest.skip(missing)
 
 
-def render(folder: Path, overlays: tuple[str, ...]) -> list[Manifest]:
-    """The Job, its claims and the Pod of `make k8s-fetch`, with overlays."""
-    made = make(copy_of_the_repository(folder), "k8s-render", f"OVERLAY={' '.join(overlays)}")
+def render(folder: Path, overlays: tuple[str, ...], nodes: str = "") -> list[Manifest]:
+    """The Job, its claims and the Pod of `make k8s-fetch`, with overlays and on several nodes."""
+    chosen = f"OVERLAY={' '.join(overlays)}", f"NODES={nodes}"
+    made = make(copy_of_the_repository(folder), "k8s-render", *chosen)
     assert made.returncode == 0, made.stderr
     return list(yaml.safe_load_all(kustomize(folder / "build" / "k8s")))
 
 
-def read_manifests() -> list[Manifest]:
-    texts = [(REPOSITORY / "k8s" / name).read_text() for name in ("job.yaml", "fetch/pod.yaml")]
+def read_manifests(*names: str) -> list[Manifest]:
+    """What files of k8s/ say, by default the Job and the Pod of `make k8s-fetch`."""
+    texts = [(REPOSITORY / "k8s" / name).read_text() for name in names or ("job.yaml", FETCH)]
     return [manifest for text in texts for manifest in yaml.safe_load_all(text)]
 
 

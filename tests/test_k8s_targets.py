@@ -66,12 +66,15 @@ def test_k8s_run_leaves_the_job_alone_if_the_new_one_is_not_valid(tmp_path: Path
     assert [line.split()[0] for line in cluster.told] == ["create"]
 
 
-@pytest.mark.parametrize("overlays", ["", "gpus sweep", "sweep sweep"])
-def test_the_targets_name_what_was_rendered(tmp_path: Path, overlays: str) -> None:
+@pytest.mark.parametrize(
+    ("overlays", "nodes"),
+    [("", ""), ("gpus sweep", ""), ("sweep sweep", ""), ("", "2"), ("gpus kueue", "3")],
+)
+def test_the_targets_name_what_was_rendered(tmp_path: Path, overlays: str, nodes: str) -> None:
     cluster = Cluster(tmp_path)
     (tmp_path / "volume").mkdir()
     for target in ("k8s-run", "k8s-logs", "k8s-fetch", "k8s-delete"):
-        assert cluster.make(target, f"OVERLAY={overlays}").returncode == 0
+        assert cluster.make(target, f"OVERLAY={overlays}", f"NODES={nodes}").returncode == 0
         rendered = list(yaml.safe_load_all(kustomize(tmp_path / "build" / "k8s")))
         (fetch,) = of_kind("Pod", rendered)
         job_name, pod_name = (one["metadata"]["name"] for one in (the_job(rendered), fetch))
@@ -86,6 +89,24 @@ def test_an_overlay_that_does_not_exist_is_refused(tmp_path: Path, target: str, 
     refused = cluster.make(target, f"OVERLAY=kueue {name}")
     assert refused.returncode != 0
     assert f"OVERLAY has {name}, expected any of gpus image kueue sweep" in refused.stderr
+    assert cluster.told == []
+
+
+@pytest.mark.parametrize("target", ["k8s-run", "k8s-logs", "k8s-fetch", "k8s-delete"])
+@pytest.mark.parametrize("nodes", ["0", "-1", "two", "2.5", "02", "2 3", "1000"])
+def test_what_is_no_number_of_nodes_is_refused(tmp_path: Path, target: str, nodes: str) -> None:
+    cluster = Cluster(tmp_path)
+    refused = cluster.make(target, f"NODES={nodes}")
+    assert refused.returncode != 0
+    assert f"NODES is {nodes}, expected a number of nodes from 1 to 999" in refused.stderr
+    assert cluster.told == []
+
+
+def test_a_sweep_on_several_nodes_is_refused(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path)
+    refused = cluster.make("k8s-run", "OVERLAY=kueue sweep", "NODES=2")
+    assert refused.returncode != 0
+    assert "OVERLAY has sweep, whose trainings take a node each; leave NODES out" in refused.stderr
     assert cluster.told == []
 
 
