@@ -5,6 +5,7 @@ variables and updates them by itself from the summed gradients, so that nothing 
 crosses between replicas, on whatever worker, and one compiled function does a whole update.
 """
 
+import hashlib
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -172,6 +173,18 @@ class Engine:
     def state(self) -> Arrays:
         """Every variable of network and optimizer; between two spans, on all replicas the same."""
         return {name: keras.ops.convert_to_numpy(variable) for name, variable in self._variables()}
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of all variables that replicas have in common.
+
+        Those are all but the random states of Dropout and the like.
+        """
+        own = {id(state) for state in self._random_states}
+        digest = hashlib.sha256()
+        for _, variable in self._variables():
+            if id(variable) not in own:
+                digest.update(keras.ops.convert_to_numpy(variable).tobytes())
+        return digest.hexdigest()
 
     def restore(self, arrays: Arrays) -> None:
         """Set every variable to what `state` returned.

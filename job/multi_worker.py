@@ -58,7 +58,7 @@ def train_together(config: TrainConfig, spec: ClusterSpec, stop: StopRequest) ->
                 train_and_evaluate(config, attempt, placement)
     try:
         # Were others to end earlier, nobody would be there for a chief that is started again.
-        workers.gather({})
+        workers.leave()
     except LostWorkerError:
         if not workers.is_chief:
             raise

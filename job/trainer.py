@@ -145,7 +145,7 @@ class Trainer:
             return
         self._save_if_due(0.0)
         # The scheduler may end all workers with the first.
-        self._workers.gather({})
+        self._workers.leave()
         raise StoppedError(
             f"{reason}; everything up to step {self.step} of {self._plan.total_steps} is in "
             f"{self._attempt.checkpoints.latest or 'the checkpoint of worker 0'}; "

@@ -27,6 +27,7 @@ _GROUP_KEY = 1_000_000
 _WORD_BYTES = 8
 _POLL_SECONDS = 0.2
 _PROBE_SECONDS = 2.0
+_LEAVE_SECONDS = 5.0
 
 
 class LostWorkerError(JobError):
@@ -124,6 +125,23 @@ class Workers:
                 received = tf.raw_ops.CollectiveBcastRecvV2(shape=words.shape, T=tf.int64, **key)
                 words = received.numpy()
         return words.tobytes()[:size]
+
+    def leave(self) -> None:
+        """Part from the others, once all of them have come here.
+
+        Raises:
+            LostWorkerError: If one of them is gone before.
+        """
+        self.gather({})
+        # The first to have gathered may not end yet: others may still be reading from it.
+        with contextlib.suppress(LostWorkerError):
+            self.gather({})
+        # The chief serves the others, and so goes last.
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        while self.is_chief and len(_unreachable(self.spec)) < self.count - 1:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_SECONDS / 10)
 
     def _gather(self, words: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Concatenate the words of all workers, of which each has as many."""

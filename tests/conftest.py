@@ -113,18 +113,23 @@ class Job(subprocess.Popen[str]):
         folder: Working directory.
         arguments: Of the command line.
         env: Further environment variables.
+        module: What to run instead of the job itself.
     """
 
     def __init__(
-        self, folder: Path, *arguments: str | Path, env: dict[str, str] | None = None
+        self,
+        folder: Path,
+        *arguments: str | Path,
+        env: dict[str, str] | None = None,
+        module: str = "job",
     ) -> None:
         inherited = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("JOB_", "SLURM_"))
+            if not name.startswith(("JOB_", "SLURM_", "KUBERNETES_"))
         }
         super().__init__(
-            [sys.executable, "-m", "job", *map(str, arguments)],
+            [sys.executable, "-m", module, *map(str, arguments)],
             cwd=folder,
             env={**inherited, "PYTHONPATH": str(REPOSITORY), **(env or {})},
             stdout=subprocess.PIPE,

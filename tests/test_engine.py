@@ -303,7 +303,7 @@ def test_every_op_of_the_training_step_has_a_gpu_kernel(
     checked = {"GPU": 0, "XLA_GPU_JIT": 0}
     missing = set()
     for function in (
-        engine._span.get_concrete_function(batches, draws, scalar),
+        engine._span.get_concrete_function(batches, draws, scalar, tf.constant(0.0)),
         engine._draw.get_concrete_function(scalar),
     ):
         graph = function.graph.as_graph_def()

@@ -1,0 +1,270 @@
+"""One run by several workers: what they compute, and what happens when one of them goes."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import Job
+from tests.integration.chaos import compare, state_of_checkpoint
+from tests.integration.team import Team
+
+# Spans of 15 and 5 steps, and a checkpoint after each; 60 steps in all.
+OPTIONS = "--limit 1280 --batch-size 64 --epochs 3 --checkpoint-every 0.001 --log-format json"
+PLAIN = "tests.integration.plain_recipe"
+# Heartbeats of TensorFlow's runtime tell of a worker that is silent, an end of its process at once.
+SILENT_SECONDS = 30
+
+StartTeam = Callable[..., Team]
+
+
+@pytest.fixture(scope="module")
+def command(cifar10_dir: Path) -> tuple[str, ...]:
+    return ("train", *OPTIONS.split(), "--data-dir", str(cifar10_dir))
+
+
+@pytest.fixture
+def make_team(tmp_path: Path, command: tuple[str, ...]) -> Iterator[StartTeam]:
+    """Make a team of so many workers, with an output folder for the chief alone."""
+    teams = []
+
+    def make(count: int, *options: str, module: str = "job") -> Team:
+        words = (*command, "--devices", "cpu:1", *options)
+        teams.append(Team(tmp_path, count, *words, module=module))
+        return teams[-1]
+
+    yield make
+    for team in teams:
+        team.kill()
+
+
+def train_alone(folder: Path, command: tuple[str, ...], *options: str, module: str = "job") -> Path:
+    folder.mkdir(exist_ok=True)
+    result = Job(folder, *command, "--output-dir", folder, *options, module=module).finish()
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run by two workers that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    team = Team(folder, 2, *command, "--devices", "cpu:1").start()
+    try:
+        assert team.finish() == [0, 0], team.errors
+    finally:
+        team.kill()
+    return folder / "output"
+
+
+def manifest(output: Path) -> Any:
+    return json.loads((output / "run.json").read_text())
+
+
+def largest_difference(one: Path, two: Path) -> float:
+    states = state_of_checkpoint(one), state_of_checkpoint(two)
+    assert states[0].keys() == states[1].keys()
+    differences = [
+        np.abs(states[0][name].astype(float) - states[1][name].astype(float)).max()
+        for name in states[0]
+    ]
+    return float(max(differences))
+
+
+def test_two_workers_come_to_the_bits_of_one_process_with_two_replicas(
+    undisturbed: Path, command: tuple[str, ...], tmp_path: Path
+) -> None:
+    alone = train_alone(tmp_path / "alone", command, "--devices", "cpu:2")
+    assert compare(alone, undisturbed) == []
+    document = manifest(undisturbed)
+    assert (document["workers"], document["replicas"]) == (2, 2)
+    assert [device["name"] for device in document["devices"]] == [
+        "worker 0 CPU:0",
+        "worker 1 CPU:0",
+    ]
+    evaluation = json.loads((undisturbed / "evaluation.json").read_text())
+    assert evaluation["examples"] == np.sum(evaluation["confusion_matrix"]) == 10_000
+
+
+@pytest.mark.parametrize(("workers", "replicas"), [(2, 1), (4, 1), (2, 2)])
+def test_any_split_comes_to_the_weights_of_one_replica(
+    make_team: StartTeam,
+    command: tuple[str, ...],
+    tmp_path: Path,
+    workers: int,
+    replicas: int,
+) -> None:
+    options = ("--precision", "float32", "--learning-rate", "0.01")
+    alone = train_alone(tmp_path / "alone", command, "--devices", "cpu:1", *options, module=PLAIN)
+    team = make_team(workers, *options, "--devices", f"cpu:{replicas}", module=PLAIN).start()
+    assert team.finish() == [0] * workers, team.errors
+    assert largest_difference(alone, tmp_path / "output") < 1e-5
+    lines = [(run / "metrics.jsonl").read_text() for run in (alone, tmp_path / "output")]
+    one, other = ([json.loads(line) for line in text.splitlines()] for text in lines)
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+        assert mine["step"] == theirs["step"]
+
+
+def test_only_the_chief_needs_and_has_an_output_folder(
+    make_team: StartTeam, undisturbed: Path, tmp_path: Path
+) -> None:
+    team = make_team(2).start(0)
+    team.start(1, options=("--output-dir", "/proc/nowhere"))
+    assert team.finish() == [0, 0], team.errors
+    assert compare(undisturbed, tmp_path / "output") == []
+    events = [event["event"] for event in team.logs[1]]
+    assert events == ["waiting_for_workers", "joined", "following"]
+    assert {event["worker"] for event in team.logs[1]} == {1}
+
+
+def test_a_finished_run_is_left_alone_by_all(make_team: StartTeam, undisturbed: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.glob("[!.]*")}
+    team = make_team(2, "--output-dir", str(undisturbed)).start()
+    assert team.finish() == [0, 0], team.errors
+    assert team.logs[0][-1]["event"] == "finished"
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.glob("[!.]*")} == before
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_at_one_worker_stops_all_after_the_same_step(
+    make_team: StartTeam, undisturbed: Path, tmp_path: Path, rank: int
+) -> None:
+    team = make_team(2).start()
+    team.workers[0].wait_for("checkpoint")
+    team.workers[rank].send_signal(signal.SIGTERM)
+    assert team.finish() == [75, 75], team.errors
+    for errors in team.errors.values():
+        assert "lost worker" not in errors
+        assert "Traceback" not in errors
+    (attempt,) = manifest(tmp_path / "output")["attempts"]
+    assert attempt["outcome"] == "stopped"
+    told = "SIGTERM" if rank == 0 else f"worker 1 ({team.addresses[1]}) was told to stop"
+    assert told in attempt["reason"]
+    step = attempt["last_step"]
+    assert 15 <= step < 60
+    assert f"everything up to step {step} of 60" in team.errors[0]
+    assert f"everything up to step {step} of 60" in team.errors[1]
+
+    again = make_team(2).start()
+    assert again.finish() == [0, 0], again.errors
+    assert compare(undisturbed, tmp_path / "output") == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_worker_ends_the_others_which_save_nothing(
+    make_team: StartTeam, undisturbed: Path, tmp_path: Path, rank: int
+) -> None:
+    team = make_team(3 if rank else 2).start()
+    team.workers[0].wait_for("checkpoint")
+    team.workers[rank].kill()
+    killed = time.monotonic()
+    codes = team.finish(SILENT_SECONDS)
+    assert time.monotonic() - killed < SILENT_SECONDS
+    assert codes.pop(rank) == -signal.SIGKILL
+    assert set(codes) == {75}, team.errors
+    survivor = next(other for other in team.workers if other != rank)
+    assert f"lost worker {rank} ({team.addresses[rank]})" in team.errors[survivor]
+    checkpoints = sorted((tmp_path / "output" / "checkpoints").glob("*.npz"))
+    step = int(checkpoints[-1].name.split("-")[2])
+    assert step in (15, 20, 35, 40, 55, 60)
+
+    again = make_team(2).start()
+    assert again.finish() == [0, 0], again.errors
+    first, second = manifest(tmp_path / "output")["attempts"]
+    assert first["outcome"] == ("failed" if rank else "lost")
+    assert second["first_step"] == step
+    if not rank:
+        assert compare(undisturbed, tmp_path / "output") == []
+
+
+def test_a_worker_that_hangs_ends_the_others(make_team: StartTeam) -> None:
+    team = make_team(2).start()
+    team.workers[0].wait_for("checkpoint")
+    team.workers[1].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    chief = team.workers.pop(0)
+    result = chief.finish(SILENT_SECONDS)
+    assert time.monotonic() - stopped < SILENT_SECONDS
+    assert result.returncode == 75
+    assert f"lost worker 1 ({team.addresses[1]})" in result.stderr
+    team.kill()
+
+
+def test_a_worker_may_start_late(make_team: StartTeam) -> None:
+    team = make_team(2, "--epochs", "1").start(0)
+    time.sleep(20)
+    team.start(1)
+    assert team.finish() == [0, 0], team.errors
+    joined = next(event for event in team.logs[0] if event["event"] == "joined")
+    assert joined["seconds"] > 15
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_that_never_starts_is_named(make_team: StartTeam, rank: int) -> None:
+    team = make_team(3, "--join-timeout", "5")
+    missing = 1 - rank
+    team.start(rank, 2)
+    start = time.monotonic()
+    assert team.finish(60) == [75, 75]
+    assert time.monotonic() - start < 30
+    name = f"worker {missing} ({team.addresses[missing]})"
+    for errors in team.errors.values():
+        assert f"cifar10-job: stopped: missing {name} (Connection refused)" in errors
+        assert "within --join-timeout 5 s" in errors
+    assert not (Path(os.fspath(team._folder)) / "output").exists()
+
+
+def test_a_signal_ends_a_worker_that_waits_for_others(make_team: StartTeam) -> None:
+    team = make_team(2).start(0)
+    team.workers[0].wait_for("waiting_for_workers")
+    time.sleep(3)  # until TensorFlow waits
+    team.workers[0].send_signal(signal.SIGTERM)
+    assert team.finish(20) == [75]
+    assert "stopped: SIGTERM" in team.errors[0]
+
+
+def test_workers_with_other_options_or_devices_are_refused_by_all(make_team: StartTeam) -> None:
+    team = make_team(2).start(0)
+    team.start(1, options=("--seed", "43"))
+    assert team.finish() == [2, 2], team.errors
+    for errors in team.errors.values():
+        assert f"worker 1 ({team.addresses[1]}) has seed 43, worker 0" in errors
+    team = make_team(2).start(0)
+    team.start(1, options=("--devices", "cpu:2"))
+    assert team.finish() == [2, 2], team.errors
+    for errors in team.errors.values():
+        assert "received different devices" in errors
+        assert "cpu:2" in errors
+
+
+def test_a_run_goes_on_with_another_number_of_workers(
+    make_team: StartTeam, command: tuple[str, ...], tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    team = make_team(2).start()
+    team.workers[0].wait_for("checkpoint")
+    team.workers[1].send_signal(signal.SIGTERM)
+    assert team.finish() == [75, 75], team.errors
+
+    alone = Job(tmp_path, *command, "--devices", "auto")
+    alone.wait_for("checkpoint")
+    alone.send_signal(signal.SIGTERM)
+    assert alone.finish().returncode == 75
+    first, second = manifest(output)["attempts"]
+    # As many replicas as before: the same global batch, in equal shares.
+    assert manifest(output)["replicas"] == 2
+    assert second["changes"] == ["workers: 2 -> 1"]
+
+    more = make_team(4).start()
+    assert more.finish() == [0] * 4, more.errors
+    changed = next(event for event in more.logs[0] if event["event"] == "changed")
+    assert changed["changes"] == ["workers: 1 -> 4", "replicas: 2 -> 4"]
+    assert first["last_step"] == second["first_step"]
+    assert manifest(output)["config"]["batch_size"] == 64
