@@ -15,7 +15,7 @@ from job.dry_run import examine
 from job.lease import LeaseLostError
 from job.preemption import StopRequest
 from job.takeover import find_holder
-from tests.conftest import MakeDevices, RunJob
+from tests.conftest import MakeDevices, RunJob, stand_in_for_devices_and_data
 from tests.test_attempt import finish, run
 
 
@@ -29,10 +29,7 @@ def config(tmp_path: Path) -> TrainConfig:
 def two_replicas_and_little_data(
     monkeypatch: pytest.MonkeyPatch, small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
-    """Stand in for the devices, which a process sets up once, and the full data set."""
-    for module in (train, dry_run):
-        monkeypatch.setattr(module, "open_promised_devices", lambda *arguments: make_devices(2))
-        monkeypatch.setattr(module, "load_dataset", lambda data: small_dataset)
+    stand_in_for_devices_and_data(monkeypatch, (train, dry_run), make_devices(2), small_dataset)
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:

@@ -21,7 +21,7 @@ from job.preemption import StopRequest
 from job.tensorboard import TAGS
 from job.trainer import Trainer
 from job.watchdog import Watchdog
-from tests.conftest import MakeDevices
+from tests.conftest import MakeDevices, stand_in_for_devices_and_data
 from tests.test_tensorboard import curve
 from tests.test_textfile import samples
 
@@ -57,10 +57,7 @@ def config(tmp_path: Path) -> TrainConfig:
 def two_replicas_and_little_data(
     monkeypatch: pytest.MonkeyPatch, small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
-    """Stand in for the devices, which a process sets up once, and the full data set."""
-    for module in (train, saved_model):
-        monkeypatch.setattr(module, "open_promised_devices", lambda *arguments: make_devices(2))
-        monkeypatch.setattr(module, "load_dataset", lambda data: small_dataset)
+    stand_in_for_devices_and_data(monkeypatch, (train, saved_model), make_devices(2), small_dataset)
 
 
 def run(config: TrainConfig, stop: StopRequest | None = None) -> Evaluation:
