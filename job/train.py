@@ -74,8 +74,12 @@ def _train_and_evaluate(
         observers = _observers(config, attempt, history, devices, plan, textfile)
         trainer = Trainer(engine, evaluator, attempt, history, fingerprint, watchdog, observers)
         trainer.train(config.checkpoint_every_seconds)
+    if textfile:
+        textfile.enter("evaluating")
     save_model(engine.export(), attempt.output, MODEL)
     evaluation = evaluate_saved(attempt.output, recipe, devices, dataset, config.seed, watchdog)
+    if textfile:
+        textfile.enter("reporting")
     # Without it the run is not finished. One that is there tells of an earlier end.
     attempt.output.remove([attempt.output.path / REPORT])
     # First, because the report tells how the run ended.
@@ -92,9 +96,10 @@ def make_plan(config: TrainConfig, examples: int) -> Plan:
     """
     steps_per_epoch = examples // config.global_batch_size
     if not steps_per_epoch:
+        limited = config.data.limit is not None
         raise UserError(
             f"--batch-size received {config.global_batch_size}, expected at most the {examples} "
-            f"training images; lower --batch-size or raise --limit"
+            f"training images; lower --batch-size{' or raise --limit' if limited else ''}"
         )
     return Plan(config.global_batch_size, steps_per_epoch, config.epochs, config.seed)
 

@@ -48,7 +48,7 @@ def test_every_option_is_documented_with_its_variable() -> None:
 
 def test_every_metric_is_documented() -> None:
     documented = first_column(section("## Watching a run"))
-    assert documented == [f"cifar10_job_{name}" for name in (*GAUGES, "info", "state")]
+    assert documented == [f"cifar10_job_{name}" for name in (*GAUGES, "info", "phase", "state")]
 
 
 def test_completion_works_as_documented(tmp_path: Path) -> None:

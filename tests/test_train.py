@@ -1,4 +1,5 @@
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from job import classic, log, saved_model, train
+from job import classic, log, saved_model, textfile, train
 from job.attempt import open_attempt
 from job.config import DataConfig, DeviceRequest, JobError, StoppedError, TrainConfig, UserError
 from job.dataset import Dataset
@@ -363,12 +364,12 @@ def test_a_run_stopped_after_every_span_ends_with_the_same_bits(
 ) -> None:
     monkeypatch.setattr("job.engine.STEPS_PER_SPAN", 5)  # two spans an epoch
     run(config)
-    textfile = config.output_dir.with_name("job.prom")
+    prom = config.output_dir.with_name("job.prom")
     stopped = replace(
         config,
         output_dir=config.output_dir.with_name("stopped"),
         tensorboard=True,
-        metrics_textfile=textfile,
+        metrics_textfile=prom,
     )
     steps = []
     for _ in range(20):
@@ -398,13 +399,33 @@ def test_a_run_stopped_after_every_span_ends_with_the_same_bits(
     for tag, key in TAGS.items():
         expected = [(line["step"], pytest.approx(line[key])) for line in metrics(stopped)]
         assert curve(event_file, tag) == expected
-    values = samples(textfile)
+    values = samples(prom)
     assert values["cifar10_job_statedone"] == 1
     assert values["cifar10_job_finished_steps"] == values["cifar10_job_planned_steps"] == 16
     assert values["cifar10_job_validation_loss"] == metrics(stopped)[-1]["val_loss"]
     elapsed = [line["elapsed_seconds"] for line in metrics(stopped)]
     assert elapsed == sorted(elapsed)
     assert elapsed[0] >= metrics(stopped)[0]["seconds"]
+
+
+def test_the_textfile_tells_every_phase(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, phases = config.output_dir.with_name("job.prom"), list[str]()
+    replace_file = textfile._replace
+
+    def record(target: Path, content: bytes) -> None:
+        replace_file(target, content)
+        values = samples(target)
+        (phase,) = [name for name, value in values.items() if "_phase" in name and value == 1]
+        phases.append(phase.removeprefix("cifar10_job_phase"))
+
+    monkeypatch.setattr(textfile, "_replace", record)
+    run(replace(config, metrics_textfile=path))
+    assert [phase for phase, _ in itertools.groupby(phases)] == [
+        *("starting", "compiling", "training", "validating", "training", "validating"),
+        *("evaluating", "reporting"),
+    ]
 
 
 def test_checkpoints_are_written_when_they_are_due(
