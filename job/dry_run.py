@@ -7,16 +7,18 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from job import log
 from job.attempt import Attempt, look_at
-from job.cluster import run_identity
+from job.cluster import RunIdentity, run_identity
 from job.config import JobError, TrainConfig
 from job.dataset import Dataset, Finding, get_source, load_dataset, require_limit
 from job.devices import Devices, open_promised_devices
 from job.engine import Plan
 from job.fingerprint import require_same_run, take_fingerprint
+from job.lease import Holder
 from job.manifest import describe_config
 from job.output import OutputDir, prepare_output_dir
 from job.preemption import StopRequest
@@ -38,11 +40,13 @@ class Findings:
             network an object, missing where a problem came before it.
         lines: The same for people: pairs of label and text.
         problems: Why the training would not start, in the order in which it would find out.
+        outcome: What the training would do, where there is no problem.
     """
 
     report: dict[str, Any] = field(default_factory=dict)
     lines: list[tuple[str, str]] = field(default_factory=list)
     problems: list[JobError] = field(default_factory=list)
+    outcome: str = "nothing stands in the way"
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
@@ -58,22 +62,40 @@ class Findings:
         self.lines += [(key.capitalize(), text) for text in texts]
 
     def as_text(self) -> str:
-        """What was found out, for a person to read."""
-        result = [*self.lines, *(("Problem", str(problem)) for problem in self.problems)]
-        if not self.problems:
-            result.append(("Dry run", "nothing stands in the way; nothing was written"))
-        return "\n".join(f"{label:<{LABEL_WIDTH}}{text}" for label, text in result)
+        """What was found out, for a person to read, the most important first."""
+        verdict = [("Problem", str(problem)) for problem in self.problems]
+        verdict = verdict or [("Dry run", f"{self.outcome}; nothing was written")]
+        lines = [*verdict, *self.lines, *_option_lines(self.report["config"])]
+        return "\n".join(f"{label:<{LABEL_WIDTH}}{text}" for label, text in lines)
+
+
+def _option_lines(options: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each option that is not at its default, and all others together."""
+    words = {None: "not set", True: "on", False: "off"}
+    usual = describe_config(TrainConfig())
+    defaults = []
+    for name, value in options.items():
+        text = words[value] if value is None or isinstance(value, bool) else str(value)
+        option = f"--{name.replace('_', '-')}"
+        if value == usual[name]:
+            defaults.append(f"{option} {text}")
+        else:
+            yield "Config", f"{option:<20}{text}"
+    yield "Defaults", ", ".join(defaults)
 
 
 def examine(config: TrainConfig, stop: StopRequest) -> Findings:
     """Find out what a training with this configuration would do."""
     found = Findings()
-    options = describe_config(config)
-    found.add("config", options, *_option_lines(options))
+    found.add("config", describe_config(config))
     attempt = None
     with found.collecting():
         attempt = _examine_output(found, config, stop)
     if attempt and attempt.is_finished:
+        found.outcome = (
+            "the run is finished: train would say so, do nothing and end with exit code 0; raise "
+            "--epochs to go on with it, start over with --fresh, or name another --output-dir"
+        )
         return found
     devices, finding, dataset = None, None, None
     with found.collecting():
@@ -93,44 +115,42 @@ def examine(config: TrainConfig, stop: StopRequest) -> Findings:
     return found
 
 
-def _option_lines(options: dict[str, Any]) -> Iterator[str]:
-    words = {None: "not set", True: "on", False: "off"}
-    for name, value in options.items():
-        text = words[value] if value is None or isinstance(value, bool) else value
-        yield f"--{name.replace('_', '-'):<18}{text}"
-
-
 def _examine_output(found: Findings, config: TrainConfig, stop: StopRequest) -> Attempt:
     path = config.output_dir
     prepare_output_dir(path, make=False)
     identity = run_identity(os.environ, config.run_id)
-    attempt = look_at(config, identity, OutputDir(path), stop)
+    holder = find_holder(path)
+    fields = {"path": str(path), "held_by": str(holder) if holder else None}
+    try:
+        attempt = look_at(config, identity, OutputDir(path), stop)
+    except JobError:
+        text = "holds what this command would not go on with"
+        found.add("output", {**fields, "state": "refused", "step": 0}, f"{path}/ {text}")
+        raise
     checkpoint = attempt.checkpoint
     if attempt.is_finished:
-        state, text = "finished", "holds this run, finished: nothing would be done"
+        state, text = "finished", "holds this run, finished"
     elif attempt.fresh:
         state, text = "fresh", "would be emptied of the run that it holds, if any; a new run begins"
     elif checkpoint:
         state, text = "resume", f"holds this run: it would go on after step {checkpoint.step}"
     else:
         state, text = "new", "holds no run to go on with: a new one would begin"
-    holder = find_holder(path)
-    fields = {
-        "path": str(path),
-        "state": state,
-        "step": checkpoint.step if checkpoint else 0,
-        "held_by": str(holder) if holder else None,
-    }
-    found.add("output", fields, f"{path}/ {text}")
+    step = checkpoint.step if checkpoint else 0
+    found.add("output", {**fields, "state": state, "step": step}, f"{path}/ {text}")
     if holder:
-        found.lines.append(("", f"held by {holder}"))
-        if holder.brief:
-            found.lines.append(("", "which this run would wait for"))
-        elif not identity.replaces(holder.run, holder.attempt):
-            found.problems.append(refusal(path, identity, holder))
-        else:
-            found.lines.append(("", "which would be asked to stop, and this run would go on"))
+        _examine_holder(found, path, identity, holder)
     return attempt
+
+
+def _examine_holder(found: Findings, path: Path, identity: RunIdentity, holder: Holder) -> None:
+    found.lines.append(("", f"held by {holder}"))
+    if holder.brief:
+        found.lines.append(("", "which this run would wait for"))
+    elif not identity.replaces(holder.run, holder.attempt):
+        found.problems.append(refusal(path, identity, holder))
+    else:
+        found.lines.append(("", "which would be asked to stop, and this run would go on"))
 
 
 def _examine_devices(found: Findings, config: TrainConfig, attempt: Attempt | None) -> Devices:
@@ -195,9 +215,7 @@ def _examine_data(
 
 
 def _examine_batch(found: Findings, devices: Devices, plan: Plan, examples: int) -> None:
-    rows, rest = divmod(plan.global_batch_size, devices.replicas)
-    if rest:
-        return  # that is among the problems
+    rows = devices.rows_per_replica(plan.global_batch_size)
     left_out = examples - plan.steps_per_epoch * plan.global_batch_size
     found.add(
         "batch",
