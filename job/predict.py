@@ -55,7 +55,7 @@ def predict_images(
         config: Says which devices.
         path: The model file.
         sources: The images.
-        top: How many classes to tell of each.
+        top: How many classes to report of each.
         as_json: Whether to write JSON lines, in which broken images have theirs.
         png: Picture of the first `PICTURES` images to write, in a folder that there is.
 
@@ -109,7 +109,7 @@ def predict_batches(
         classifier: The model.
         predictor: Computes it.
         sources: The images.
-        top: How many classes to tell of each.
+        top: How many classes to report of each.
 
     Yields:
         The predictions of `Predictor.batch_size` sources.
