@@ -176,6 +176,7 @@ def test_make_train_is_the_real_job(tmp_path: Path) -> None:
 def demo() -> str:
     """The command of ``make demo``, which the gate runs in full."""
     makefile = (REPOSITORY / "Makefile").read_text().replace("\\\n", "")
+    command: str
     (command,) = re.findall(r"^demo:.*\n\t\$\(BIN\)/(python .*)$", makefile, re.MULTILINE)
     return command.replace("$(DEMO_DIR)", "output/demo")
 
