@@ -18,10 +18,12 @@ from job import __version__, config, log
 from job.config import ExitCode, JobError, TrainConfig
 from job.options import (
     FOLDER,
+    OwnPictureType,
     data_options,
     devices_option,
     expect_mount_option,
     log_format_option,
+    model_dir_option,
     option,
     output_dir_argument,
     output_dir_option,
@@ -165,18 +167,23 @@ def report(stop: StopRequest, /, log_format: log.LogFormat, output_dir: Path) ->
 
 @cli.command()
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
-@output_dir_option
+@model_dir_option
 @option("--model", type=_MODEL_FILE, help="Model file, instead of that of --output-dir.")
-@option("--top", type=click.IntRange(min=1), default=3, help="Classes to tell of each image.")
+@option("--top", type=click.IntRange(min=1), default=3, help="Classes to report of each image.")
 @option("--json", is_flag=True, help="Write JSON lines.")
-@option("--png", type=_PNG_FILE, help="Also draw the first images with their classes.")
+@option(
+    "--png",
+    type=OwnPictureType(dir_okay=False),
+    help="Also draw the first 100 images with their classes, into a new file or over an earlier "
+    "picture of this command, never over another file.",
+)
 @devices_option
 @require_gpus_option
 @click.pass_obj
 def predict(stop: StopRequest, /, images: tuple[str, ...], **options: Any) -> None:
     """Predict the classes of images: files of any format and size, folders, - for standard input.
 
-    Images that cannot be read are told and counted, and the exit code is then 2.
+    Images that cannot be read are named and counted, and the exit code is then 2.
     """
     log.configure("text")  # stdout is for the predictions
     stop.advice = "run the same command again"

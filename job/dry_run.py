@@ -3,20 +3,20 @@
 Nothing is made, written or downloaded, and nobody who holds the output folder is asked for it.
 """
 
-import contextlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from job import log
 from job.attempt import Attempt, look_at
-from job.cluster import run_identity
+from job.cluster import RunIdentity, run_identity
 from job.config import JobError, TrainConfig
 from job.dataset import Dataset, Finding, get_source, load_dataset, require_limit
 from job.devices import Devices, open_promised_devices
 from job.engine import Plan
+from job.findings import LABEL_WIDTH, Findings
 from job.fingerprint import require_same_run, take_fingerprint
+from job.lease import Holder
 from job.manifest import describe_config
 from job.output import OutputDir, prepare_output_dir
 from job.preemption import StopRequest
@@ -26,54 +26,19 @@ from job.terminal import write_lines
 from job.textfile import require_folder
 from job.train import make_plan, previous_of, require_fitting
 
-LABEL_WIDTH = 13
-
-
-@dataclass
-class Findings:
-    """What was found out so far.
-
-    Attributes:
-        report: A JSON object: the configuration, and for each of output, devices, batch, data and
-            network an object, missing where a problem came before it.
-        lines: The same for people: pairs of label and text.
-        problems: Why the training would not start, in the order in which it would find out.
-    """
-
-    report: dict[str, Any] = field(default_factory=dict)
-    lines: list[tuple[str, str]] = field(default_factory=list)
-    problems: list[JobError] = field(default_factory=list)
-
-    @contextlib.contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Go on after the body's problem, if it has one."""
-        try:
-            yield
-        except JobError as error:
-            self.problems.append(error)
-
-    def add(self, key: str, fields: dict[str, Any], *texts: str) -> None:
-        """Add an object to the report, and lines for people."""
-        self.report[key] = fields
-        self.lines += [(key.capitalize(), text) for text in texts]
-
-    def as_text(self) -> str:
-        """What was found out, for a person to read."""
-        result = [*self.lines, *(("Problem", str(problem)) for problem in self.problems)]
-        if not self.problems:
-            result.append(("Dry run", "nothing stands in the way; nothing was written"))
-        return "\n".join(f"{label:<{LABEL_WIDTH}}{text}" for label, text in result)
-
 
 def examine(config: TrainConfig, stop: StopRequest) -> Findings:
     """Find out what a training with this configuration would do."""
     found = Findings()
-    options = describe_config(config)
-    found.add("config", options, *_option_lines(options))
+    found.add("config", describe_config(config))
     attempt = None
     with found.collecting():
         attempt = _examine_output(found, config, stop)
     if attempt and attempt.is_finished:
+        found.outcome = (
+            "the run is finished: train would say so, do nothing and end with exit code 0; raise "
+            "--epochs to go on with it, start over with --fresh, or name another --output-dir"
+        )
         return found
     devices, finding, dataset = None, None, None
     with found.collecting():
@@ -93,44 +58,42 @@ def examine(config: TrainConfig, stop: StopRequest) -> Findings:
     return found
 
 
-def _option_lines(options: dict[str, Any]) -> Iterator[str]:
-    words = {None: "not set", True: "on", False: "off"}
-    for name, value in options.items():
-        text = words[value] if value is None or isinstance(value, bool) else value
-        yield f"--{name.replace('_', '-'):<18}{text}"
-
-
 def _examine_output(found: Findings, config: TrainConfig, stop: StopRequest) -> Attempt:
     path = config.output_dir
     prepare_output_dir(path, make=False)
     identity = run_identity(os.environ, config.run_id)
-    attempt = look_at(config, identity, OutputDir(path), stop)
+    holder = find_holder(path)
+    fields = {"path": str(path), "held_by": str(holder) if holder else None}
+    try:
+        attempt = look_at(config, identity, OutputDir(path), stop)
+    except JobError:
+        text = "holds what this command would not go on with"
+        found.add("output", {**fields, "state": "refused", "step": 0}, f"{path}/ {text}")
+        raise
     checkpoint = attempt.checkpoint
     if attempt.is_finished:
-        state, text = "finished", "holds this run, finished: nothing would be done"
+        state, text = "finished", "holds this run, finished"
     elif attempt.fresh:
         state, text = "fresh", "would be emptied of the run that it holds, if any; a new run begins"
     elif checkpoint:
         state, text = "resume", f"holds this run: it would go on after step {checkpoint.step}"
     else:
         state, text = "new", "holds no run to go on with: a new one would begin"
-    holder = find_holder(path)
-    fields = {
-        "path": str(path),
-        "state": state,
-        "step": checkpoint.step if checkpoint else 0,
-        "held_by": str(holder) if holder else None,
-    }
-    found.add("output", fields, f"{path}/ {text}")
+    step = checkpoint.step if checkpoint else 0
+    found.add("output", {**fields, "state": state, "step": step}, f"{path}/ {text}")
     if holder:
-        found.lines.append(("", f"held by {holder}"))
-        if holder.brief:
-            found.lines.append(("", "which this run would wait for"))
-        elif not identity.replaces(holder.run, holder.attempt):
-            found.problems.append(refusal(path, identity, holder))
-        else:
-            found.lines.append(("", "which would be asked to stop, and this run would go on"))
+        _examine_holder(found, path, identity, holder)
     return attempt
+
+
+def _examine_holder(found: Findings, path: Path, identity: RunIdentity, holder: Holder) -> None:
+    found.lines.append(("", f"held by {holder}"))
+    if holder.brief:
+        found.lines.append(("", "which this run would wait for"))
+    elif not identity.replaces(holder.run, holder.attempt):
+        found.problems.append(refusal(path, identity, holder))
+    else:
+        found.lines.append(("", "which would be asked to stop, and this run would go on"))
 
 
 def _examine_devices(found: Findings, config: TrainConfig, attempt: Attempt | None) -> Devices:
@@ -195,9 +158,7 @@ def _examine_data(
 
 
 def _examine_batch(found: Findings, devices: Devices, plan: Plan, examples: int) -> None:
-    rows, rest = divmod(plan.global_batch_size, devices.replicas)
-    if rest:
-        return  # that is among the problems
+    rows = devices.rows_per_replica(plan.global_batch_size)
     left_out = examples - plan.steps_per_epoch * plan.global_batch_size
     found.add(
         "batch",

@@ -1,18 +1,11 @@
-"""Image files of any kind and size: found in folders, decoded, brought to a network's size."""
+"""Image files as they are named on the command line and found in folders."""
 
-import io
 import os
-import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from job.config import UserError
 from job.terminal import printable
@@ -20,16 +13,8 @@ from job.terminal import printable
 STDIN = "-"
 """In place of a path: standard input."""
 
-BACKGROUND = "white"
-"""What shows through transparent pixels."""
-
-# Formats whose pixels Pillow cannot read, or only on Windows.
-_UNREAD_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
-# JPEGs are decoded at an eighth, a quarter or half of their size where that leaves this many times
-# the pixels asked for in each direction: a photograph is decoded three times as fast.
-_DRAFT_FACTOR = 4
-_IMAGES_A_TASK = 25
-_BATCHES_AHEAD = 2
+UNREAD_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
+"""Formats whose pixels Pillow cannot read, or only on Windows."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +28,6 @@ class Source:
 
     name: str
     problem: str | None = None
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What became of a source.
-
-    Attributes:
-        source: The source; its `problem` tells why there are no pixels.
-        pixels: [height, width, 3] uint8 RGB; None where there is a problem.
-    """
-
-    source: Source
-    pixels: npt.NDArray[np.uint8] | None
 
 
 def find_images(names: Sequence[str]) -> list[Source]:
@@ -108,7 +80,7 @@ def _find(name: str) -> Iterator[Source]:
 
 def _image_suffixes() -> frozenset[str]:
     suffixes = Image.registered_extensions()
-    return frozenset(name for name, kind in suffixes.items() if kind not in _UNREAD_FORMATS)
+    return frozenset(name for name, kind in suffixes.items() if kind not in UNREAD_FORMATS)
 
 
 def _walk(folder: str, suffixes: frozenset[str]) -> Iterator[Source]:
@@ -130,120 +102,3 @@ def _walk(folder: str, suffixes: frozenset[str]) -> Iterator[Source]:
 
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()  # noqa: PTH122 (`Path.suffix` makes a path first)
-
-
-def decode_batches(
-    sources: Sequence[Source], batch_size: int, size: tuple[int, int]
-) -> Iterator[list[Decoded]]:
-    """Decode images in threads, a few batches ahead of whoever takes them.
-
-    Args:
-        sources: What to decode.
-        batch_size: Sources in each batch but the last.
-        size: Height and width of the pixels.
-
-    Yields:
-        The batches, in the order of the sources.
-    """
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "decode")
-    waiting = deque(
-        sources[start : start + batch_size] for start in range(0, len(sources), batch_size)
-    )
-    started: deque[list[Future[list[Decoded]]]] = deque()
-    # Damaged metadata makes Pillow warn, and then the pixels come or an error does.
-    with warnings.catch_warnings(action="ignore"):
-        try:
-            while waiting or started:
-                while waiting and len(started) <= _BATCHES_AHEAD:
-                    batch = waiting.popleft()
-                    started.append(
-                        [
-                            pool.submit(_decode, batch[start : start + _IMAGES_A_TASK], size)
-                            for start in range(0, len(batch), _IMAGES_A_TASK)
-                        ]
-                    )
-                yield [decoded for task in started.popleft() for decoded in task.result()]
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _decode(sources: Sequence[Source], size: tuple[int, int]) -> list[Decoded]:
-    return [_decode_one(source, size) for source in sources]
-
-
-def _decode_one(source: Source, size: tuple[int, int]) -> Decoded:
-    if source.problem:
-        return Decoded(source, None)
-    try:
-        return Decoded(source, read_image(source.name, size))
-    except UserError as error:
-        return Decoded(Source(source.name, str(error)), None)
-
-
-def read_image(name: str, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Read one image, upright, and bring it to a size.
-
-    The largest centred part with the proportions of the size is resized with a bicubic filter that
-    takes in every pixel of it. Pixels of an RGB image that has the size stay as they are.
-
-    Args:
-        name: Path of the file, or `STDIN`.
-        size: Height and width.
-
-    Returns:
-        [height, width, 3] uint8 RGB.
-
-    Raises:
-        UserError: If there is none, or it is damaged, too large or of an unknown kind.
-    """
-    is_stdin = name == STDIN
-    try:
-        with open(0 if is_stdin else name, "rb", closefd=not is_stdin) as file:
-            if not file.peek(1):
-                raise UserError("the file is empty")
-            content: IO[bytes] = file if file.seekable() else io.BytesIO(file.read())
-            return _pixels(Image.open(content), size)
-    except UserError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UserError("no image of a known format") from error
-    except OSError as error:
-        raise UserError(error.strerror or str(error)) from error
-    # Pillow's readers meet damaged files with exceptions of every kind.
-    except Exception as error:
-        raise UserError(str(error) or type(error).__name__) from error
-
-
-def _pixels(image: Image.Image, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    height, width = size
-    image.draft(None, (_DRAFT_FACTOR * width, _DRAFT_FACTOR * height))
-    image.load()
-    # Looking for an orientation takes a sixth of a small image's time.
-    if image.info:
-        ImageOps.exif_transpose(image, in_place=True)
-    image = _rgb(image)
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _eight_bits(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, BACKGROUND)
-        image = Image.alpha_composite(background, image)
-    return image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """From grey values of 16 bits, or floating-point ones from 0 to 1; Pillow would clip them."""
-    values = np.asarray(image)
-    white = 1 if image.mode == "F" else 65_535
-    low, high = values.min(), values.max()
-    if not 0 <= low <= high <= white:
-        raise UserError(f"its grey values go from {low:g} to {high:g}, expected 0 to {white}")
-    return Image.fromarray(np.rint(values * np.float32(255 / white)).astype(np.uint8))

@@ -1,14 +1,16 @@
 """The model file: a stock Keras model in HDF5, with the optimizer's state."""
 
 import io
+import os
 from pathlib import Path
+from textwrap import shorten
 
 import h5py
 import keras
-from keras.src.legacy.saving.legacy_h5_format import save_model_to_hdf5
+from keras.src.legacy.saving.legacy_h5_format import load_model_from_hdf5, save_model_to_hdf5
 
 from job.config import UserError
-from job.output import OutputDir, require_model
+from job.output import MODEL, OutputDir, require_model
 
 
 def save_model(model: keras.Model, output: OutputDir, name: str) -> None:
@@ -33,8 +35,14 @@ def load_model(path: Path) -> keras.Model:
         UserError: If the file is missing or is no such model.
     """
     require_model(path)
+    if os.access(path, os.R_OK) and not h5py.is_hdf5(path):
+        raise UserError(
+            f"received {path}, which is no HDF5 file, expected a model file as train leaves it "
+            f"({MODEL}); name such a one, or its --output-dir"
+        )
     try:
-        model = keras.models.load_model(path)
+        with h5py.File(path) as file:
+            model = load_model_from_hdf5(file)
         # The optimizer that Keras loads was built before the network had variables.
         model.compile_from_config(model.get_compile_config())
         with h5py.File(path) as file:
@@ -45,6 +53,7 @@ def load_model(path: Path) -> keras.Model:
             variable.assign(value)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{path} is no model of this job ({error}); train again, or name another --output-dir"
+            f"{path} is no model of this job ({shorten(str(error), 100)}); train again, or name "
+            f"another --output-dir"
         ) from error
     return model

@@ -1,6 +1,7 @@
 """The options of the command line, each of them also an environment variable."""
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import click
 
 from job import config, log
 from job.config import DataConfig, DeviceRequest, TrainConfig
+from job.own_picture import is_own
+from job.terminal import printable
 
 
 class _DevicesType(click.ParamType[DeviceRequest]):
@@ -43,6 +46,25 @@ class _TextfileType(click.Path):
         return path
 
 
+class OwnPictureType(click.Path):
+    """A picture to draw, over nothing but what the same command drew earlier."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(str(super().convert(value, param, ctx)))
+        try:
+            is_free = not os.path.lexists(path) or is_own(path)
+        except OSError as error:
+            self.fail(f"cannot read {printable(str(path))}: {error.strerror}.", param, ctx)
+        if not is_free:
+            self.fail(
+                f"received {printable(str(path))}, which this command did not draw, expected a new "
+                f"name or an earlier picture of it; name another file.",
+                param,
+                ctx,
+            )
+        return path
+
+
 def option(name: str, **settings: Any) -> Callable[[Any], Any]:
     """An option that is also the environment variable ``JOB_<NAME>``."""
     variable = "JOB_" + name.removeprefix("--").replace("-", "_").upper()
@@ -57,6 +79,12 @@ _WEEK_SECONDS = 604_800.0
 
 output_dir_option = option(
     "--output-dir", type=FOLDER, default="output", help="Folder that receives the artifacts."
+)
+model_dir_option = option(
+    "--output-dir",
+    type=FOLDER,
+    default="output",
+    help="Folder of the training whose model predicts; nothing is written there.",
 )
 output_dir_argument = click.argument(
     "output_dir", type=FOLDER, envvar="JOB_OUTPUT_DIR", default="output"

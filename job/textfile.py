@@ -6,21 +6,26 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from prometheus_client import CollectorRegistry, Enum, Gauge, write_to_textfile
+from prometheus_client import CollectorRegistry, Enum, Gauge, generate_latest
 
 from job import __version__, log
 from job.attempt import Attempt
 from job.config import StoppedError, TrainConfig, UserError
 from job.history import History
 from job.lease import LeaseLostError
-from job.observer import Observer, Status
+from job.observer import Observer, Phase, Status
 
 UPDATE_SECONDS = 5.0
 """Least time between two updates while an epoch is trained."""
 
 STATES = ("running", "done", "stopped", "failed")
+
+TextfilePhase = Literal[Phase, "starting", "evaluating", "reporting"]
+PHASES: tuple[TextfilePhase, ...] = (
+    *("starting", "compiling", "training", "validating", "evaluating", "reporting"),
+)
 
 GAUGES = {
     "planned_epochs": "Epochs of the whole run",
@@ -77,7 +82,12 @@ class MetricsTextfile(Observer):
         self._state = Enum(
             f"{_PREFIX}state", state, labels, states=list(STATES), registry=self._registry
         )
+        phase = "Whether the attempt is in this phase, or ended in it, 1 or 0"
+        self._phase = Enum(
+            f"{_PREFIX}phase", phase, labels, states=list(PHASES), registry=self._registry
+        )
         self._set_state("running")
+        self._set_phase("starting")
         self._epochs = config.epochs
         self._set("planned_epochs", config.epochs)
         self._updated_at = 0.0
@@ -113,12 +123,19 @@ class MetricsTextfile(Observer):
         self._set("training_accuracy_ratio", status.accuracy)
         self._set("images_per_second", status.images_per_second)
         self._set("remaining_seconds", status.seconds_left)
-        if time.monotonic() - self._updated_at >= UPDATE_SECONDS:
+        is_another = status.phase != self._phase_shown
+        self._set_phase(status.phase)
+        if is_another or time.monotonic() - self._updated_at >= UPDATE_SECONDS:
             self._update()
 
     def finish_epoch(self, line: Mapping[str, Any]) -> None:
         self._set("finished_epochs", line["epoch"])
         self._set_validation(line)
+        self._update()
+
+    def enter(self, phase: TextfilePhase) -> None:
+        """Report a phase in which there are no steps to show."""
+        self._set_phase(phase)
         self._update()
 
     def finish(self, state: str) -> None:
@@ -140,6 +157,10 @@ class MetricsTextfile(Observer):
     def _set_state(self, state: str) -> None:
         self._state.labels(**self._run).state(state)
 
+    def _set_phase(self, phase: TextfilePhase) -> None:
+        self._phase_shown = phase
+        self._phase.labels(**self._run).state(phase)
+
     def _update(self) -> None:
         self._updated_at = time.monotonic()
         self._check()
@@ -158,9 +179,24 @@ class MetricsTextfile(Observer):
 
     def _write(self) -> None:
         self._set("last_update_timestamp_seconds", time.time())
-        write_to_textfile(str(self._path), self._registry)
-        # The node exporter is another user, whatever this one's umask.
-        self._path.chmod(0o644)
+        _replace(self._path, generate_latest(self._registry))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    # One name, so that a killed process leaves one file at most, which the next write takes away;
+    # not ending in .prom, so that the node exporter passes it over.
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.unlink(missing_ok=True)
+    try:
+        with temporary.open("xb") as file:
+            # The node exporter is another user, whatever this one's umask.
+            os.fchmod(file.fileno(), 0o644)
+            file.write(content)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def require_folder(path: Path) -> None:

@@ -86,6 +86,8 @@ def _train_and_evaluate(
     _require_same_state(engine)
     if not attempt.is_chief:
         return None
+    if textfile:
+        textfile.enter("evaluating")
     save_model(engine.export(), attempt.output, MODEL)
     evaluation = evaluate_saved(
         attempt.output,
@@ -95,6 +97,8 @@ def _train_and_evaluate(
         config.seed,
         watchdog,
     )
+    if textfile:
+        textfile.enter("reporting")
     # Without it the run is not finished. One that is there tells of an earlier end.
     attempt.output.remove([attempt.output.path / REPORT])
     # First, because the report tells how the run ended.
@@ -111,9 +115,10 @@ def make_plan(config: TrainConfig, examples: int) -> Plan:
     """
     steps_per_epoch = examples // config.global_batch_size
     if not steps_per_epoch:
+        limited = config.data.limit is not None
         raise UserError(
             f"--batch-size received {config.global_batch_size}, expected at most the {examples} "
-            f"training images; lower --batch-size or raise --limit"
+            f"training images; lower --batch-size{' or raise --limit' if limited else ''}"
         )
     return Plan(config.global_batch_size, steps_per_epoch, config.epochs, config.seed)
 

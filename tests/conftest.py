@@ -9,8 +9,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,12 +20,15 @@ from job.startup import load_tensorflow
 
 load_tensorflow()
 
+import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402 (its start-up messages are held back above)
 
-from job import synthetic  # noqa: E402
+from job import classic, synthetic  # noqa: E402
 from job.cluster import ALONE  # noqa: E402
 from job.dataset import Dataset  # noqa: E402
 from job.devices import Compilation, Devices, Placement  # noqa: E402
+from job.model_file import save_model  # noqa: E402
+from job.output import EVALUATION, MODEL, OutputDir, sha256_of  # noqa: E402
 from job.workers import Workers  # noqa: E402
 
 REPOSITORY = Path(__file__).parent.parent
@@ -35,6 +39,8 @@ tf.config.set_visible_devices([], "GPU")
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
+
+CLASS_NAMES = tuple(f"kind {label}" for label in range(10))
 
 MakeDevices = Callable[..., Devices]
 RunJob = Callable[..., subprocess.CompletedProcess[str]]
@@ -104,6 +110,35 @@ def small_dataset() -> Dataset:
     return Dataset(
         "synthetic", synthetic.CLASS_NAMES, train_images, train_labels, test_images, test_labels
     )
+
+
+@pytest.fixture
+def model() -> keras.Model:
+    """The network of `classic`, untrained."""
+    model = classic.build_model(1, 10)
+    classic.RECIPE.compile(model, 1e-4, 1)
+    return model
+
+
+@pytest.fixture
+def model_output(tmp_path: Path, model: keras.Model) -> OutputDir:
+    """A folder with a model file and its evaluation."""
+    folder = tmp_path / "output"
+    folder.mkdir()
+    output = OutputDir(folder)
+    save_model(model, output, MODEL)
+    digest = sha256_of(folder / MODEL)
+    output.write_json(EVALUATION, {"classes": dict.fromkeys(CLASS_NAMES), "model_sha256": digest})
+    return output
+
+
+def stand_in_for_devices_and_data(
+    monkeypatch: pytest.MonkeyPatch, modules: Iterable[ModuleType], devices: Devices, data: Dataset
+) -> None:
+    """Stand in for the devices, which a process sets up once, and the full data set."""
+    for module in modules:
+        monkeypatch.setattr(module, "open_promised_devices", lambda *arguments: devices)
+        monkeypatch.setattr(module, "load_dataset", lambda config: data)
 
 
 class Job(subprocess.Popen[str]):

@@ -15,7 +15,7 @@ from job.dry_run import examine
 from job.lease import LeaseLostError
 from job.preemption import StopRequest
 from job.takeover import find_holder
-from tests.conftest import MakeDevices, RunJob
+from tests.conftest import MakeDevices, RunJob, stand_in_for_devices_and_data
 from tests.test_attempt import finish, run
 
 
@@ -29,10 +29,7 @@ def config(tmp_path: Path) -> TrainConfig:
 def two_replicas_and_little_data(
     monkeypatch: pytest.MonkeyPatch, small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
-    """Stand in for the devices, which a process sets up once, and the full data set."""
-    for module in (train, dry_run):
-        monkeypatch.setattr(module, "open_promised_devices", lambda *arguments: make_devices(2))
-        monkeypatch.setattr(module, "load_dataset", lambda data: small_dataset)
+    stand_in_for_devices_and_data(monkeypatch, (train, dry_run), make_devices(2), small_dataset)
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
@@ -68,7 +65,16 @@ def test_a_new_run(config: TrainConfig, small_dataset: Dataset) -> None:
     text = found.as_text()
     assert "96 images a step = 2 replica(s) x 48" in text
     assert "5 steps an epoch, 32 images left out" in text
-    assert text.endswith("nothing was written")
+    first, *_, last = text.splitlines()
+    assert first == "Dry run      nothing stands in the way; nothing was written"
+    labels = [line.split()[0] for line in text.splitlines() if line[0] != " "]
+    assert list(dict.fromkeys(labels)) == [
+        *("Dry", "Output", "Devices", "Data", "Batch", "Network", "Config", "Defaults")
+    ]
+    assert "Config       --epochs            2\n" in text
+    assert last.startswith("Defaults     ")
+    assert "--learning-rate 0.0001" in last
+    assert "--epochs" not in last
     json.dumps(report)
 
 
@@ -95,6 +101,12 @@ def test_a_run_that_was_stopped(
     found = examine(replace(config, seed=43, global_batch_size=95), StopRequest())
     first, second = map(str, found.problems)
     assert "--seed received 43, expected 42" in first
+    output = str(config.output_dir)
+    expected = {"path": output, "held_by": None, "state": "refused", "step": 0}
+    assert found.report["output"] == expected
+    lines = found.as_text().splitlines()
+    assert lines[:2] == [f"Problem      {first}", f"Problem      {second}"]
+    assert lines[2] == f"Output       {output}/ holds what this command would not go on with"
     assert "--batch-size received 95, expected a multiple of the 2 replicas" in second
     assert found.report["data"]["train_examples"] == 512
 
@@ -113,7 +125,19 @@ def test_a_finished_run_needs_no_look_at_devices_and_data(config: TrainConfig) -
     found = examine(config, StopRequest())
     assert found.report["output"]["state"] == "finished"
     assert found.report.keys() == {"config", "output"}
-    assert "finished: nothing would be done" in found.as_text()
+    assert found.as_text().startswith(
+        "Dry run      the run is finished: train would say so, do nothing and end with exit code "
+        "0; raise --epochs to go on with it, start over with --fresh, or name another "
+        "--output-dir; nothing was written\n"
+    )
+
+
+def test_a_batch_larger_than_the_data_has_advice_that_can_be_followed(config: TrainConfig) -> None:
+    (problem,) = examine(replace(config, global_batch_size=514), StopRequest()).problems
+    assert str(problem).endswith("expected at most the 512 training images; lower --batch-size")
+    limited = replace(config, global_batch_size=514, data=replace(config.data, limit=512))
+    (problem,) = examine(limited, StopRequest()).problems
+    assert str(problem).endswith("; lower --batch-size or raise --limit")
 
 
 @pytest.mark.usefixtures("nothing_changes")
@@ -214,6 +238,7 @@ def test_the_command_line_ends_as_the_training_would_and_writes_nothing(
     batch = run_job("train", *options, env={"JOB_DRY_RUN": "1"})
     assert batch.returncode == 2
     assert "expected a multiple of the 3 replicas" in batch.stderr
-    assert "Config       --epochs            50\n" in batch.stdout
+    assert "Config       --devices           cpu:3\n" in batch.stdout
+    assert "--epochs 50, " in batch.stdout
     assert "Problem      --batch-size received 256" in batch.stdout
     assert list(tmp_path.iterdir()) == []

@@ -32,7 +32,15 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part, count in (("train", 48), ("test", 10)):
         for label, name in enumerate(("birch", "maple", "oak")):
             draw_leaves(folder / "data" / "leaves" / part / name, count, label, rng)
+        leave_what_systems_leave(folder / "data" / "leaves" / part)
     return folder
+
+
+def leave_what_systems_leave(folder: Path) -> None:
+    """Files beside the classes and beside the pictures of one, and a hidden folder."""
+    for name in (".DS_Store", "Thumbs.db", "oak/.DS_Store", "oak/Thumbs.db", "oak/._0.png"):
+        (folder / name).write_bytes(b"no picture")
+    (folder / ".thumbnails").mkdir()
 
 
 def draw_leaves(folder: Path, count: int, label: int, rng: np.random.Generator) -> None:
@@ -65,7 +73,7 @@ def commands() -> list[list[str]]:
 
 
 def test_the_pages_commands_train_its_example_to_the_end(copy: Path) -> None:
-    dry, train, evaluate = commands()
+    dry, train, evaluate, predict = commands()
     looked = job(copy, *dry)
     assert looked.returncode == 0, looked.stderr
     report = json.loads(looked.stdout)
@@ -90,6 +98,28 @@ def test_the_pages_commands_train_its_example_to_the_end(copy: Path) -> None:
     again = job(copy, *evaluate)
     assert again.returncode == 0, again.stderr
     assert json.loads((output / "evaluation.json").read_text()) == evaluation
+
+    predicted = job(copy, *predict)
+    assert predicted.returncode == 0, predicted.stderr
+    lines = predicted.stdout.splitlines()
+    assert len(lines) == 10
+    # The pictures are read as the training read them, so the evaluation counts the same.
+    _, _, oaks = evaluation["confusion_matrix"]
+    counts = [sum(line.split()[1] == name for line in lines) for name in evaluation["classes"]]
+    assert counts == oaks
+    assert (output / "oaks.png").is_file()
+
+
+def test_a_broken_picture_is_named(copy: Path) -> None:
+    broken = copy / "data" / "leaves" / "test" / "oak" / "broken.png"
+    broken.write_bytes(b"no picture")
+    look = next(iter(commands()))
+    try:
+        result = job(copy, *look)
+    finally:
+        broken.unlink()
+    assert result.returncode == 2
+    assert "cannot read data/leaves/test/oak/broken.png: no image of a known" in result.stderr
 
 
 def test_both_names_are_choices_of_the_command_line(copy: Path) -> None:

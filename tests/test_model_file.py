@@ -1,5 +1,7 @@
 from pathlib import Path
 
+import h5py
+import keras
 import numpy as np
 import pytest
 
@@ -44,9 +46,24 @@ def test_the_model_file_restores_every_variable_bit_for_bit_and_trains_on(
 def test_something_else_in_place_of_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no model"):
         load_model(tmp_path / "model.h5")
-    (tmp_path / "model.h5").write_bytes(b"no HDF5")
-    with pytest.raises(UserError, match="is no model of this job"):
-        load_model(tmp_path / "model.h5")
+    (tmp_path / "notes.txt").write_bytes(b"no HDF5")
+    with pytest.raises(UserError) as error:
+        load_model(tmp_path / "notes.txt")
+    assert str(error.value) == (
+        f"received {tmp_path}/notes.txt, which is no HDF5 file, expected a model file as train "
+        f"leaves it (cifar10_model.h5); name such a one, or its --output-dir"
+    )
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["values"] = [1, 2]
+    with pytest.raises(UserError, match="is no model of this job") as error:
+        load_model(tmp_path / "other.h5")
+    assert len(str(error.value)) < len(str(tmp_path)) + 200
+
+
+def test_the_name_of_a_model_file_does_not_matter(tmp_path: Path, model: keras.Model) -> None:
+    save_model(model, OutputDir(tmp_path), "mine")
+    for one, two in zip(load_model(tmp_path / "mine").weights, model.weights, strict=True):
+        np.testing.assert_array_equal(one.numpy(), two.numpy())
 
 
 def test_a_path_that_cannot_be_is_no_model(tmp_path: Path) -> None:

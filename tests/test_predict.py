@@ -1,48 +1,30 @@
 import json
-from dataclasses import replace
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import keras
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from job import classic, predict
+from job import predict
+from job.classifier import Classifier, Predictor
 from job.cli import cli
 from job.config import TrainConfig, UserError
 from job.dataset import Dataset
-from job.devices import Compilation, Devices
+from job.decode import Decoded
 from job.images import Source, find_images
-from job.model_file import save_model
-from job.output import EVALUATION, MODEL, OutputDir, sha256_of
-from job.predict import Classifier, Predictor, load_classifier, predict_batches, predict_images
+from job.output import MODEL, OutputDir
+from job.own_picture import is_own, mark_as_own
+from job.predict import Prediction, predict_batches, predict_images
 from job.preemption import StopRequest
-from job.recipe import unchanged
-from tests.conftest import MakeDevices
+from tests.conftest import CLASS_NAMES, MakeDevices
 
 STEMS = ("0", "1", "2", "345", "6")
-NAMES = tuple(f"kind {label}" for label in range(10))
-
-
-@pytest.fixture
-def model() -> keras.Model:
-    model = classic.build_model(1, 10)
-    classic.RECIPE.compile(model, 1e-4, 1)
-    return model
-
-
-@pytest.fixture
-def output(tmp_path: Path, model: keras.Model) -> OutputDir:
-    """A folder with a model file and its evaluation."""
-    folder = tmp_path / "output"
-    folder.mkdir()
-    output = OutputDir(folder)
-    save_model(model, output, MODEL)
-    digest = sha256_of(folder / MODEL)
-    output.write_json(EVALUATION, {"classes": dict.fromkeys(NAMES), "model_sha256": digest})
-    return output
 
 
 @pytest.fixture
@@ -58,40 +40,20 @@ def photos(tmp_path: Path, small_dataset: Dataset) -> Path:
 
 @pytest.fixture
 def run(
-    output: OutputDir, photos: Path, make_devices: MakeDevices, monkeypatch: pytest.MonkeyPatch
+    model_output: OutputDir,
+    photos: Path,
+    make_devices: MakeDevices,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Any:
     """Predict the photos; the devices of this process are set up already."""
     monkeypatch.setattr(predict, "open_promised_devices", lambda config: make_devices(1))
     monkeypatch.chdir(photos.parent)
 
-    def run(top: int = 3, **options: Any) -> None:
-        sources = find_images([photos.name])
-        predict_images(TrainConfig(), output.path / MODEL, sources, top, **options)
+    def run(top: int = 3, names: Sequence[str] = (photos.name,), **options: Any) -> None:
+        sources = find_images(names)
+        predict_images(TrainConfig(), model_output.path / MODEL, sources, top, **options)
 
     return run
-
-
-@pytest.mark.parametrize(
-    ("replicas", "compilation"),
-    [(1, None), (1, Compilation(True, True, loops=True)), (4, None)],
-    ids=["1", "1-compiled", "4"],
-)
-@pytest.mark.parametrize("images", [1, 17, 40])
-def test_probabilities_are_the_models_whatever_the_replicas_and_the_padding(
-    model: keras.Model,
-    small_dataset: Dataset,
-    make_devices: MakeDevices,
-    replicas: int,
-    compilation: Compilation | None,
-    images: int,
-) -> None:
-    devices = make_devices(replicas, compilation=compilation)
-    predictor = Predictor(Classifier(model, NAMES, (unchanged,)), devices, 40 // replicas)
-    assert predictor.batch_size == 40
-    pixels = small_dataset.test_images[:images]
-    received = predictor(pixels)
-    expected = model.predict(pixels / np.float32(255), verbose=0)
-    np.testing.assert_allclose(received, expected, rtol=0, atol=1e-6)
 
 
 def test_every_batch_is_one_traced_function(
@@ -103,22 +65,11 @@ def test_every_batch_is_one_traced_function(
         traced.append(images.shape)
         return images
 
-    classifier = Classifier(model, NAMES, (view,))
+    classifier = Classifier(model, CLASS_NAMES, (view,))
     predictor = Predictor(classifier, make_devices(1), 4)
     batches = list(predict_batches(classifier, predictor, find_images([str(photos)]), 2))
     assert [len(batch) for batch in batches] == [4, 2]
     assert traced == [(4, 32, 32, 3)]
-
-
-def test_views_are_averaged(
-    model: keras.Model, small_dataset: Dataset, make_devices: MakeDevices
-) -> None:
-    views = (unchanged, lambda images: images[:, :, ::-1])
-    predictor = Predictor(Classifier(model, NAMES, views), make_devices(1), 8)
-    images = small_dataset.test_images[:8] / np.float32(255)
-    expected = [model.predict(view(images), verbose=0) for view in views]
-    received = predictor(small_dataset.test_images[:8])
-    np.testing.assert_allclose(received, np.mean(expected, axis=0), atol=1e-6)
 
 
 def test_lines_for_people_are_aligned_and_broken_images_told_on_stderr(
@@ -153,7 +104,7 @@ def test_json_lines_have_every_image_in_order(
         values = [one["probability"] for one in line["predictions"]]
         assert values == sorted(values, reverse=True)
         received = {one["class"]: one["probability"] for one in line["predictions"]}
-        assert [received[name] for name in NAMES] == pytest.approx(probabilities, abs=1e-6)
+        assert [received[name] for name in CLASS_NAMES] == pytest.approx(probabilities, abs=1e-6)
 
 
 def test_one_class_needs_no_brackets(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,62 +125,96 @@ def test_the_picture_tells_how_many_are_left_out(
     assert line == f"cifar10-job: picture {tmp_path}/grid.png of the first 4; 1 left out"
 
 
-def test_without_its_evaluation_a_models_classes_are_numbers(
-    output: OutputDir, make_devices: MakeDevices, capsys: pytest.CaptureFixture[str]
+def test_the_picture_of_grey_images_is_grey(tmp_path: Path) -> None:
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+    shown = [Prediction(Decoded(Source("a.png"), pixels), (("oak", 0.5),))]
+    predict._save_picture(tmp_path / "grid.png", shown, 1)
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert np.ptp(np.asarray(picture.convert("RGB")).astype(int), axis=-1).max() == 0
+
+
+def test_a_single_image_that_cannot_be_read_is_one_line(
+    run: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = output.path / MODEL
-    assert load_classifier(path, make_devices(1)).class_names == NAMES
-    assert capsys.readouterr().err == ""
-    for document in (
-        {"classes": dict.fromkeys(NAMES), "model_sha256": "of another file"},
-        {"classes": dict.fromkeys(NAMES[:9]), "model_sha256": sha256_of(path)},
-        {},
-    ):
-        output.write_json(EVALUATION, document)
-        names = load_classifier(path, make_devices(1)).class_names
-        assert names == tuple(f"class {label}" for label in range(10))
-        assert "its classes go by numbers" in capsys.readouterr().err
+    with pytest.raises(UserError) as error:
+        run(names=["photos/2a.png"])
+    assert str(error.value) == (
+        "cannot read photos/2a.png: no image of a known format; name an image, or a folder that "
+        "has some"
+    )
+    assert capsys.readouterr() == ("", "")
 
 
-def test_the_views_are_those_of_the_recipe_that_trained_the_model(
-    output: OutputDir, make_devices: MakeDevices, monkeypatch: pytest.MonkeyPatch
+def test_an_empty_folder_is_one_line(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, views = output.path / MODEL, (unchanged, unchanged)
-    recipe = replace(classic.RECIPE, evaluation_views=views)
-    monkeypatch.setattr(predict, "get_recipe", {"classic": recipe}.__getitem__)
-    assert load_classifier(path, make_devices(1)).views == (unchanged,)
-    output.write_json("run.json", {"config": {"recipe": "classic"}})
-    assert load_classifier(path, make_devices(1)).views == views
-    output.write_json("run.json", {"config": {"recipe": "of another version"}})
-    assert load_classifier(path, make_devices(1)).views == (unchanged,)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="cannot read empty: no file in this folder has the suffix"):
+        run(names=["empty"])
+    assert capsys.readouterr() == ("", "")
 
 
-def test_a_model_of_other_inputs_is_refused(
-    tmp_path: Path, make_devices: MakeDevices, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layers = keras.layers
-    grey = keras.Sequential([keras.Input((28, 28, 1)), layers.Flatten(), layers.Dense(10)])
-    grey.compile("adam", "categorical_crossentropy")
-    grey.optimizer.build(grey.trainable_variables)
-    save_model(grey, OutputDir(tmp_path), MODEL)
-    devices: Devices = make_devices(1)
-    monkeypatch.setattr(predict, "open_promised_devices", lambda config: devices)
-    with pytest.raises(UserError, match=r"expected \(None, height, width, 3\)"):
-        predict_images(TrainConfig(), tmp_path / MODEL, [Source("a.png")], 3)
+def test_the_end_says_where_broken_images_are_named(run: Any) -> None:
+    with pytest.raises(UserError, match="1 of 6 images could not be read; each is named above;"):
+        run()
+    with pytest.raises(UserError, match="; each has its line with an error on stdout;"):
+        run(as_json=True)
 
 
-@pytest.mark.parametrize("named", ["photos", "photos/0.png"])
-def test_a_picture_that_would_replace_a_photo_is_refused_before_anything_is_computed(
-    output: OutputDir, photos: Path, monkeypatch: pytest.MonkeyPatch, named: str
+def refusal_of(*arguments: str) -> str:
+    """What the command line says against arguments, before it computes anything."""
+    command = ["predict", *arguments, "--output-dir", "output"]
+    result = CliRunner().invoke(cli, command, obj=StopRequest(), standalone_mode=False)
+    assert isinstance(result.exception, UserError | click.ClickException)
+    return " ".join(str(result.exception).split())
+
+
+@pytest.fixture
+def nothing_is_computed(
+    model_output: OutputDir, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(photos.parent)
     monkeypatch.setattr("job.cli._load_tensorflow", pytest.fail)
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize("content", [b"a list", "0.png", b""], ids=["text", "photo", "empty"])
+def test_a_picture_never_replaces_what_the_command_did_not_draw(
+    photos: Path, content: bytes | str
+) -> None:
+    if isinstance(content, str):
+        content = (photos / content).read_bytes()
+    Path("mine.png").write_bytes(content)
+    assert "received mine.png, which this command did not draw" in refusal_of(
+        "photos/0.png", "--png", "mine.png"
+    )
+    assert Path("mine.png").read_bytes() == content
+    os.mkfifo("pipe.png")
+    Path("link.png").symlink_to("nowhere.png")
+    for name in ("pipe.png", "link.png"):
+        assert "did not draw" in refusal_of("photos/0.png", "--png", name)
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize("named", ["photos", "photos/0.png"])
+def test_a_picture_that_is_to_be_predicted_is_not_replaced(photos: Path, named: str) -> None:
+    mark_as_own(photos / "0.png")  # as if someone predicted an earlier picture
     content = (photos / "0.png").read_bytes()
-    arguments = ["predict", "--png", "photos/0.png", named, "photos/1.png"]
-    result = CliRunner().invoke(cli, [*arguments, "--output-dir", "output"], obj=StopRequest())
-    assert isinstance(result.exception, UserError)
-    assert result.exception.exit_code == 2
-    assert str(result.exception).startswith(
+    assert refusal_of("--png", "photos/0.png", named, "photos/1.png").startswith(
         "received --png photos/0.png, which is the image photos/0.png"
     )
     assert (photos / "0.png").read_bytes() == content
+
+
+def test_an_earlier_picture_is_replaced(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.cli._load_tensorflow", lambda: None)
+    names = ("photos/0.png", "photos/1.png")
+    for name in names:
+        arguments = ["predict", name, "--png", "grid.png", "--output-dir", "output"]
+        result = CliRunner().invoke(cli, arguments, obj=StopRequest(), standalone_mode=False)
+        assert result.exception is None
+        assert is_own(tmp_path / "grid.png")
+        with Image.open(tmp_path / "grid.png") as picture:
+            picture.load()

@@ -44,7 +44,10 @@ def open_file(config: TrainConfig, check: Callable[[], None] = lambda: None) -> 
 def samples(path: Path) -> dict[str, float]:
     families = parser.text_string_to_metric_families(path.read_text())
     return {
-        sample.name + sample.labels.get("cifar10_job_state", ""): sample.value
+        sample.name
+        + "".join(
+            sample.labels.get(f"cifar10_job_{name}", "") for name in ("state", "phase")
+        ): sample.value
         for family in families
         for sample in family.samples
     }
@@ -62,7 +65,9 @@ def test_the_file_tells_where_the_run_is(config: TrainConfig, tmp_path: Path) ->
         family.name: family
         for family in parser.text_string_to_metric_families((tmp_path / "job.prom").read_text())
     }
-    assert families.keys() == {f"cifar10_job_{name}" for name in (*GAUGES, "info", "state")}
+    assert families.keys() == {
+        f"cifar10_job_{name}" for name in (*GAUGES, "info", "phase", "state")
+    }
     for family in families.values():
         assert family.type == "gauge"
         assert len(family.documentation) > 10
@@ -85,6 +90,8 @@ def test_the_file_tells_where_the_run_is(config: TrainConfig, tmp_path: Path) ->
         "learning_rate": 1e-3,
         "images_per_second": 5120.0,
         "remaining_seconds": 42.0,
+        "phasetraining": 1,
+        "phasestarting": 0,
         "staterunning": 1,
         "statedone": 0,
     }
@@ -99,13 +106,23 @@ def test_what_is_not_known_has_no_sample(config: TrainConfig, tmp_path: Path) ->
         "cifar10_job_finished_epochs",
         "cifar10_job_finished_steps",
         "cifar10_job_last_update_timestamp_seconds",
+        *(f"cifar10_job_phase{phase}" for phase in textfile.PHASES),
         *(f"cifar10_job_state{state}" for state in textfile.STATES),
     }
 
 
-def test_it_is_replaced_whole_and_readable_for_another_user(
-    config: TrainConfig, tmp_path: Path
+def test_it_is_replaced_whole_and_is_never_unreadable_for_another_user(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    modes = []
+    replace_file = Path.replace
+
+    def look(temporary: Path, target: Path) -> Path:
+        modes.append(stat.S_IMODE(temporary.stat().st_mode))
+        assert temporary.suffix != ".prom"  # or the node exporter would read it
+        return replace_file(temporary, target)
+
+    monkeypatch.setattr(Path, "replace", look)
     umask = os.umask(0o077)
     try:
         file = open_file(config)
@@ -116,6 +133,35 @@ def test_it_is_replaced_whole_and_readable_for_another_user(
         os.umask(umask)
     assert after.st_ino != before.st_ino
     assert stat.S_IMODE(after.st_mode) == 0o644
+    assert modes == [0o644, 0o644]
+    assert [path.name for path in tmp_path.iterdir()] == ["job.prom"]
+
+
+def test_what_a_killed_process_left_is_replaced_and_not_followed(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(temporary: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            open_file(config)
+    (left,) = tmp_path.iterdir()
+    left.unlink()
+    (tmp_path / "mine").write_text("mine")
+    left.symlink_to(tmp_path / "mine")
+    open_file(config)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.prom", "mine"]
+
+
+def test_a_write_that_fails_leaves_nothing_beside_the_file(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "job.prom").mkdir()
+    with pytest.raises(UserError, match="Is a directory"):
+        open_file(config)
     assert [path.name for path in tmp_path.iterdir()] == ["job.prom"]
 
 
@@ -124,12 +170,34 @@ def test_spans_do_not_write_more_often_than_anybody_reads(
 ) -> None:
     monkeypatch.setattr(textfile, "UPDATE_SECONDS", 3600.0)
     file = open_file(config)
-    file.show(STATUS)
+    file.show(STATUS)  # another phase is always written
     before = (tmp_path / "job.prom").read_bytes()
     file.show(replace(STATUS, steps=30))
     assert (tmp_path / "job.prom").read_bytes() == before
     file.finish_epoch(LINE)
     assert samples(tmp_path / "job.prom")["cifar10_job_finished_steps"] == 225
+
+
+def test_every_phase_is_told_when_it_begins(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(textfile, "UPDATE_SECONDS", 3600.0)
+
+    def phase() -> str:
+        values = samples(tmp_path / "job.prom")
+        (name,) = [name for name, value in values.items() if "_phase" in name and value == 1]
+        return name.removeprefix("cifar10_job_phase")
+
+    file = open_file(config)
+    assert phase() == "starting"
+    for shown in ("compiling", "training", "validating", "training"):
+        file.show(replace(STATUS, phase=shown))
+        assert phase() == shown
+    for entered in ("evaluating", "reporting"):
+        file.enter(entered)
+        assert phase() == entered
+    file.finish("stopped")
+    assert phase() == "reporting"
 
 
 def test_a_write_that_fails_later_is_one_warning(

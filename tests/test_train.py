@@ -1,4 +1,5 @@
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from job import classic, log, saved_model, train
+from job import classic, log, saved_model, textfile, train
 from job.attempt import open_attempt
 from job.config import DataConfig, DeviceRequest, JobError, StoppedError, TrainConfig, UserError
 from job.dataset import Dataset
@@ -21,7 +22,7 @@ from job.preemption import StopRequest
 from job.tensorboard import TAGS
 from job.trainer import Trainer
 from job.watchdog import Watchdog
-from tests.conftest import MakeDevices
+from tests.conftest import MakeDevices, stand_in_for_devices_and_data
 from tests.test_tensorboard import curve
 from tests.test_textfile import samples
 
@@ -57,10 +58,7 @@ def config(tmp_path: Path) -> TrainConfig:
 def two_replicas_and_little_data(
     monkeypatch: pytest.MonkeyPatch, small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
-    """Stand in for the devices, which a process sets up once, and the full data set."""
-    for module in (train, saved_model):
-        monkeypatch.setattr(module, "open_promised_devices", lambda *arguments: make_devices(2))
-        monkeypatch.setattr(module, "load_dataset", lambda data: small_dataset)
+    stand_in_for_devices_and_data(monkeypatch, (train, saved_model), make_devices(2), small_dataset)
 
 
 def run(config: TrainConfig, stop: StopRequest | None = None) -> Evaluation:
@@ -368,12 +366,12 @@ def test_a_run_stopped_after_every_span_ends_with_the_same_bits(
 ) -> None:
     monkeypatch.setattr("job.engine.STEPS_PER_SPAN", 5)  # two spans an epoch
     run(config)
-    textfile = config.output_dir.with_name("job.prom")
+    prom = config.output_dir.with_name("job.prom")
     stopped = replace(
         config,
         output_dir=config.output_dir.with_name("stopped"),
         tensorboard=True,
-        metrics_textfile=textfile,
+        metrics_textfile=prom,
     )
     steps = []
     for _ in range(20):
@@ -403,13 +401,33 @@ def test_a_run_stopped_after_every_span_ends_with_the_same_bits(
     for tag, key in TAGS.items():
         expected = [(line["step"], pytest.approx(line[key])) for line in metrics(stopped)]
         assert curve(event_file, tag) == expected
-    values = samples(textfile)
+    values = samples(prom)
     assert values["cifar10_job_statedone"] == 1
     assert values["cifar10_job_finished_steps"] == values["cifar10_job_planned_steps"] == 16
     assert values["cifar10_job_validation_loss"] == metrics(stopped)[-1]["val_loss"]
     elapsed = [line["elapsed_seconds"] for line in metrics(stopped)]
     assert elapsed == sorted(elapsed)
     assert elapsed[0] >= metrics(stopped)[0]["seconds"]
+
+
+def test_the_textfile_tells_every_phase(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, phases = config.output_dir.with_name("job.prom"), list[str]()
+    replace_file = textfile._replace
+
+    def record(target: Path, content: bytes) -> None:
+        replace_file(target, content)
+        values = samples(target)
+        (phase,) = [name for name, value in values.items() if "_phase" in name and value == 1]
+        phases.append(phase.removeprefix("cifar10_job_phase"))
+
+    monkeypatch.setattr(textfile, "_replace", record)
+    run(replace(config, metrics_textfile=path))
+    assert [phase for phase, _ in itertools.groupby(phases)] == [
+        *("starting", "compiling", "training", "validating", "training", "validating"),
+        *("evaluating", "reporting"),
+    ]
 
 
 def test_checkpoints_are_written_when_they_are_due(

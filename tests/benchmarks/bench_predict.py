@@ -75,10 +75,11 @@ def _measure(data_dir: Path, folder: str, side: str) -> dict[str, float]:
 
     load_tensorflow()
     from job import classic
+    from job.classifier import Classifier, Predictor
     from job.devices import open_promised_devices
     from job.evaluate import ROWS_PER_REPLICA, Evaluator
     from job.images import find_images
-    from job.predict import Classifier, Predictor, json_line, predict_batches
+    from job.predict import json_line, predict_batches
 
     dataset = load_dataset(DataConfig(data_dir=data_dir))
     devices = open_promised_devices(TrainConfig())

@@ -18,7 +18,7 @@ from PIL import Image
 
 from job.output import MODEL
 from tests.conftest import REPOSITORY, RunJob, StartJob
-from tests.test_images import broken_files
+from tests.test_decode import broken_files
 
 # What a user without this package does with the model and an image of its size: stock Keras alone.
 STOCK_KERAS = """
