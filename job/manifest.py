@@ -13,7 +13,8 @@ from typing import Any
 from job import __version__, log
 from job.cluster import RunIdentity
 from job.config import DeviceRequest, TrainConfig
-from job.output import RUN, OutputDir, read_json
+from job.output import RUN, OutputDir
+from job.run_record import DamagedError, read_manifest
 
 DETAILS = ("devices", "replicas", "threads", "precision", "xla", "deterministic", "data")
 """What the manifest says of devices and data, null before the first training."""
@@ -35,7 +36,7 @@ class RunManifest:
     def __init__(self, output: OutputDir, identity: RunIdentity, *, fresh: bool = False) -> None:
         self._output = output
         self._lock = threading.Lock()
-        self._document: dict[str, Any] = read_json(output.path / RUN)
+        self._document = earlier_manifest(output.path)
         self._fresh = fresh
         self._attempt: dict[str, Any] = {
             "start": log.utc_now(),
@@ -154,6 +155,21 @@ class RunManifest:
 
     def _write(self) -> None:
         self._output.write_json(RUN, self._document)
+
+
+def earlier_manifest(folder: Path) -> dict[str, Any]:
+    """The ``run.json`` that earlier attempts have left; empty where there is none.
+
+    A damaged one is as none: this attempt writes it anew, and what decides how the run goes on is
+    in its checkpoint.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        return read_manifest(folder)
+    except DamagedError:
+        return {}
 
 
 def was_started_fresh_by(identity: RunIdentity, document: dict[str, Any]) -> bool:

@@ -1,6 +1,5 @@
 """Runs as their output folders tell them: settings, accuracies, and whether they are finished."""
 
-import json
 import os
 import statistics
 from collections.abc import Iterable
@@ -10,7 +9,8 @@ from typing import Any
 
 from job.config import TrainConfig, UserError
 from job.fingerprint import run_options
-from job.output import EVALUATION, METRICS, RUN, read_json
+from job.output import EVALUATION, METRICS, RUN
+from job.run_record import RunRecord
 
 SETTINGS = (
     *(name for name in run_options(TrainConfig()) if name != "seed"),
@@ -93,68 +93,46 @@ def read_run(folder: str) -> Run:
     """Read what a run's folder tells.
 
     Raises:
-        UserError: If that is too little to say which run it is; tells why without the folder.
+        UserError: If that is too little to say which run it is, or damaged.
     """
-    path = Path(folder)
     if not _holds_run(folder):
         there = os.path.isdir(folder)  # noqa: PTH112 (no error for a name that cannot be)
         raise UserError(
             f"it holds no {RUN}, nor does a folder in it" if there else "there is no such folder"
         )
-    document, evaluation = read_json(path / RUN), read_json(path / EVALUATION)
-    try:
-        curve = _read_curve(path / METRICS)
-        problem = _problem(document, evaluation, len(curve))
-        return Run(
-            folder,
-            int(document["config"]["seed"]),
-            _settings(document),
-            curve,
-            None if problem else float(evaluation["accuracy"]),
-            None if problem else float(evaluation["loss"]),
-            float(document["elapsed_seconds"]),
-            str(document["outcome"]),
-            problem,
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"its {RUN}, {METRICS} or {EVALUATION} is damaged ({type(error).__name__}: {error})"
-        ) from error
+    record = RunRecord.load(Path(folder), with_predictions=False)
+    manifest, evaluation, problem = record.manifest, record.evaluation, _problem(record)
+    return Run(
+        folder=folder,
+        seed=manifest["config"]["seed"],
+        settings=_settings(manifest),
+        curve=tuple(line["val_accuracy"] for line in record.epochs),
+        accuracy=None if problem else evaluation["accuracy"],
+        loss=None if problem else evaluation["loss"],
+        elapsed_seconds=manifest["elapsed_seconds"],
+        outcome=manifest["outcome"],
+        problem=problem,
+    )
 
 
-def _settings(document: dict[str, Any]) -> dict[str, Any]:
-    fingerprint = (document["data"] or {}).get("fingerprint")
-    if document["config"]["dataset"] == "synthetic":
+def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
+    fingerprint = (manifest.get("data") or {}).get("fingerprint")
+    if manifest["config"]["dataset"] == "synthetic":
         fingerprint = None  # its images are drawn from the seed
-    known = document["config"] | {
-        "precision": document["precision"],
-        "replicas": document["replicas"],
+    known = manifest["config"] | {
+        "precision": manifest.get("precision"),
+        "replicas": manifest.get("replicas"),
         "data": fingerprint and fingerprint[:8],
     }
-    settings = {name: known[name] for name in SETTINGS}
-    for name, value in settings.items():
-        if isinstance(value, list | dict):
-            raise TypeError(f"{name} is {value}")
-    return settings
+    return {name: known[name] for name in SETTINGS}
 
 
-def _read_curve(metrics: Path) -> tuple[float, ...]:
-    try:
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return ()
-    except OSError as error:
-        raise UserError(f"its {METRICS} cannot be read: {error.strerror}") from error
-    return tuple(float(json.loads(line)["val_accuracy"]) for line in lines)
-
-
-def _problem(document: dict[str, Any], evaluation: dict[str, Any], epochs: int) -> str | None:
+def _problem(record: RunRecord) -> str | None:
     """Why a run cannot be compared."""
-    expected = document["config"]["epochs"]
-    if document["outcome"] != "done":
-        return f"{document['outcome']} after {epochs} of {expected} epochs"
+    outcome, epochs = record.manifest["outcome"], len(record.epochs)
+    expected = record.manifest["config"]["epochs"]
+    if outcome != "done":
+        return f"{outcome} after {epochs} of {expected} epochs"
     if epochs != expected:
         return f"its {METRICS} has {epochs} lines, expected {expected}"
-    if not {"accuracy", "loss"} <= evaluation.keys():
-        return f"it holds no {EVALUATION}, or a damaged one"
-    return None
+    return None if record.evaluation else f"it holds no {EVALUATION}"

@@ -24,6 +24,8 @@ import tensorflow as tf  # noqa: E402 (its start-up messages are held back above
 from job import synthetic  # noqa: E402
 from job.dataset import Dataset  # noqa: E402
 from job.devices import Compilation, Devices  # noqa: E402
+from job.output import OutputDir  # noqa: E402
+from tests.run_folders import make_whole_run  # noqa: E402
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("JOB_TEST_SHARED", REPOSITORY.parent / "shared"))
@@ -163,6 +165,12 @@ def run_job(start_job: StartJob) -> RunJob:
         return start_job(*arguments, env=env).finish(timeout)
 
     return run
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> OutputDir:
+    """A finished run with everything, stopped twice on its way, to be changed."""
+    return make_whole_run(tmp_path / "run")
 
 
 @pytest.fixture(scope="session")
