@@ -199,7 +199,8 @@ def compare(folders: tuple[str, ...], **options: Any) -> None:
     Runs that are not finished are told and left out of the means.
     """
     log.configure("text")  # stdout is for the comparison
-    from job.compare import compare_runs, save_picture, write_tables
+    from job.compare import compare_runs, save_picture
+    from job.compare_tables import write_tables
     from job.output import require_folder_for
     from job.terminal import printable, say, write_lines
 

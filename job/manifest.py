@@ -16,8 +16,11 @@ from job.config import DeviceRequest, TrainConfig
 from job.output import RUN, OutputDir
 from job.run_record import DamagedError, read_manifest
 
-DETAILS = ("devices", "replicas", "threads", "precision", "xla", "deterministic", "data")
-"""What the manifest says of devices and data, null before the first training."""
+DETAILS = (
+    *("devices", "replicas", "threads", "precision", "xla", "deterministic", "data"),
+    "recipe_fingerprint",
+)
+"""What the manifest says of devices, data and recipe, null before the first training."""
 
 _VERSIONED = ("tensorflow", "keras", "numpy", "h5py")
 

@@ -14,11 +14,11 @@ from job.run_record import RunRecord
 
 SETTINGS = (
     *(name for name in run_options(TrainConfig()) if name != "seed"),
-    *("epochs", "precision", "replicas", "data"),
+    *("epochs", "precision", "replicas", "data", "recipe_fingerprint"),
 )
 """What decides a run's result, but for its seed: the options that all of its attempts have in
 common, how far it goes, what it computes in, on how many replicas (each normalizes its own rows of
-a batch), and the first digits of its data's fingerprint."""
+a batch), and the first digits of the fingerprints of its data and of what its recipe computes."""
 
 _LAST = 5
 
@@ -37,6 +37,8 @@ class Run:
         elapsed_seconds: Time in training and validation.
         outcome: As in ``run.json``.
         problem: Why it cannot be compared; None where it can.
+        attempts: When and where those of its attempts began that have trained it; the same in a
+            copy of its folder alone.
     """
 
     folder: str
@@ -48,6 +50,13 @@ class Run:
     elapsed_seconds: float
     outcome: str
     problem: str | None
+    attempts: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What a copy of its folder has in common with it, and no other run has."""
+        settings = tuple(self.settings.values())
+        return (self.seed, settings, self.attempts, self.curve, self.elapsed_seconds)
 
     @property
     def last(self) -> float | None:
@@ -112,6 +121,11 @@ def read_run(folder: str) -> Run:
         elapsed_seconds=manifest["elapsed_seconds"],
         outcome=manifest["outcome"],
         problem=problem,
+        attempts=tuple(
+            (attempt["start"], attempt["host"])
+            for attempt in manifest["attempts"]
+            if (attempt["last_step"] or 0) > (attempt["first_step"] or 0)
+        ),
     )
 
 
@@ -123,6 +137,8 @@ def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
         "precision": manifest.get("precision"),
         "replicas": manifest.get("replicas"),
         "data": fingerprint and fingerprint[:8],
+        # Earlier versions have none.
+        "recipe_fingerprint": (manifest.get("recipe_fingerprint") or "")[:8] or None,
     }
     return {name: known[name] for name in SETTINGS}
 

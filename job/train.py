@@ -206,7 +206,8 @@ def _record_start(
     if checkpoint:
         changes = fingerprint.changes_since(checkpoint.metadata["fingerprint"]["environment"])
     step = checkpoint.step if checkpoint else 0
-    attempt.manifest.start_training(config, _describe(devices, dataset), step, changes)
+    details = _describe(devices, dataset) | {"recipe_fingerprint": fingerprint.recipe}
+    attempt.manifest.start_training(config, details, step, changes)
     attempt.manifest.progress(step, history.best, history.elapsed_seconds)
     _log_start(plan, devices, dataset, step)
     if changes:

@@ -1,5 +1,7 @@
 import json
+import shutil
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from job.cli import cli
+from job.cluster import RunIdentity
 from job.compare import compare_runs
-from job.config import UserError
-from tests.run_folders import DATA, change, climb, make_sweep_run
+from job.config import TrainConfig, UserError
+from job.manifest import RunManifest
+from job.output import OutputDir
+from tests.run_folders import DATA, DETAILS, SWEEP_EPOCHS, change, climb, make_sweep_run
 
 
 def data_of(fingerprint: str) -> dict[str, Any]:
@@ -66,6 +71,58 @@ def test_different_settings_are_never_averaged(tmp_path: Path, other: dict[str, 
     assert len({group.label for group in comparison.groups}) == 2
 
 
+def test_two_networks_under_one_name_are_never_averaged(tmp_path: Path) -> None:
+    for name, digit in (("a", "1"), ("b", "2"), ("c", "2")):
+        details = {"recipe_fingerprint": 64 * digit}
+        seed = 42 + ord(name)
+        make_sweep_run(tmp_path / name, climb(0.5), details=details, seed=seed)
+    make_sweep_run(tmp_path / "earlier version", climb(0.5))
+    change(tmp_path / "earlier version", recipe_fingerprint=None)
+    comparison = compare_runs([str(tmp_path)])
+    assert [(group.label, len(group.runs)) for group in comparison.groups] == [
+        ("classic", 1),
+        ("classic, recipe fingerprint 11111111", 1),
+        ("classic, recipe fingerprint 22222222", 2),
+    ]
+
+
+def test_a_fingerprint_that_follows_from_other_settings_is_not_told(tmp_path: Path) -> None:
+    for rate, digit in ((1e-3, "1"), (1e-4, "2")):
+        details = {"recipe_fingerprint": 64 * digit}
+        make_sweep_run(tmp_path / digit, climb(0.5), details=details, learning_rate=rate)
+    assert compare_runs([str(tmp_path)]).varying == ("learning_rate",)
+    result = invoke(tmp_path)
+    assert "recipe fingerprint" not in result.stdout
+    assert "11111111" not in result.stdout
+
+
+def test_a_copied_folder_is_no_second_run(tmp_path: Path) -> None:
+    make_sweep_run(tmp_path / "a", climb(0.5))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    # As another attempt leaves it that has drawn the report alone.
+    manifest = RunManifest(OutputDir(tmp_path / "b"), RunIdentity(None))
+    manifest.begin(TrainConfig(epochs=SWEEP_EPOCHS))
+    manifest.start_training(TrainConfig(tmp_path / "a", epochs=SWEEP_EPOCHS), DETAILS, 7, [])
+    manifest.finish("done")
+    change(tmp_path / "b", elapsed_seconds=420.0)
+    comparison = compare_runs([str(tmp_path)])
+    (group,) = comparison.groups
+    assert [run.folder for run in group.runs] == [f"{tmp_path}/a"]
+    assert comparison.left_out == {f"{tmp_path}/b": f"a copy of {tmp_path}/a"}
+    assert "repeated" not in invoke(tmp_path).stdout
+
+
+def test_a_repeated_seed_is_another_run_and_told(tmp_path: Path) -> None:
+    make_sweep_run(tmp_path / "a", climb(0.5))
+    time.sleep(0.002)  # attempts begin in different milliseconds
+    make_sweep_run(tmp_path / "b", climb(0.5))
+    (group,) = compare_runs([str(tmp_path)]).groups
+    assert (len(group.runs), group.repeats) == (2, 1)
+    lines = invoke(tmp_path).stdout.splitlines()
+    assert lines[-3].split()[:2] == ["2", "1"]
+    assert "More runs than seeds: a seed was repeated." in lines[-1]
+
+
 def test_options_that_do_not_change_the_result_do_not_part_runs(tmp_path: Path) -> None:
     make_sweep_run(tmp_path / "a", climb(0.5), seed=1)
     make_sweep_run(
@@ -103,8 +160,8 @@ def test_the_tables_have_every_run_and_the_means(sweep: Path) -> None:
     cells = ["0.0001", "7", "67.00%", "65.00%", "66.00%", "1.0000", "70", "s", "done"]
     assert rows["seed-7"] == cells
     assert rows["stopped"][-3:] == ["stopped,", "3", "epochs"]
-    assert lines[-2][:7] == ["0.0001", "3", "62.67%", "2.52%", "63.67%", "2.52%", "66.00%"]
-    assert lines[-1][:6] == ["0.001", "2", "48.00%", "0.00%", "50.00%", "0.00%"]
+    assert lines[-2][:8] == ["0.0001", "3", "3", "62.67%", "2.52%", "63.67%", "2.52%", "66.00%"]
+    assert lines[-1][:7] == ["0.001", "2", "2", "48.00%", "0.00%", "50.00%", "0.00%"]
     stderr = f"cifar10-job: left out: {sweep}/stopped: stopped after 3 of 7 epochs\n"
     assert result.stderr == stderr
     assert "\x1b" not in result.output
@@ -153,7 +210,7 @@ def test_settings_that_are_none_are_told_in_words(tmp_path: Path) -> None:
 def test_one_run_has_no_deviation(tmp_path: Path) -> None:
     run = make_sweep_run(tmp_path / "run", climb(0.5), seed=3)
     last = invoke(run).stdout.splitlines()[-1].split()
-    assert last == ["1", "48.00%", "50.00%", "50.00%", "3", "30", "s", str(run)]
+    assert last == ["1", "1", "48.00%", "50.00%", "50.00%", "3", "30", "s", str(run)]
     document = json.loads(invoke(run, "--json").stdout)
     assert document["groups"][0]["accuracy"] == {"mean": 0.5, "standard_deviation": None}
 

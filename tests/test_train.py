@@ -118,6 +118,7 @@ def test_a_whole_run_leaves_every_artifact(
     manifest = read(output / "run.json")
     assert (manifest["outcome"], manifest["error"]) == ("done", None)
     assert manifest["data"]["fingerprint"] == small_dataset.fingerprint
+    assert len(manifest["recipe_fingerprint"]) == 64
     assert (manifest["replicas"], len(manifest["devices"])) == (2, 2)
 
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
