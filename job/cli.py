@@ -86,22 +86,14 @@ def train(
         return
     with open_attempt(run_config, stop) as attempt:
         if attempt.is_finished:
-            _report_finished(run_config)
+            from job.finished import report_finished
+
+            report_finished(run_config, attempt)
             return
         _load_tensorflow()
         from job.train import train_and_evaluate
 
         train_and_evaluate(run_config, attempt)
-
-
-def _report_finished(run_config: TrainConfig) -> None:
-    folder = run_config.output_dir
-    log.event(
-        "finished",
-        output_dir=str(folder),
-        message=f"the run in {folder}/ is finished; raise --epochs to go on with it, start over "
-        f"with --fresh, or name another --output-dir",
-    )
 
 
 @cli.command()

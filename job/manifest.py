@@ -1,5 +1,6 @@
 """``run.json``: what ran, on what, in which attempts, and how each ended."""
 
+import copy
 import os
 import platform
 import socket
@@ -66,6 +67,12 @@ class RunManifest:
         """The run's name; None where nothing tells."""
         run_id: str | None = self._attempt["run_id"]
         return run_id
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """What ``run.json`` has; empty before the first attempt begins."""
+        with self._lock:
+            return copy.deepcopy(self._document)
 
     def begin(self, config: TrainConfig) -> None:
         """Add this attempt.

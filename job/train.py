@@ -48,7 +48,12 @@ def train_and_evaluate(config: TrainConfig, attempt: Attempt) -> Evaluation:
         JobError: If the loss is no finite number any more.
     """
     with open_textfile(config, attempt) as textfile:
-        return _train_and_evaluate(config, attempt, textfile)
+        evaluation = _train_and_evaluate(config, attempt, textfile)
+        # First, because the report tells how the run ended.
+        attempt.manifest.finish("done")
+    # The textfile says done by now, as run.json does, whatever becomes of the report.
+    try_to_write_report(attempt.output)
+    return evaluation
 
 
 def _train_and_evaluate(
@@ -78,9 +83,6 @@ def _train_and_evaluate(
     evaluation = evaluate_saved(attempt.output, recipe, devices, dataset, config.seed, watchdog)
     # Without it the run is not finished. One that is there tells of an earlier end.
     attempt.output.remove([attempt.output.path / REPORT])
-    # First, because the report tells how the run ended.
-    attempt.manifest.finish("done")
-    try_to_write_report(attempt.output)
     return evaluation
 
 
