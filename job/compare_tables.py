@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from job.compare import Comparison, Group, named, setting, title
+from job.quantities import percent, whole_seconds
 from job.runs import Run
 from job.terminal import write_lines, write_table
 
@@ -44,11 +45,11 @@ def _run_row(run: Run, varying: Sequence[str]) -> list[str]:
         run.folder,
         *(setting(run, name) for name in varying),
         str(run.seed),
-        _percent(run.last),
-        _percent(run.last_mean),
-        _percent(run.accuracy),
+        percent(run.last),
+        percent(run.last_mean),
+        percent(run.accuracy),
         "" if run.loss is None else f"{run.loss:.4f}",
-        _seconds(run.elapsed_seconds),
+        whole_seconds(run.elapsed_seconds),
         run.outcome if run.outcome == "done" else f"{run.outcome}, {len(run.curve)} epochs",
     ]
 
@@ -59,20 +60,12 @@ def _group_row(group: Group, varying: Sequence[str]) -> list[str]:
         *(setting(best, name) for name in varying),
         str(len(group.runs)),
         str(len({run.seed for run in group.runs})),
-        _percent(last_mean.mean),
-        _percent(last_mean.deviation),
-        _percent(accuracy.mean),
-        _percent(accuracy.deviation),
-        _percent(best.accuracy),
+        percent(last_mean.mean),
+        percent(last_mean.deviation),
+        percent(accuracy.mean),
+        percent(accuracy.deviation),
+        percent(best.accuracy),
         str(best.seed),
-        _seconds(group.elapsed_seconds),
+        whole_seconds(group.elapsed_seconds),
         best.folder,
     ]
-
-
-def _percent(fraction: float | None) -> str:
-    return "" if fraction is None else f"{fraction:.2%}"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:,.0f} s"

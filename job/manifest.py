@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from job import __version__, log
+from job.addresses import without_secrets
 from job.cluster import RunIdentity
 from job.config import DeviceRequest, TrainConfig
 from job.output import RUN, OutputDir
@@ -193,9 +194,13 @@ def was_started_fresh_by(identity: RunIdentity, document: dict[str, Any]) -> boo
 
 
 def describe_config(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as a flat JSON object, under the names of the command line's options."""
+    """The configuration as a flat JSON object, under the names of the command line's options.
+
+    It is shown and kept, so that it has no password.
+    """
     fields = asdict(config)
     fields = fields.pop("data") | fields
+    fields["cifar10_url"] = without_secrets(fields["cifar10_url"])
     devices: DeviceRequest = config.devices
     fields["devices"] = f"{devices.kind}:{devices.count}" if devices.count else devices.kind
     fields["batch_size"] = fields.pop("global_batch_size")

@@ -8,6 +8,12 @@ from job.manifest import DETAILS
 from job.report_figures import list_mistakes
 from job.run_record import RunRecord
 
+_PRECISIONS: dict[str | None, str] = {
+    "float32": "float32, numbers of 32 bits",
+    "bfloat16": "bfloat16, numbers of 16 bits with the range of float32; weights and last layer "
+    "stay float32",
+}
+
 
 @dataclass(frozen=True)
 class Table:
@@ -106,6 +112,8 @@ def facts(manifest: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str]
         return []
     elsewhere = ("devices", "data", "recipe_fingerprint")
     computed = {name: manifest.get(name) for name in DETAILS if name not in elsewhere}
+    precision = computed["precision"]
+    computed["precision"] = _PRECISIONS.get(precision, precision)
     for number, device in enumerate(manifest.get("devices") or [], 1):
         computed[f"device {number}"] = ", ".join(_described(*item) for item in device.items())
     options = {f"--{name.replace('_', '-')}": value for name, value in manifest["config"].items()}

@@ -7,11 +7,13 @@ checked first.
 import json
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from job.addresses import without_secrets
 from job.config import UserError
 from job.output import EVALUATION, METRICS, REPORT, RUN
 from job.predictions import Predictions, confusion_matrix
@@ -77,11 +79,47 @@ class RunRecord:
     @property
     def restarts(self) -> list[tuple[int, float]]:
         """Where the run went on after an interruption: steps, and seconds since its start."""
-        attempts = self.manifest.get("attempts", [])
-        trained = [one["first_step"] for one in attempts if one["first_step"] is not None]
         steps = [0, *(line["step"] for line in self.epochs)]
         seconds = [0.0, *(line["elapsed_seconds"] for line in self.epochs)]
-        return [(step, float(np.interp(step, steps, seconds))) for step in trained[1:]]
+        if self._last_step > steps[-1]:
+            steps.append(self._last_step)
+            seconds.append(max(seconds[-1], self.manifest["elapsed_seconds"]))
+        return [
+            (after["first_step"], float(np.interp(after["first_step"], steps, seconds)))
+            for before, after in pairwise(self._trained)
+            # More epochs for a finished run, or its report alone, are no restart of it.
+            if before["outcome"] != "done"
+        ]
+
+    @property
+    def steps(self) -> int:
+        """Steps done, as far as they are known."""
+        return max(self._last_step, self.epochs[-1]["step"] if self.epochs else 0)
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Steps of an epoch; None where nothing tells."""
+        if self.epochs:
+            return int(self.epochs[-1]["step"]) // len(self.epochs)
+        examples = (self.manifest.get("data") or {}).get("train_examples")
+        return examples // self.manifest["config"]["batch_size"] or None if examples else None
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Time in training and validation, as far as it is known."""
+        last = self.epochs[-1]["elapsed_seconds"] if self.epochs else 0.0
+        return float(max(last, self.manifest.get("elapsed_seconds", 0.0)))
+
+    @property
+    def _trained(self) -> list[dict[str, Any]]:
+        """The attempts that got as far as training."""
+        attempts = self.manifest.get("attempts", [])
+        return [attempt for attempt in attempts if attempt["first_step"] is not None]
+
+    @property
+    def _last_step(self) -> int:
+        """The step of the last checkpoint; 0 before any."""
+        return max((attempt["last_step"] or 0 for attempt in self._trained), default=0)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -95,7 +133,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         "run the same train command again, which writes it anew from its checkpoint, or start over "
         "with --fresh"
     )
-    return _parse_file(folder / RUN, advice, MANIFEST)
+    document = _parse_file(folder / RUN, advice, MANIFEST)
+    config = document.get("config", {})
+    if "cifar10_url" in config:
+        # Earlier versions kept it as it was given.
+        config["cifar10_url"] = without_secrets(config["cifar10_url"])
+    return document
 
 
 def _read_evaluation(folder: Path) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def make_run(
         manifest = RunManifest(output, RunIdentity(None))
         manifest.begin(config)
         manifest.start_training(config, DETAILS, 15 * number, [])
-        manifest.progress(15 * number + 15, None, 6.0)
+        manifest.progress(15 * number + 15, None, 9.0 * (number + 1))
         manifest.finish(outcome, reason)
     text = "".join(json.dumps(line) + "\n" for line in lines(epochs))
     output.write_text("metrics.jsonl", text)

@@ -1,5 +1,6 @@
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib.image as mpl_image
 import numpy as np
@@ -10,6 +11,7 @@ from job.predictions import Predictions, confusion_matrix
 from job.report_figures import draw_figures
 from job.report_page import render
 from job.run_record import RunRecord
+from tests.run_folders import make_run
 
 
 def test_every_picture_is_a_png_and_says_what_it_shows(whole: OutputDir) -> None:
@@ -35,6 +37,13 @@ def test_restarts_are_marked_at_their_time(whole: OutputDir) -> None:
     unmarked = draw_figures(replace(few, manifest={}))["throughput"]
     assert "no restart" in unmarked.alt
     assert unmarked.png != marked.png
+
+
+def test_a_restart_in_an_unfinished_epoch_is_marked_behind_the_last_one(tmp_path: Path) -> None:
+    ends = (("stopped", "SIGTERM"), ("failed", "a broken GPU"), ("stopped", "SIGTERM"))
+    output = make_run(tmp_path / "run", ends=ends, epochs=2)
+    figure = draw_figures(RunRecord.load(output.path))["throughput"]
+    assert "restarts at 9.0 s (step 15), 18.0 s (step 30)" in figure.alt
 
 
 def test_a_model_without_a_mistake(whole: OutputDir) -> None:

@@ -1,6 +1,5 @@
 import json
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from job.predictions import Predictions
 from job.report_figures import draw_figures
 from job.report_page import render
 from job.run_record import RunRecord
-from tests.run_folders import add_evaluation, make_run, make_whole_run
+from tests.run_folders import add_evaluation, change, make_run, make_whole_run
 
 HOSTILE = "\"><script>alert('x')</script>&amp;<img src=http://example.com/x>$\\frac"
 HOSTILE_CLASS = '"><b>$\\f'
@@ -161,10 +160,49 @@ def test_a_folder_of_an_earlier_version_gets_a_report_without_predictions(
     assert "Calibration" not in page.text
 
 
-def test_an_undefined_precision_is_said(whole: OutputDir) -> None:
-    document = json.loads((whole.path / "evaluation.json").read_text())
-    document["classes"]["dog"]["precision"] = None
-    record = replace(RunRecord.load(whole.path), evaluation=document)
-    assert "<td>undefined</td>" in render(record, {})
-    figure = draw_figures(replace(record, epochs=[], predictions=None))["classes"]
-    assert "(cat)" in figure.alt
+def tiles(page: Page) -> str:
+    return " ".join(page.text.split("Sections")[0].split())
+
+
+def test_a_run_stopped_in_its_first_epoch_tells_how_far_it_is(tmp_path: Path) -> None:
+    config = TrainConfig(output_dir=Path("out"), epochs=20, global_batch_size=100)
+    output = make_run(tmp_path / "run", config, (("stopped", "SIGTERM"),), epochs=0)
+    text = tiles(without_pictures(output.path))
+    # 2,560 training images are 25 steps an epoch.
+    assert "Progressepoch 1 of 2015 of 500 steps" in text
+    assert "Time9.0 s" in text
+    assert "Restarts0" in text
+    assert "Throughput" not in text
+
+
+def test_an_unfinished_run_tells_its_epoch_and_a_finished_one_its_epochs(tmp_path: Path) -> None:
+    ends = (("stopped", "SIGTERM"), ("stopped", "SIGTERM"))
+    output = make_run(tmp_path / "run", TrainConfig(epochs=5), ends, epochs=2)
+    assert "Progressepoch 4 of 530 of 50 steps" in tiles(without_pictures(output.path))
+    done = make_whole_run(tmp_path / "done")
+    assert "Epochs345 steps" in tiles(without_pictures(done.path))
+
+
+def test_a_stopped_run_tells_first_how_to_go_on(tmp_path: Path) -> None:
+    config = TrainConfig(output_dir=Path("out"), epochs=3, fresh=True, run_id="mine")
+    output = make_run(tmp_path / "run", config, (("stopped", "SIGTERM"),), epochs=1)
+    text = without_pictures(output.path).text
+    on = text.index("--output-dir out --data-dir data --epochs 3 --run-id mine\n")
+    again = text.index("--output-dir out-again --data-dir data --epochs 3\n")
+    assert text.index("How to go on") < on < text.index("How to run it again") < again
+    assert "--fresh" not in text[on - 20 : again + 80]
+    assert "How to go on" not in without_pictures(make_whole_run(tmp_path / "done").path).text
+
+
+def test_no_secret_of_an_address_gets_into_the_page(tmp_path: Path) -> None:
+    url = "https://me:secret@mirror/c.tar.gz?token=secret"
+    config = TrainConfig(data=DataConfig(cifar10_url=url), epochs=3)
+    output = make_run(tmp_path / "run", config)
+    assert "secret" not in (output.path / "run.json").read_text()
+    # As earlier versions have left it.
+    change(output.path, cifar10_url=url)
+    page = render(RunRecord.load(output.path), {})
+    assert "secret" not in page
+    assert "--cifar10-url &#39;https://REMOVED@mirror/c.tar.gz?REMOVED&#39;" in page
+    assert "put them back where --cifar10-url has REMOVED" in page
+    assert "REMOVED" not in render(RunRecord.load(make_whole_run(tmp_path / "done").path), {})

@@ -12,6 +12,7 @@ from job.output import OutputDir
 from job.predictions import Predictions
 from job.run_record import RunRecord
 from tests.conftest import RunJob
+from tests.run_folders import make_run
 
 TRAIN_AGAIN = "run the same train command again"
 EVALUATE = "write it anew with python -m job evaluate --output-dir"
@@ -24,6 +25,31 @@ def test_a_whole_run_is_read(whole: OutputDir) -> None:
     assert record.class_names == ["cat", "dog", "eel"]
     assert record.predictions is not None
     assert RunRecord.load(whole.path, with_predictions=False).predictions is None
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "restarts"),
+    [
+        (["done"], []),
+        (["stopped", "done"], [15]),
+        (["done", "done"], []),  # more epochs, or the report alone
+        (["done", "stopped", "done"], [30]),
+        (["stopped", "failed", "done", "done"], [15, 30]),
+    ],
+)
+def test_going_on_with_a_finished_run_is_no_restart(
+    tmp_path: Path, outcomes: list[str], restarts: list[int]
+) -> None:
+    output = make_run(tmp_path / "run", ends=tuple((outcome, None) for outcome in outcomes))
+    assert [step for step, _ in RunRecord.load(output.path).restarts] == restarts
+
+
+def test_an_attempt_that_did_not_train_interrupts_nothing(tmp_path: Path) -> None:
+    output = make_run(tmp_path / "run", ends=(("done", None), ("failed", None), ("done", None)))
+    document = json.loads((output.path / "run.json").read_text())
+    document["attempts"][1]["first_step"] = None
+    output.write_json("run.json", document)
+    assert RunRecord.load(output.path).restarts == []
 
 
 def set_entry(*names: str | int, value: Any) -> Callable[[Any], None]:
