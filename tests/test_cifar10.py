@@ -182,13 +182,13 @@ def test_no_secret_of_an_address_is_told(
     tmp_path: Path, serve: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log.configure("json")
-    url = serve.replace("://", "://me:secret@") + "?token=secret"
+    url = serve.replace("://", "://me:hunter2@") + "?token=hunter2"
     with pytest.raises(UserError, match="REMOVED@") as error:
         cifar10.load(tmp_path / "data", url)
     said = f"{error.value} {capsys.readouterr().out}"
-    assert "secret" not in said
+    assert "hunter2" not in said
     found = cifar10.find(DataConfig(data_dir=tmp_path / "nothing", cifar10_url=url))
-    assert "secret" not in found.description
+    assert "hunter2" not in found.description
 
 
 def test_a_verified_download_is_kept_and_read(
