@@ -13,6 +13,7 @@ from job.checkpoint import Checkpoint, CheckpointStore
 from job.cluster import NO_RUN, RunIdentity, run_identity
 from job.config import ExitCode, JobError, StoppedError, TrainConfig, UserError
 from job.fingerprint import require_same_run, run_options
+from job.folders import prepare_output_dir
 from job.lease import LeaseLostError
 from job.manifest import RunManifest, earlier_manifest, was_started_fresh_by
 from job.output import (
@@ -22,7 +23,6 @@ from job.output import (
     PREDICTIONS,
     REPORT,
     OutputDir,
-    prepare_output_dir,
     read_json,
     sha256_of,
 )

@@ -8,7 +8,8 @@ import keras
 from keras.src.legacy.saving.legacy_h5_format import save_model_to_hdf5
 
 from job.config import UserError
-from job.output import OutputDir, require_model
+from job.folders import require_model
+from job.output import OutputDir
 
 
 def save_model(model: keras.Model, output: OutputDir, name: str) -> None:
