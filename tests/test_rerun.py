@@ -30,6 +30,14 @@ EVERYTHING = TrainConfig(
     checkpoint_every_seconds=1e6,
     tensorboard=True,
 )
+# As one attempt at it may have been started.
+ATTEMPT = replace(
+    EVERYTHING,
+    fresh=True,
+    run_id="mine",
+    stop_after_seconds=5.0,
+    metrics_textfile=Path("one.prom"),
+)
 
 
 def parse(command: str) -> dict[str, Any]:
@@ -62,28 +70,14 @@ def test_the_command_gives_the_runs_configuration_in_another_folder(config: Trai
 
 
 def test_what_was_said_to_one_attempt_is_not_repeated() -> None:
-    config = replace(
-        EVERYTHING,
-        fresh=True,
-        run_id="mine",
-        stop_after_seconds=5.0,
-        metrics_textfile=Path("one.prom"),
-    )
-    assert train_command(as_recorded(config), "again") == train_command(
+    assert train_command(as_recorded(ATTEMPT), "again") == train_command(
         as_recorded(EVERYTHING), "again"
     )
 
 
 def test_going_on_keeps_folder_name_and_textfile_and_does_not_start_over() -> None:
-    config = replace(
-        EVERYTHING,
-        fresh=True,
-        run_id="mine",
-        stop_after_seconds=5.0,
-        metrics_textfile=Path("one.prom"),
-    )
-    expected = replace(config, fresh=False, stop_after_seconds=None)
-    assert parse(resume_command(as_recorded(config))) == describe_config(expected)
+    expected = replace(ATTEMPT, fresh=False, stop_after_seconds=None)
+    assert parse(resume_command(as_recorded(ATTEMPT))) == describe_config(expected)
 
 
 def test_only_options_that_differ_from_the_defaults_are_named_besides_the_folders() -> None:
