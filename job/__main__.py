@@ -10,7 +10,7 @@ from job.preemption import listen_to_signals
 def run() -> None:
     """Run the program; signals first, so that none finds it unprepared while it loads."""
     stop = listen_to_signals()
-    from job.cli import main
+    from job.program import main
 
     try:
         main(stop)

@@ -13,17 +13,16 @@ from job.checkpoint import Checkpoint, CheckpointStore
 from job.cluster import NO_RUN, RunIdentity, run_identity
 from job.config import ExitCode, JobError, StoppedError, TrainConfig, UserError
 from job.fingerprint import require_same_run, run_options
+from job.folders import prepare_output_dir
 from job.lease import LeaseLostError
-from job.manifest import RunManifest, was_started_fresh_by
+from job.manifest import RunManifest, earlier_manifest, was_started_fresh_by
 from job.output import (
     EVALUATION,
     MODEL,
     PREDICTION,
     PREDICTIONS,
     REPORT,
-    RUN,
     OutputDir,
-    prepare_output_dir,
     read_json,
     sha256_of,
 )
@@ -116,7 +115,7 @@ def open_attempt(config: TrainConfig, stop: StopRequest) -> Iterator[Attempt]:
     identity = run_identity(os.environ, config.run_id)
 
     def require_same_options() -> None:
-        running = read_json(config.output_dir / RUN)
+        running = earlier_manifest(config.output_dir)
         if running and not config.fresh:
             require_same_run(running["config"], run_options(config), config.output_dir)
 
@@ -166,7 +165,7 @@ def look_at(
     Raises:
         UserError: If the folder holds another run, or one that cannot go on.
     """
-    document = read_json(output.path / RUN)
+    document = earlier_manifest(output.path)
     is_complete = _is_complete(output.path, document)
     checkpoints = CheckpointStore(output)
     if config.fresh and not _has_started_over(config, identity, document, is_complete):

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from numpy._core.multiarray import _reconstruct
 
 from job import log
+from job.addresses import without_secrets
 from job.config import DataConfig, UserError
 from job.dataset import Dataset, Finding, Source
 from job.progress import DownloadBar
@@ -86,7 +87,8 @@ def find(config: DataConfig) -> Finding:
         raise _unreadable(config.data_dir, error) from error
     if path:
         return Finding(f"in {path}")
-    description = f"not in {config.data_dir}/; would be downloaded from {config.cifar10_url}"
+    address = without_secrets(config.cifar10_url)
+    description = f"not in {config.data_dir}/; would be downloaded from {address}"
     return Finding(description, (TRAIN_EXAMPLES, TEST_EXAMPLES))
 
 
@@ -121,7 +123,8 @@ def download(data_dir: Path, url: str) -> None:
         raise UserError(
             f"cannot create --data-dir {data_dir}: {error.strerror}; name a folder you can write"
         ) from error
-    log.event("download", url=url, message=f"downloading {url} to {data_dir}")
+    address = without_secrets(url)
+    log.event("download", url=address, message=f"downloading {address} to {data_dir}")
     pooch.get_logger().setLevel(logging.ERROR)
     try:
         with DownloadBar(ARCHIVE_NAME, enabled=not log.is_json()) as bar:
@@ -138,12 +141,12 @@ def download(data_dir: Path, url: str) -> None:
         response = error.response
         reason = type(error).__name__ if response is None else f"HTTP {response.status_code}"
         raise UserError(
-            f"no CIFAR-10 in --data-dir {data_dir} and {url} does not give it ({reason}); put "
+            f"no CIFAR-10 in --data-dir {data_dir} and {address} does not give it ({reason}); put "
             f"{ARCHIVE_NAME} there, or train with --dataset synthetic"
         ) from error
     except ValueError as error:
         raise UserError(
-            f"the file downloaded from {url} is not the official archive: expected SHA-256 "
+            f"the file downloaded from {address} is not the official archive: expected SHA-256 "
             f"{ARCHIVE_SHA256}; nothing was kept, check the address or put {ARCHIVE_NAME} into "
             f"--data-dir {data_dir} yourself"
         ) from error

@@ -3,19 +3,16 @@
 TensorFlow is imported inside the commands that need it, so that ``--help`` answers at once.
 """
 
-import contextlib
 import json
-import logging
 import os
 import sys
-import traceback
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any
 
 import click
 
 from job import __version__, config, log
-from job.config import ExitCode, JobError, TrainConfig
+from job.config import TrainConfig
 from job.options import (
     FOLDER,
     OwnPictureType,
@@ -77,7 +74,7 @@ def train(
     run_config = train_config(options)
     from job.attempt import open_attempt
     from job.cluster import cluster_spec
-    from job.output import warn_unless_mounted
+    from job.folders import warn_unless_mounted
 
     if expect_mount:
         warn_unless_mounted(run_config.output_dir)
@@ -93,27 +90,18 @@ def train(
         _load_tensorflow()
         from job.multi_worker import train_together
 
-        if train_together(run_config, spec, stop).is_finished and spec.is_chief:
-            _report_finished(run_config)
+        train_together(run_config, spec, stop)
         return
     with open_attempt(run_config, stop) as attempt:
         if attempt.is_finished:
-            _report_finished(run_config)
+            from job.finished import report_finished
+
+            report_finished(run_config, attempt)
             return
         _load_tensorflow()
         from job.train import train_and_evaluate
 
         train_and_evaluate(run_config, attempt)
-
-
-def _report_finished(run_config: TrainConfig) -> None:
-    folder = run_config.output_dir
-    log.event(
-        "finished",
-        output_dir=str(folder),
-        message=f"the run in {folder}/ is finished; raise --epochs to go on with it, start over "
-        f"with --fresh, or name another --output-dir",
-    )
 
 
 @cli.command()
@@ -135,7 +123,8 @@ def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) ->
     log.configure(log_format)
     run_config = train_config(options)
     from job.attempt import hold_output_dir
-    from job.output import MODEL, require_model
+    from job.folders import require_model
+    from job.output import MODEL
 
     require_model(run_config.output_dir / MODEL)
     with hold_output_dir(run_config.output_dir, stop, brief=True) as output:
@@ -188,8 +177,9 @@ def predict(stop: StopRequest, /, images: tuple[str, ...], **options: Any) -> No
     log.configure("text")  # stdout is for the predictions
     stop.advice = "run the same command again"
     png = options["png"]
+    from job.folders import require_folder_for, require_model
     from job.images import find_images, require_no_source
-    from job.output import MODEL, require_folder_for, require_model
+    from job.output import MODEL
 
     path = options["model"] or options["output_dir"] / MODEL
     require_model(path)
@@ -216,8 +206,9 @@ def compare(folders: tuple[str, ...], **options: Any) -> None:
     Runs that are not finished are told and left out of the means.
     """
     log.configure("text")  # stdout is for the comparison
-    from job.compare import compare_runs, save_picture, write_tables
-    from job.output import require_folder_for
+    from job.compare import compare_runs, save_picture
+    from job.compare_tables import write_tables
+    from job.folders import require_folder_for
     from job.terminal import printable, say, write_lines
 
     png = options["png"]
@@ -255,65 +246,3 @@ def _load_tensorflow(*, verbose: bool = False) -> list[str]:
     from job.startup import load_tensorflow
 
     return load_tensorflow(verbose=verbose)
-
-
-def main(stop: StopRequest) -> NoReturn:
-    """Run the command line and end the process with one of the job's exit codes.
-
-    Args:
-        stop: Is asked by signals.
-    """
-    # While TensorFlow is imported, descriptor 2 leads elsewhere.
-    stderr = _duplicate_stderr()
-
-    def say_why(reason: str) -> None:
-        _report(f"{reason}; {stop.advice}", ExitCode.RUN_AGAIN, stderr)
-
-    with stop.last_words(say_why):
-        # Until the command says otherwise: its options may be what is wrong.
-        log.configure(log.wanted_format(os.environ.get("JOB_LOG_FORMAT")))
-        try:
-            cli.main(prog_name="cifar10-job", standalone_mode=False, obj=stop)
-        except click.exceptions.NoArgsIsHelpError as error:
-            click.echo(error.format_message(), err=True)
-            sys.exit(ExitCode.USER_ERROR)
-        except click.NoSuchOption as error:
-            of_a_command = error.ctx is not None and error.ctx.command is not cli
-            advice = "" if of_a_command else " Options come after a command: train --epochs 3."
-            _fail(error.format_message() + advice, ExitCode.USER_ERROR, stderr)
-        except click.ClickException as error:
-            _fail(error.format_message(), ExitCode.USER_ERROR, stderr)
-        except JobError as error:
-            _fail(str(error), error.exit_code, stderr)
-        except Exception:
-            trace = traceback.format_exc()
-            with contextlib.suppress(OSError):
-                print(trace, end="", file=stderr, flush=True)
-            problem = "this is a defect of the job: please report the trace above"
-            _fail(problem, ExitCode.DEFECT, stderr)
-    sys.exit(ExitCode.DONE)
-
-
-def _duplicate_stderr() -> TextIO | None:
-    try:
-        return os.fdopen(os.dup(2), "w")
-    except OSError:
-        return None  # it is closed
-
-
-def _fail(message: str, exit_code: ExitCode, stderr: TextIO | None) -> NoReturn:
-    """Report the end of the run in one line and end the process."""
-    _report(message, exit_code, stderr)
-    sys.exit(exit_code)
-
-
-def _report(message: str, exit_code: ExitCode, stderr: TextIO | None) -> None:
-    line = " ".join(message.split())
-    stopped = exit_code == ExitCode.RUN_AGAIN
-    # The exit code counts, even if whoever read the message has gone.
-    with contextlib.suppress(OSError):
-        text = f"cifar10-job: {'stopped' if stopped else 'error'}: {line}"
-        print(text, file=stderr, flush=True)
-    if log.is_json():
-        name, level = ("stopped", logging.WARNING) if stopped else ("error", logging.ERROR)
-        log.event(name, level, message=line, exit_code=int(exit_code))

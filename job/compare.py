@@ -9,7 +9,7 @@ from typing import Any
 from job.config import UserError
 from job.output import OutputDir
 from job.runs import SETTINGS, Run, read_run, run_folders
-from job.terminal import printable, write_lines, write_table
+from job.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class Group:
         return statistics.fmean(run.elapsed_seconds for run in self.runs)
 
     @property
+    def repeats(self) -> int:
+        """How many runs repeat the seed of another one."""
+        return len(self.runs) - len({run.seed for run in self.runs})
+
+    @property
     def best(self) -> Run:
         """The run whose saved model is the most accurate, the first among equals."""
         return max(self.runs, key=lambda run: run.accuracy or 0.0)
@@ -75,7 +80,7 @@ class Comparison:
     Attributes:
         runs: Every run of which it can be told which it is, by settings and seed.
         groups: The finished ones among them, by settings.
-        varying: Names of the settings in which runs differ.
+        varying: Names of the settings that tell them apart.
         left_out: For each folder whose run is in no group the reason.
     """
 
@@ -83,6 +88,11 @@ class Comparison:
     groups: tuple[Group, ...]
     varying: tuple[str, ...]
     left_out: dict[str, str]
+
+    @property
+    def common(self) -> list[str]:
+        """Names of the settings that are the same in every run."""
+        return [name for name in SETTINGS if len({run.settings[name] for run in self.runs}) == 1]
 
     def document(self) -> dict[str, Any]:
         """This comparison as a JSON object; the README documents it."""
@@ -109,9 +119,10 @@ def compare_runs(folders: Iterable[str]) -> Comparison:
             runs.append(read_run(folder))
         except UserError as error:
             left_out[folder] = str(error)
+    runs = _without_copies(runs, left_out)
     left_out |= {run.folder: run.problem for run in runs if run.problem}
     runs.sort(key=lambda run: (_order(run), run.seed))
-    varying = tuple(name for name in SETTINGS if len({run.settings[name] for run in runs}) > 1)
+    varying = tuple(name for name in SETTINGS if _tells_apart(runs, name))
     alike: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         if not run.problem:
@@ -125,6 +136,29 @@ def compare_runs(folders: Iterable[str]) -> Comparison:
     return Comparison(tuple(runs), groups, varying, left_out)
 
 
+def _without_copies(runs: list[Run], left_out: dict[str, str]) -> list[Run]:
+    """The runs without finished ones that are there again; `left_out` is told of these."""
+    originals: dict[Any, Run] = {}
+    for run in runs:
+        if not run.problem and originals.setdefault(run.identity, run) is not run:
+            left_out[run.folder] = f"a copy of {originals[run.identity].folder}"
+    return [run for run in runs if run.folder not in left_out]
+
+
+def _tells_apart(runs: Sequence[Run], name: str) -> bool:
+    """Whether runs differ in a setting.
+
+    Another learning rate, for one, is another recipe's fingerprint too: that one is worth a word
+    only where nothing else tells.
+    """
+    values: dict[tuple[Any, ...], set[Any]] = {}
+    for run in runs:
+        others = [run.settings[other] for other in SETTINGS if other != name]
+        key = tuple(others) if name == "recipe_fingerprint" else ()
+        values.setdefault(key, set()).add(run.settings[name])
+    return any(len(one) > 1 for one in values.values())
+
+
 def _order(run: Run) -> list[tuple[bool, bool, Any]]:
     # None before numbers before texts.
     return [(value is not None, isinstance(value, str), value) for value in run.settings.values()]
@@ -132,14 +166,15 @@ def _order(run: Run) -> list[tuple[bool, bool, Any]]:
 
 def _label(run: Run, varying: Sequence[str]) -> str:
     names = [name for name in varying if name != "recipe"]
-    return ", ".join([_value(run, "recipe"), *_named(run, names)])
+    return ", ".join([setting(run, "recipe"), *named(run, names)])
 
 
-def _named(run: Run, names: Iterable[str]) -> list[str]:
-    return [f"{_title(name)} {value}" for name in names if (value := _value(run, name))]
+def named(run: Run, names: Iterable[str]) -> list[str]:
+    """Settings with their names, in words."""
+    return [f"{title(name)} {value}" for name in names if (value := setting(run, name))]
 
 
-def _value(run: Run, name: str) -> str:
+def setting(run: Run, name: str) -> str:
     """A setting in words; empty where there is none, as synthetic images have no data."""
     value = run.settings[name]
     if value is None:
@@ -147,7 +182,8 @@ def _value(run: Run, name: str) -> str:
     return printable(str(value))
 
 
-def _title(name: str) -> str:
+def title(name: str) -> str:
+    """A setting's name in words."""
     return name.replace("_", " ")
 
 
@@ -177,67 +213,6 @@ def _group_document(group: Group) -> dict[str, Any]:
         "best": {"folder": best.folder, "seed": best.seed, "accuracy": best.accuracy},
         "elapsed_seconds": group.elapsed_seconds,
     }
-
-
-def write_tables(comparison: Comparison) -> None:
-    """Write a table of the runs and one of their groups to stdout.
-
-    Raises:
-        UserError: If it cannot be written.
-    """
-    varying = comparison.varying
-    common = _named(comparison.runs[0], [name for name in SETTINGS if name not in varying])
-    titles = [_title(name) for name in varying]
-    write_lines([f"Every run: {', '.join(common)}", ""])
-    write_table(
-        ["run", *titles, "seed", "last", "last five", "model", "loss", "time", "outcome"],
-        [_run_row(run, varying) for run in comparison.runs],
-        left=("run", *titles, "outcome"),
-    )
-    write_lines(["", "Means over the finished runs that differ in nothing but their seed:"])
-    write_table(
-        [*titles, "runs", "last five", "±", "model", "±", "best", "seed", "time", "best run"],
-        [_group_row(group, varying) for group in comparison.groups],
-        left=(*titles, "best run"),
-    )
-
-
-def _run_row(run: Run, varying: Sequence[str]) -> list[str]:
-    return [
-        run.folder,
-        *(_value(run, name) for name in varying),
-        str(run.seed),
-        _percent(run.last),
-        _percent(run.last_mean),
-        _percent(run.accuracy),
-        "" if run.loss is None else f"{run.loss:.4f}",
-        _seconds(run.elapsed_seconds),
-        run.outcome if run.outcome == "done" else f"{run.outcome}, {len(run.curve)} epochs",
-    ]
-
-
-def _group_row(group: Group, varying: Sequence[str]) -> list[str]:
-    best, last_mean, accuracy = group.best, group.last_mean, group.accuracy
-    return [
-        *(_value(best, name) for name in varying),
-        str(len(group.runs)),
-        _percent(last_mean.mean),
-        _percent(last_mean.deviation),
-        _percent(accuracy.mean),
-        _percent(accuracy.deviation),
-        _percent(best.accuracy),
-        str(best.seed),
-        _seconds(group.elapsed_seconds),
-        best.folder,
-    ]
-
-
-def _percent(fraction: float | None) -> str:
-    return "" if fraction is None else f"{fraction:.2%}"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:,.0f} s"
 
 
 def save_picture(png: Path, comparison: Comparison) -> None:

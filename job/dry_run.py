@@ -16,9 +16,10 @@ from job.devices import Devices, open_promised_devices
 from job.engine import Plan
 from job.findings import LABEL_WIDTH, Findings
 from job.fingerprint import require_same_run, take_fingerprint
+from job.folders import prepare_output_dir
 from job.lease import Holder
 from job.manifest import describe_config
-from job.output import OutputDir, prepare_output_dir
+from job.output import OutputDir
 from job.preemption import StopRequest
 from job.recipe import get_recipe
 from job.takeover import find_holder, refusal

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib
+import inspect
 import json
 import os
 from dataclasses import dataclass
@@ -42,10 +45,13 @@ class Fingerprint:
     Attributes:
         run: Options, data and network: another value of one of them is another run.
         environment: How and on what it is computed: a difference costs the identical bits alone.
+        recipe: SHA-256 of what the recipe computes, which its name and the options do not tell.
+            A run goes on in spite of another one, for it also tells apart what makes no difference.
     """
 
     run: dict[str, Any]
     environment: dict[str, Any]
+    recipe: str
 
     def changes_since(self, environment: dict[str, Any]) -> list[str]:
         """What is computed differently than in an earlier environment, a phrase each."""
@@ -102,7 +108,47 @@ def take_fingerprint(
             "git_commit": git_commit(),
             "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         },
+        recipe=_recipe_digest(config.recipe, model),
     )
+
+
+def _recipe_digest(name: str, model: keras.Model) -> str:
+    """SHA-256 of network, optimizer and loss as Keras has them, and of the recipe's own code.
+
+    The code tells augmentation and views. Seeds do not count, and no layer's name: Keras numbers
+    those that have none.
+    """
+    network, optimizer = model.get_config(), model.optimizer
+    layers = [layer["config"]["name"] for layer in network["layers"]]
+    names = {layer: f"layer {number}" for number, layer in enumerate(layers)}
+    names |= {model.name: "network", optimizer.name: "optimizer"}
+    content = {
+        "network": _without_seeds(network, names),
+        "optimizer": _without_seeds(optimizer.get_config(), names),
+        "optimizer_class": type(optimizer).__name__,
+        "loss": model.loss,
+        "code": _code(inspect.getsource(importlib.import_module(f"job.{name}"))),
+    }
+    text = json.dumps(content, sort_keys=True, default=lambda other: type(other).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_seeds(value: Any, names: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_seeds(item, names) for key, item in value.items() if key != "seed"}
+    if isinstance(value, list | tuple):
+        return [_without_seeds(item, names) for item in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def _code(source: str) -> str:
+    """Python code without what does nothing: comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Module() | ast.ClassDef() | ast.FunctionDef() if ast.get_docstring(node):
+                del node.body[0]
+    return ast.unparse(tree)
 
 
 def require_same_run(saved: dict[str, Any], current: dict[str, Any], output_dir: Path) -> None:

@@ -1,5 +1,6 @@
 """``run.json``: what ran, on what, in which attempts, and how each ended."""
 
+import copy
 import os
 import platform
 import socket
@@ -11,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from job import __version__, log
+from job.addresses import without_secrets
 from job.cluster import RunIdentity
 from job.config import DeviceRequest, TrainConfig
-from job.output import RUN, OutputDir, read_json
+from job.output import RUN, OutputDir
+from job.run_record import DamagedError, read_manifest
 
-DETAILS = ("devices", "workers", "replicas", "threads", "precision", "xla", "deterministic", "data")
-"""What the manifest says of devices and data, null before the first training."""
+DETAILS = (
+    *("devices", "workers", "replicas", "threads", "precision", "xla", "deterministic", "data"),
+    "recipe_fingerprint",
+)
+"""What the manifest says of devices, data and recipe, null before the first training."""
 
 _VERSIONED = ("tensorflow", "keras", "numpy", "h5py")
 
@@ -35,7 +41,7 @@ class RunManifest:
     def __init__(self, output: OutputDir, identity: RunIdentity, *, fresh: bool = False) -> None:
         self._output = output
         self._lock = threading.Lock()
-        self._document: dict[str, Any] = read_json(output.path / RUN)
+        self._document = earlier_manifest(output.path)
         self._fresh = fresh
         self._attempt: dict[str, Any] = {
             "start": log.utc_now(),
@@ -62,6 +68,12 @@ class RunManifest:
         """The run's name; None where nothing tells."""
         run_id: str | None = self._attempt["run_id"]
         return run_id
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """What ``run.json`` has; empty before the first attempt begins."""
+        with self._lock:
+            return copy.deepcopy(self._document)
 
     def begin(self, config: TrainConfig) -> None:
         """Add this attempt.
@@ -156,6 +168,21 @@ class RunManifest:
         self._output.write_json(RUN, self._document)
 
 
+def earlier_manifest(folder: Path) -> dict[str, Any]:
+    """The ``run.json`` that earlier attempts have left; empty where there is none.
+
+    A damaged one is as none: this attempt writes it anew, and what decides how the run goes on is
+    in its checkpoint.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        return read_manifest(folder)
+    except DamagedError:
+        return {}
+
+
 def was_started_fresh_by(identity: RunIdentity, document: dict[str, Any]) -> bool:
     """Whether an attempt of this run has started over, by the run's manifest."""
     return identity.name is not None and any(
@@ -167,9 +194,13 @@ def was_started_fresh_by(identity: RunIdentity, document: dict[str, Any]) -> boo
 
 
 def describe_config(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as a flat JSON object, under the names of the command line's options."""
+    """The configuration as a flat JSON object, under the names of the command line's options.
+
+    It is shown and kept, so that it has no password.
+    """
     fields = asdict(config)
     fields = fields.pop("data") | fields
+    fields["cifar10_url"] = without_secrets(fields["cifar10_url"])
     devices: DeviceRequest = config.devices
     fields["devices"] = f"{devices.kind}:{devices.count}" if devices.count else devices.kind
     fields["batch_size"] = fields.pop("global_batch_size")

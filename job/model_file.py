@@ -10,7 +10,8 @@ import keras
 from keras.src.legacy.saving.legacy_h5_format import load_model_from_hdf5, save_model_to_hdf5
 
 from job.config import UserError
-from job.output import MODEL, OutputDir, require_model
+from job.folders import require_model
+from job.output import MODEL, OutputDir
 
 
 def save_model(model: keras.Model, output: OutputDir, name: str) -> None:

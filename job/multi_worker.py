@@ -12,6 +12,7 @@ from job.cluster import NO_RUN, ClusterSpec
 from job.config import TrainConfig
 from job.devices import place_replicas_on_all, require_promised_gpus
 from job.fingerprint import run_options
+from job.finished import report_finished
 from job.manifest import RunManifest, describe_config, versions
 from job.output import OutputDir
 from job.preemption import StopRequest
@@ -22,16 +23,13 @@ from job.workers import LostWorkerError, Workers, naming_lost_workers
 _EQUAL_OPTIONS = ("epochs", "precision", "jit", "deterministic", "fresh")
 
 
-def train_together(config: TrainConfig, spec: ClusterSpec, stop: StopRequest) -> Attempt:
+def train_together(config: TrainConfig, spec: ClusterSpec, stop: StopRequest) -> None:
     """Train as one of several workers.
 
     Args:
         config: What to train and how; the same for all.
         spec: The workers.
         stop: Told to one of them, it stops all after the same step.
-
-    Returns:
-        What the workers have done, or found finished.
 
     Raises:
         UserError: If the configuration, the data or a folder must be changed first, or the workers
@@ -56,13 +54,14 @@ def train_together(config: TrainConfig, spec: ClusterSpec, stop: StopRequest) ->
         if not attempt.is_finished:
             with naming_lost_workers(spec):
                 train_and_evaluate(config, attempt, placement)
+        elif workers.is_chief:
+            report_finished(config, attempt)
     try:
         # Were others to end earlier, nobody would be there for a chief that is started again.
         workers.leave()
     except LostWorkerError:
         if not workers.is_chief:
             raise
-    return attempt
 
 
 @contextlib.contextmanager

@@ -1,11 +1,9 @@
 """Pictures of predictions and comparisons; with `job.report_plots` all that uses matplotlib."""
 
-import contextlib
 import math
 import string
 import textwrap
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +19,16 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 from job.compare import Group
+from job.plot_style import PALETTE, lay_out_epochs, save_png
 from job.terminal import count
 
 # Names of classes and files are no formulas.
 plt.rcParams["text.parse_math"] = False
 
 _PREDICTED, _TRUE, _OTHER = "#c4501b", "#1b6fc4", "#b8bec6"
-# Okabe and Ito's colours, which colour-blind people can tell apart, less the pale yellow; line and
-# marker tell them apart in grey. Seven, five and six repeat together only after 210 groups.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_DPI = 110
+# Line and marker tell groups apart in grey. Seven colours, five lines and six markers repeat
+# together only after 210 groups.
 _LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _LEGEND_COLUMNS = 130
@@ -76,7 +75,7 @@ def save_prediction(
     bars.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     bars.set_xlabel("Probability")
     bars.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    save_png(figure, path, _DPI)
     plt.close(figure)
 
 
@@ -123,17 +122,8 @@ def save_predictions(path: Path, pictures: Sequence[Captioned], images: int) -> 
         axis.text(0.5, -0.03, name, caption, transform=axis.transAxes, parse_math=False)
     if len(pictures) < images:
         figure.suptitle(f"The first {len(pictures)} of {images:,} images", fontsize=14)
-    with _any_letters():
-        figure.savefig(path, format="png", dpi=110)
+    save_png(figure, path, _DPI)
     plt.close(figure)
-
-
-@contextlib.contextmanager
-def _any_letters() -> Iterator[None]:
-    """The font has no Chinese letters, for one; boxes stand in for them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
-        yield
 
 
 def _shortened(text: str) -> str:
@@ -156,23 +146,22 @@ def save_comparison(path: Path, groups: Sequence[Group]) -> None:
     )
     handles = []
     for number, group in enumerate(groups):
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = PALETTE[number % len(PALETTE)]
         line = _LINES[number % len(_LINES)]
         marker = _MARKERS[number % len(_MARKERS)]
         curves = np.array([run.curve for run in group.runs])
         mean = curves.mean(axis=0)
         epochs = np.arange(len(mean)) + 1
         for curve in curves:
-            left.plot(epochs, _percent(curve), color=colour, linewidth=0.8, alpha=0.45)
+            left.plot(epochs, 100 * curve, color=colour, linewidth=0.8, alpha=0.45)
         # A curve of a single epoch is nothing but its marker.
         style: dict[str, Any] = {"linestyle": line, "linewidth": 2.2, "marker": marker}
         style |= {"markevery": max(1, len(mean) // 8)}
-        handles += left.plot(epochs, _percent(mean), color=colour, **style)
+        handles += left.plot(epochs, 100 * mean, color=colour, **style)
         _draw_accuracies(right, number, group, colour, marker)
     left.set_title("Validation accuracy of each run, and the mean")
-    left.set_xlabel("Epoch")
     left.set_ylabel("Validation accuracy (%)")
-    left.xaxis.get_major_locator().set_params(integer=True)
+    lay_out_epochs(left, max(len(group.runs[0].curve) for group in groups))
     left.grid(alpha=0.3)
     right.set_title("Saved model of each run")
     deviates = any(group.accuracy.deviation is not None for group in groups)
@@ -190,8 +179,7 @@ def save_comparison(path: Path, groups: Sequence[Group]) -> None:
     )
     for text in below_both.get_texts():
         text.set_parse_math(False)
-    with _any_letters():
-        figure.savefig(path, format="png", dpi=110)
+    save_png(figure, path, _DPI)
     plt.close(figure)
 
 
@@ -210,14 +198,10 @@ def _legend_text(name: str, group: Group) -> str:
 
 def _draw_accuracies(axis: Axes, row: int, group: Group, colour: str, marker: str) -> None:
     """Draw runs as points, and below them their mean with the standard deviation."""
-    values = _percent([run.accuracy for run in group.runs if run.accuracy is not None])
+    values = [100 * run.accuracy for run in group.runs if run.accuracy is not None]
     axis.plot(values, np.full(len(values), row - 0.12), marker, color=colour, alpha=0.6)
     if group.accuracy.deviation is not None:
         mean, deviation = 100 * group.accuracy.mean, 100 * group.accuracy.deviation
         axis.errorbar(mean, row + 0.12, xerr=deviation, fmt="|", color="black", capsize=4, ms=14)
         text = f"{mean:.2f} ± {deviation:.2f}"
         axis.annotate(text, (mean, row + 0.12), (0, -9), textcoords="offset points", **_BELOW)
-
-
-def _percent(fractions: Sequence[float] | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return 100.0 * np.asarray(fractions)

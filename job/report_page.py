@@ -8,9 +8,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from job import report_tables
+from job.addresses import REMOVED
 from job.calibration import reliability
+from job.quantities import duration, percent
 from job.report_figures import Figure
-from job.rerun import evaluate_command, train_command
+from job.rerun import evaluate_command, resume_command, train_command
 from job.run_record import RunRecord
 
 
@@ -45,8 +47,10 @@ def render(record: RunRecord, figures: dict[str, Figure]) -> str:
         mistakes=report_tables.mistakes(record),
         attempts=report_tables.attempts(record),
         facts=report_tables.facts(record.manifest),
+        resume=config and not _is_done(record) and resume_command(config),
         rerun=config and train_command(config, f"{config['output_dir']}-again"),
         rerun_note=config and _rerun_note(record.manifest),
+        address_note=config and _address_note(config),
     )
 
 
@@ -95,7 +99,7 @@ def _notes(record: RunRecord) -> list[str]:
             f"There is no predictions.npz in the folder, so calibration, mistakes and augmented "
             f"images are missing. This writes it and the report anew: {command}"
         )
-    if record.evaluation and record.manifest.get("outcome", "done") != "done":
+    if record.evaluation and not _is_done(record):
         notes.append(
             "The evaluation is of the model that an earlier attempt saved, not of the last epoch."
         )
@@ -113,22 +117,49 @@ def _key_figures(record: RunRecord, calibration_error: float | None) -> list[tup
     figures = []
     if record.evaluation:
         examples = f"of {record.evaluation['examples']:,} test images"
-        figures.append(("Test accuracy", f"{record.evaluation['accuracy']:.2%}", examples))
+        figures.append(("Test accuracy", percent(record.evaluation["accuracy"]), examples))
         figures.append(("Test loss", f"{record.evaluation['loss']:.4f}", "nats a test image"))
     if calibration_error is not None:
-        figures.append(("Calibration error", f"{calibration_error:.2%}", "expected; 0% is best"))
+        figures.append(("Calibration error", percent(calibration_error), "expected; 0% is best"))
     if record.epochs:
         best = max(record.epochs, key=lambda line: float(line["val_accuracy"]))
+        detail = f"in epoch {best['epoch']}"
+        figures.append(("Best validation", percent(best["val_accuracy"]), detail))
+    if record.steps:
+        elapsed = duration(record.elapsed_seconds)
+        figures += [_progress(record), ("Time", elapsed, "in training and validation")]
+    if record.epochs:
         rate = statistics.median(line["images_per_second"] for line in record.epochs)
-        elapsed = record.epochs[-1]["elapsed_seconds"]
-        figures += [
-            ("Best validation", f"{best['val_accuracy']:.2%}", f"in epoch {best['epoch']}"),
-            ("Epochs", f"{len(record.epochs):,}", f"{record.epochs[-1]['step']:,} steps"),
-            ("Time", _duration(elapsed), "in training and validation"),
-            ("Throughput", f"{rate:,.0f}", "images a second, median"),
-            ("Restarts", str(len(record.restarts)), "of the training"),
-        ]
+        figures.append(("Throughput", f"{rate:,.0f}", "images a second, median"))
+    if record.steps:
+        figures.append(("Restarts", str(len(record.restarts)), "of the training"))
     return figures
+
+
+def _progress(record: RunRecord) -> tuple[str, str, str]:
+    """How far the run is: "epoch 1 of 20", "402 of 6,240 steps"."""
+    per_epoch, steps = record.steps_per_epoch, record.steps
+    if _is_done(record) or per_epoch is None:
+        return ("Epochs", f"{len(record.epochs):,}", f"{steps:,} steps")
+    epochs = record.manifest["config"]["epochs"]
+    epoch = min(steps // per_epoch + 1, epochs)
+    return (
+        *("Progress", f"epoch {epoch:,} of {epochs:,}"),
+        f"{steps:,} of {epochs * per_epoch:,} steps",
+    )
+
+
+def _is_done(record: RunRecord) -> bool:
+    return bool(record.manifest.get("outcome", "done") == "done")
+
+
+def _address_note(config: dict[str, Any]) -> str | None:
+    if REMOVED not in config.get("cifar10_url", ""):
+        return None
+    return (
+        f"The address of the data had a user's name, a password or a query, which are not kept: "
+        f"put them back where --cifar10-url has {REMOVED}."
+    )
 
 
 def _rerun_note(manifest: dict[str, Any]) -> str:
@@ -139,11 +170,3 @@ def _rerun_note(manifest: dict[str, Any]) -> str:
         f"command does not name. If deterministic is true below, devices of the same kind give the "
         f"same bits, else they give similar figures."
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from job.calibration import Reliability
+from job.plot_style import BLUE, VERMILION, lay_out_epochs, save_png
 
-# Blue and vermilion of Okabe and Ito's palette, which colour-blind people tell apart.
-_FIRST, _SECOND, _GREY = "#0072b2", "#d55e00", "#5f6770"
+_FIRST, _SECOND, _GREY = BLUE, VERMILION, "#5f6770"
 _WIDTH = 5.0  # inches
+_DPI = 200
 _STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 12,
@@ -36,7 +36,6 @@ _STYLE: Any = {
     "figure.constrained_layout.use": True,
     "figure.constrained_layout.w_pad": 0.08,
     "figure.constrained_layout.h_pad": 0.08,
-    "savefig.dpi": 200,
     "text.parse_math": False,
 }
 _in_style = mpl.rc_context(_STYLE)
@@ -50,7 +49,7 @@ def _figure(height: float, **options: Any) -> tuple[Figure, Any]:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    save_png(figure, buffer, _DPI)
     return buffer.getvalue()
 
 
@@ -80,8 +79,8 @@ def curves(
         axes.plot(
             epochs, values, style, color=colour, marker=marker, markevery=every, label=name, ms=5
         )
-    axes.set(title=title, xlabel="Epoch", ylabel=unit)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(title=title, ylabel=unit)
+    lay_out_epochs(axes, max(epochs))
     figure.legend(loc="outside lower center", ncols=2)
     return _png(figure)
 

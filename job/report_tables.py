@@ -8,6 +8,12 @@ from job.manifest import DETAILS
 from job.report_figures import list_mistakes
 from job.run_record import RunRecord
 
+_PRECISIONS: dict[str | None, str] = {
+    "float32": "float32, numbers of 32 bits",
+    "bfloat16": "bfloat16, numbers of 16 bits with the range of float32; weights and last layer "
+    "stay float32",
+}
+
 
 @dataclass(frozen=True)
 class Table:
@@ -104,15 +110,20 @@ def facts(manifest: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str]
     """Tables of names and values: heading, caption and rows of each."""
     if not manifest:
         return []
-    computed = {name: manifest[name] for name in DETAILS if name not in ("devices", "data")}
-    for number, device in enumerate(manifest["devices"] or [], 1):
+    elsewhere = ("devices", "data", "recipe_fingerprint")
+    computed = {name: manifest.get(name) for name in DETAILS if name not in elsewhere}
+    precision = computed["precision"]
+    computed["precision"] = _PRECISIONS.get(precision, precision)
+    for number, device in enumerate(manifest.get("devices") or [], 1):
         computed[f"device {number}"] = ", ".join(_described(*item) for item in device.items())
     options = {f"--{name.replace('_', '-')}": value for name, value in manifest["config"].items()}
-    versions = manifest["versions"] | {"git commit": manifest["git_commit"]}
+    versions = manifest["versions"] | {
+        name: manifest.get(name) for name in ("git_commit", "recipe_fingerprint")
+    }
     return [
         ("Configuration", "Every option of train", _rows(options)),
         ("Devices", "What it was computed on, and what auto came to", _rows(computed)),
-        ("Data", "The data set, with SHA-256 of its content", _rows(manifest["data"] or {})),
+        ("Data", "The data set, with SHA-256 of its content", _rows(manifest.get("data") or {})),
         ("Versions", "Of the job and of what decides its numbers", _rows(versions)),
     ]
 

@@ -1,6 +1,7 @@
 """The command line that repeats a run."""
 
 import shlex
+from collections.abc import Collection
 from typing import Any
 
 from job.config import TrainConfig
@@ -8,7 +9,8 @@ from job.manifest import describe_config
 
 # The folders stand in front. The others were said to one attempt and do not change what the run
 # computes; --fresh would discard the very run that is to be repeated, and a textfile is of one run.
-_NOT_REPEATED = ("output_dir", "data_dir", "fresh", "run_id", "stop_after", "metrics_textfile")
+_NOT_RESUMED = ("output_dir", "data_dir", "fresh", "stop_after")
+_NOT_REPEATED = (*_NOT_RESUMED, "run_id", "metrics_textfile")
 
 
 def train_command(config: dict[str, Any], output_dir: str) -> str:
@@ -22,12 +24,21 @@ def train_command(config: dict[str, Any], output_dir: str) -> str:
         A line for a shell, with the folders of artifacts and data and every option whose value is
         not the default.
     """
+    return _train_command(config, output_dir, _NOT_REPEATED)
+
+
+def resume_command(config: dict[str, Any]) -> str:
+    """The command that goes on with a run in its folder, from its ``config`` in ``run.json``."""
+    return _train_command(config, config["output_dir"], _NOT_RESUMED)
+
+
+def _train_command(config: dict[str, Any], output_dir: str, left_out: Collection[str]) -> str:
     defaults = describe_config(TrainConfig())
     options: dict[str, Any] = {"output_dir": output_dir}
     if config["dataset"] != "synthetic":
         options["data_dir"] = config["data_dir"]
     for name, value in config.items():
-        is_repeated = name in defaults and name not in _NOT_REPEATED
+        is_repeated = name in defaults and name not in left_out
         if is_repeated and value != defaults[name]:
             options[name] = value
     return _command("train", options)

@@ -1,6 +1,5 @@
 """Runs as their output folders tell them: settings, accuracies, and whether they are finished."""
 
-import json
 import os
 import statistics
 from collections.abc import Iterable
@@ -10,15 +9,16 @@ from typing import Any
 
 from job.config import TrainConfig, UserError
 from job.fingerprint import run_options
-from job.output import EVALUATION, METRICS, RUN, read_json
+from job.output import EVALUATION, METRICS, RUN
+from job.run_record import RunRecord
 
 SETTINGS = (
     *(name for name in run_options(TrainConfig()) if name != "seed"),
-    *("epochs", "precision", "replicas", "data"),
+    *("epochs", "precision", "replicas", "data", "recipe_fingerprint"),
 )
 """What decides a run's result, but for its seed: the options that all of its attempts have in
 common, how far it goes, what it computes in, on how many replicas (each normalizes its own rows of
-a batch), and the first digits of its data's fingerprint."""
+a batch), and the first digits of the fingerprints of its data and of what its recipe computes."""
 
 _LAST = 5
 
@@ -37,6 +37,8 @@ class Run:
         elapsed_seconds: Time in training and validation.
         outcome: As in ``run.json``.
         problem: Why it cannot be compared; None where it can.
+        attempts: When and where those of its attempts began that have trained it; the same in a
+            copy of its folder alone.
     """
 
     folder: str
@@ -48,6 +50,13 @@ class Run:
     elapsed_seconds: float
     outcome: str
     problem: str | None
+    attempts: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What a copy of its folder has in common with it, and no other run has."""
+        settings = tuple(self.settings.values())
+        return (self.seed, settings, self.attempts, self.curve, self.elapsed_seconds)
 
     @property
     def last(self) -> float | None:
@@ -93,68 +102,53 @@ def read_run(folder: str) -> Run:
     """Read what a run's folder tells.
 
     Raises:
-        UserError: If that is too little to say which run it is; tells why without the folder.
+        UserError: If that is too little to say which run it is, or damaged.
     """
-    path = Path(folder)
     if not _holds_run(folder):
         there = os.path.isdir(folder)  # noqa: PTH112 (no error for a name that cannot be)
         raise UserError(
             f"it holds no {RUN}, nor does a folder in it" if there else "there is no such folder"
         )
-    document, evaluation = read_json(path / RUN), read_json(path / EVALUATION)
-    try:
-        curve = _read_curve(path / METRICS)
-        problem = _problem(document, evaluation, len(curve))
-        return Run(
-            folder,
-            int(document["config"]["seed"]),
-            _settings(document),
-            curve,
-            None if problem else float(evaluation["accuracy"]),
-            None if problem else float(evaluation["loss"]),
-            float(document["elapsed_seconds"]),
-            str(document["outcome"]),
-            problem,
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"its {RUN}, {METRICS} or {EVALUATION} is damaged ({type(error).__name__}: {error})"
-        ) from error
+    record = RunRecord.load(Path(folder), with_predictions=False)
+    manifest, evaluation, problem = record.manifest, record.evaluation, _problem(record)
+    return Run(
+        folder=folder,
+        seed=manifest["config"]["seed"],
+        settings=_settings(manifest),
+        curve=tuple(line["val_accuracy"] for line in record.epochs),
+        accuracy=None if problem else evaluation["accuracy"],
+        loss=None if problem else evaluation["loss"],
+        elapsed_seconds=manifest["elapsed_seconds"],
+        outcome=manifest["outcome"],
+        problem=problem,
+        attempts=tuple(
+            (attempt["start"], attempt["host"])
+            for attempt in manifest["attempts"]
+            if (attempt["last_step"] or 0) > (attempt["first_step"] or 0)
+        ),
+    )
 
 
-def _settings(document: dict[str, Any]) -> dict[str, Any]:
-    fingerprint = (document["data"] or {}).get("fingerprint")
-    if document["config"]["dataset"] == "synthetic":
+def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
+    fingerprint = (manifest.get("data") or {}).get("fingerprint")
+    if manifest["config"]["dataset"] == "synthetic":
         fingerprint = None  # its images are drawn from the seed
-    known = document["config"] | {
-        "precision": document["precision"],
-        "replicas": document["replicas"],
+    known = manifest["config"] | {
+        "precision": manifest.get("precision"),
+        "replicas": manifest.get("replicas"),
         "data": fingerprint and fingerprint[:8],
+        # Earlier versions have none.
+        "recipe_fingerprint": (manifest.get("recipe_fingerprint") or "")[:8] or None,
     }
-    settings = {name: known[name] for name in SETTINGS}
-    for name, value in settings.items():
-        if isinstance(value, list | dict):
-            raise TypeError(f"{name} is {value}")
-    return settings
+    return {name: known[name] for name in SETTINGS}
 
 
-def _read_curve(metrics: Path) -> tuple[float, ...]:
-    try:
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return ()
-    except OSError as error:
-        raise UserError(f"its {METRICS} cannot be read: {error.strerror}") from error
-    return tuple(float(json.loads(line)["val_accuracy"]) for line in lines)
-
-
-def _problem(document: dict[str, Any], evaluation: dict[str, Any], epochs: int) -> str | None:
+def _problem(record: RunRecord) -> str | None:
     """Why a run cannot be compared."""
-    expected = document["config"]["epochs"]
-    if document["outcome"] != "done":
-        return f"{document['outcome']} after {epochs} of {expected} epochs"
+    outcome, epochs = record.manifest["outcome"], len(record.epochs)
+    expected = record.manifest["config"]["epochs"]
+    if outcome != "done":
+        return f"{outcome} after {epochs} of {expected} epochs"
     if epochs != expected:
         return f"its {METRICS} has {epochs} lines, expected {expected}"
-    if not {"accuracy", "loss"} <= evaluation.keys():
-        return f"it holds no {EVALUATION}, or a damaged one"
-    return None
+    return None if record.evaluation else f"it holds no {EVALUATION}"

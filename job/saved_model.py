@@ -13,8 +13,9 @@ from job.config import TrainConfig, UserError
 from job.dataset import Dataset, load_dataset
 from job.devices import Devices, open_promised_devices
 from job.evaluate import Evaluation, Evaluator
+from job.manifest import earlier_manifest
 from job.model_file import load_model
-from job.output import EVALUATION, MODEL, PREDICTION, RUN, OutputDir, read_json, sha256_of
+from job.output import EVALUATION, MODEL, PREDICTION, OutputDir, sha256_of
 from job.predictions import Predictions, most_confident_mistakes
 from job.recipe import Recipe, get_recipe
 from job.report import try_to_write_report
@@ -103,7 +104,7 @@ def evaluate_saved(
 
 def _check_same_name(config: TrainConfig, output_dir: Path) -> None:
     """Refuse another data set than the run's by its name, before anything is downloaded."""
-    trained_on = read_json(output_dir / RUN).get("data")
+    trained_on = earlier_manifest(output_dir).get("data")
     if trained_on and trained_on["name"] != config.data.dataset:
         raise UserError(
             f"--dataset received {config.data.dataset}, expected {trained_on['name']}, which the "
@@ -113,7 +114,7 @@ def _check_same_name(config: TrainConfig, output_dir: Path) -> None:
 
 def _check_same_data(output_dir: Path, dataset: Dataset) -> None:
     """Refuse to judge a model by other test images than those its run was validated on."""
-    trained_on = read_json(output_dir / RUN).get("data")
+    trained_on = earlier_manifest(output_dir).get("data")
     if trained_on and trained_on["test_fingerprint"] != dataset.test_fingerprint:
         raise UserError(
             f"received the test images of {dataset.name}, expected those that the run in "
@@ -151,7 +152,7 @@ def _keep_for_report(
     seed: int,
 ) -> None:
     """Write ``predictions.npz``."""
-    run = read_json(output.path / RUN)
+    run = earlier_manifest(output.path)
     seed = run["config"]["seed"] if run else seed
     mistakes = most_confident_mistakes(dataset.test_labels, probabilities, _MISTAKES)
     # The first image of each class.

@@ -22,9 +22,13 @@ UPDATE_SECONDS = 5.0
 
 STATES = ("running", "done", "stopped", "failed")
 
-TextfilePhase = Literal[Phase, "starting", "evaluating", "reporting"]
+TextfilePhase = Literal[Phase, "starting", "evaluating"]
 PHASES: tuple[TextfilePhase, ...] = (
-    *("starting", "compiling", "training", "validating", "evaluating", "reporting"),
+    "starting",
+    "compiling",
+    "training",
+    "validating",
+    "evaluating",
 )
 
 GAUGES = {

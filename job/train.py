@@ -53,7 +53,13 @@ def train_and_evaluate(
         JobError: If the loss is no finite number any more.
     """
     with open_textfile(config, attempt) as textfile:
-        return _train_and_evaluate(config, attempt, placement, textfile)
+        evaluation = _train_and_evaluate(config, attempt, placement, textfile)
+        # First, because the report tells how the run ended.
+        attempt.manifest.finish("done")
+    # The textfile says done by now, as run.json does, whatever becomes of the report.
+    if evaluation:
+        try_to_write_report(attempt.output)
+    return evaluation
 
 
 def _train_and_evaluate(
@@ -97,13 +103,8 @@ def _train_and_evaluate(
         config.seed,
         watchdog,
     )
-    if textfile:
-        textfile.enter("reporting")
     # Without it the run is not finished. One that is there tells of an earlier end.
     attempt.output.remove([attempt.output.path / REPORT])
-    # First, because the report tells how the run ended.
-    attempt.manifest.finish("done")
-    try_to_write_report(attempt.output)
     return evaluation
 
 
@@ -246,7 +247,8 @@ def _record_start(
     if checkpoint:
         changes = fingerprint.changes_since(checkpoint.metadata["fingerprint"]["environment"])
     step = checkpoint.step if checkpoint else 0
-    attempt.manifest.start_training(config, _describe(devices, dataset), step, changes)
+    details = _describe(devices, dataset) | {"recipe_fingerprint": fingerprint.recipe}
+    attempt.manifest.start_training(config, details, step, changes)
     attempt.manifest.progress(step, history.best, history.elapsed_seconds)
     _log_start(plan, devices, dataset, step)
     if changes:

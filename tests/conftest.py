@@ -30,6 +30,7 @@ from job.devices import Compilation, Devices, Placement  # noqa: E402
 from job.model_file import save_model  # noqa: E402
 from job.output import EVALUATION, MODEL, OutputDir, sha256_of  # noqa: E402
 from job.workers import Workers  # noqa: E402
+from tests.run_folders import climb, make_sweep_run, make_whole_run  # noqa: E402
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("JOB_TEST_SHARED", REPOSITORY.parent / "shared"))
@@ -212,6 +213,25 @@ def run_job(start_job: StartJob) -> RunJob:
         return start_job(*arguments, env=env).finish(timeout)
 
     return run
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> OutputDir:
+    """A finished run with everything, stopped twice on its way, to be changed."""
+    return make_whole_run(tmp_path / "run")
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Three seeds of one setting, two of another, and an unfinished run of a third."""
+    for seed, saved in ((42, 0.61), (7, 0.66), (10, 0.64)):
+        make_sweep_run(tmp_path / f"seed-{seed}", climb(saved + 0.01), saved, seed=seed)
+    for seed, saved in ((1, 0.5), (2, 0.5)):
+        make_sweep_run(
+            tmp_path / f"fast-{seed}", climb(saved), saved, learning_rate=1e-3, seed=seed
+        )
+    make_sweep_run(tmp_path / "stopped", climb(0.4)[:3], outcome="stopped", learning_rate=1e-2)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

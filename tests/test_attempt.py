@@ -115,6 +115,18 @@ def test_a_manifest_that_cannot_be_read_is_not_taken_for_a_missing_one(
         run(config)
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"outcome": "done"}', '{"attempts": 1}'])
+def test_a_damaged_manifest_is_written_anew_and_the_run_goes_on(
+    config: TrainConfig, content: str
+) -> None:
+    run(config, finish(config))
+    (config.output_dir / "run.json").write_text(content)
+    attempt = run(config)
+    assert not attempt.is_finished
+    assert attempt.checkpoint is not None
+    assert manifest(config)["outcome"] == "done"
+
+
 def test_more_epochs_go_on_from_a_finished_run_and_fewer_are_refused(config: TrainConfig) -> None:
     run(config, finish(config))
     attempt = run(replace(config, epochs=3))

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from job import cifar10
-from job.config import UserError
+from job import cifar10, log
+from job.config import DataConfig, UserError
 
 NOWHERE = "http://127.0.0.1:9/cifar-10-python.tar.gz"  # the discard port: nothing listens
 
@@ -176,6 +176,19 @@ def test_an_address_without_the_archive_is_named_with_its_answer(
 ) -> None:
     with pytest.raises(UserError, match=r"does not give it \(HTTP 404\)"):
         cifar10.load(tmp_path / "data", serve)
+
+
+def test_no_secret_of_an_address_is_told(
+    tmp_path: Path, serve: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.configure("json")
+    url = serve.replace("://", "://me:hunter2@") + "?token=hunter2"
+    with pytest.raises(UserError, match="REMOVED@") as error:
+        cifar10.load(tmp_path / "data", url)
+    said = f"{error.value} {capsys.readouterr().out}"
+    assert "hunter2" not in said
+    found = cifar10.find(DataConfig(data_dir=tmp_path / "nothing", cifar10_url=url))
+    assert "hunter2" not in found.description
 
 
 def test_a_verified_download_is_kept_and_read(

@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -120,17 +119,6 @@ def test_a_bad_environment_variable_is_named(run_job: RunJob) -> None:
     assert "JOB_EPOCHS" in result.stderr
 
 
-def test_a_mistyped_command_is_one_line_and_one_event(run_job: RunJob) -> None:
-    result = run_job("--epochs", "3")
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert "No such option '--epochs'. Options come after a command: train --epochs 3." in line
-    (event,) = result.stdout.splitlines()
-    assert json.loads(event)["exit_code"] == 2
-    result = run_job("train", "--epoch", "3")
-    assert "after a command" not in result.stderr
-
-
 def completions(*words: str) -> list[str]:
     script = (
         "import sys\nfrom job.cli import cli\n"
@@ -155,13 +143,3 @@ def test_commands_options_and_choices_are_completed_without_tensorflow() -> None
     assert completions("train", "--prec") == ["--precision"]
     assert completions("train", "--precision", "") == ["auto", "float32", "bfloat16"]
     assert completions("train", "--dataset", "syn") == ["synthetic"]
-
-
-@pytest.mark.parametrize(("log_format", "lines"), [("text", 0), ("json", 1), ("nonsense", 1)])
-def test_a_usage_error_keeps_to_the_variable_of_the_log_format(
-    run_job: RunJob, log_format: str, lines: int
-) -> None:
-    result = run_job("train", "--epoch", "3", env={"JOB_LOG_FORMAT": log_format})
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert len(result.stdout.splitlines()) == lines

@@ -1,5 +1,7 @@
 import json
+import shutil
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,60 +12,14 @@ from PIL import Image
 from job.cli import cli
 from job.cluster import RunIdentity
 from job.compare import compare_runs
-from job.config import DataConfig, TrainConfig, UserError
-from job.history import History
-from job.manifest import DETAILS, RunManifest
+from job.config import TrainConfig, UserError
+from job.manifest import RunManifest
 from job.output import OutputDir
-from job.runs import read_run, run_folders
-
-EPOCHS = 7
+from tests.run_folders import DATA, DETAILS, SWEEP_EPOCHS, change, climb, make_sweep_run
 
 
-def make_run(
-    folder: Path,
-    accuracies: list[float],
-    saved: float = 0.5,
-    outcome: str = "done",
-    precision: str = "float32",
-    data: str = "0123456789abcdef",
-    dataset: str = "cifar10",
-    **options: Any,
-) -> Path:
-    """Leave what a run leaves, by the program's own writers."""
-    folder.mkdir(parents=True)
-    output = OutputDir(folder)
-    config = TrainConfig(folder, DataConfig(dataset), epochs=EPOCHS, **options)
-    history = History([{"epoch": n + 1, "val_accuracy": a} for n, a in enumerate(accuracies)])
-    manifest = RunManifest(output, RunIdentity(None))
-    manifest.begin(config)
-    details = dict.fromkeys(DETAILS) | {
-        "devices": [],
-        "replicas": 1,
-        "precision": precision,
-        "data": {"fingerprint": data},
-    }
-    manifest.start_training(config, details, 0, [])
-    manifest.progress(len(accuracies), history.best, 10.0 * config.seed)
-    manifest.finish(outcome)
-    history.write_metrics(output)
-    if outcome == "done":
-        output.write_json("evaluation.json", {"loss": 1.0, "accuracy": saved})
-    return folder
-
-
-def climb(last: float) -> list[float]:
-    return [last - 0.01 * (EPOCHS - 1 - number) for number in range(EPOCHS)]
-
-
-@pytest.fixture
-def sweep(tmp_path: Path) -> Path:
-    """Three seeds of one setting, two of another, and an unfinished run of a third."""
-    for seed, saved in ((42, 0.61), (7, 0.66), (10, 0.64)):
-        make_run(tmp_path / f"seed-{seed}", climb(saved + 0.01), saved, seed=seed)
-    for seed, saved in ((1, 0.5), (2, 0.5)):
-        make_run(tmp_path / f"fast-{seed}", climb(saved), saved, learning_rate=1e-3, seed=seed)
-    make_run(tmp_path / "stopped", climb(0.4)[:3], outcome="stopped", learning_rate=1e-2)
-    return tmp_path
+def data_of(fingerprint: str) -> dict[str, Any]:
+    return DATA | {"fingerprint": fingerprint}
 
 
 def invoke(*arguments: str | Path, **env: str) -> Any:
@@ -89,129 +45,101 @@ def test_runs_that_differ_in_their_seed_alone_are_grouped(sweep: Path) -> None:
     [
         {"learning_rate": 1e-3},
         {"global_batch_size": 128},
-        {"precision": "bfloat16"},
-        {"data": "other images"},
+        {"details": {"precision": "bfloat16"}},
+        {"details": {"data": data_of("other images")}},
     ],
 )
 def test_different_settings_are_never_averaged(tmp_path: Path, other: dict[str, Any]) -> None:
-    make_run(tmp_path / "a", climb(0.5))
-    make_run(tmp_path / "b", climb(0.6), **other)
+    make_sweep_run(tmp_path / "a", climb(0.5))
+    make_sweep_run(tmp_path / "b", climb(0.6), **other)
     comparison = compare_runs([str(tmp_path)])
     assert [len(group.runs) for group in comparison.groups] == [1, 1]
     assert [group.accuracy.deviation for group in comparison.groups] == [None, None]
     assert len({group.label for group in comparison.groups}) == 2
 
 
+def test_two_networks_under_one_name_are_never_averaged(tmp_path: Path) -> None:
+    for name, digit in (("a", "1"), ("b", "2"), ("c", "2")):
+        details = {"recipe_fingerprint": 64 * digit}
+        seed = 42 + ord(name)
+        make_sweep_run(tmp_path / name, climb(0.5), details=details, seed=seed)
+    make_sweep_run(tmp_path / "earlier version", climb(0.5))
+    change(tmp_path / "earlier version", recipe_fingerprint=None)
+    comparison = compare_runs([str(tmp_path)])
+    assert [(group.label, len(group.runs)) for group in comparison.groups] == [
+        ("classic", 1),
+        ("classic, recipe fingerprint 11111111", 1),
+        ("classic, recipe fingerprint 22222222", 2),
+    ]
+
+
+def test_a_fingerprint_that_follows_from_other_settings_is_not_told(tmp_path: Path) -> None:
+    for rate, digit in ((1e-3, "1"), (1e-4, "2")):
+        details = {"recipe_fingerprint": 64 * digit}
+        make_sweep_run(tmp_path / digit, climb(0.5), details=details, learning_rate=rate)
+    assert compare_runs([str(tmp_path)]).varying == ("learning_rate",)
+    result = invoke(tmp_path)
+    assert "recipe fingerprint" not in result.stdout
+    assert "11111111" not in result.stdout
+
+
+def test_a_copied_folder_is_no_second_run(tmp_path: Path) -> None:
+    make_sweep_run(tmp_path / "a", climb(0.5))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    # As another attempt leaves it that has drawn the report alone.
+    manifest = RunManifest(OutputDir(tmp_path / "b"), RunIdentity(None))
+    manifest.begin(TrainConfig(epochs=SWEEP_EPOCHS))
+    manifest.start_training(TrainConfig(tmp_path / "a", epochs=SWEEP_EPOCHS), DETAILS, 7, [])
+    manifest.finish("done")
+    change(tmp_path / "b", elapsed_seconds=420.0)
+    comparison = compare_runs([str(tmp_path)])
+    (group,) = comparison.groups
+    assert [run.folder for run in group.runs] == [f"{tmp_path}/a"]
+    assert comparison.left_out == {f"{tmp_path}/b": f"a copy of {tmp_path}/a"}
+    assert "repeated" not in invoke(tmp_path).stdout
+
+
+def test_a_repeated_seed_is_another_run_and_told(tmp_path: Path) -> None:
+    make_sweep_run(tmp_path / "a", climb(0.5))
+    time.sleep(0.002)  # attempts begin in different milliseconds
+    make_sweep_run(tmp_path / "b", climb(0.5))
+    (group,) = compare_runs([str(tmp_path)]).groups
+    assert (len(group.runs), group.repeats) == (2, 1)
+    lines = invoke(tmp_path).stdout.splitlines()
+    assert lines[-3].split()[:2] == ["2", "1"]
+    assert "More runs than seeds: a seed was repeated." in lines[-1]
+
+
 def test_options_that_do_not_change_the_result_do_not_part_runs(tmp_path: Path) -> None:
-    make_run(tmp_path / "a", climb(0.5), seed=1)
-    make_run(tmp_path / "b", climb(0.6), seed=2, jit="off", stall_timeout_seconds=5.0, fresh=True)
+    make_sweep_run(tmp_path / "a", climb(0.5), seed=1)
+    make_sweep_run(
+        tmp_path / "b", climb(0.6), seed=2, jit="off", stall_timeout_seconds=5.0, fresh=True
+    )
     (group,) = compare_runs([str(tmp_path)]).groups
     assert len(group.runs) == 2
 
 
 def test_synthetic_images_differ_by_the_seed_alone(tmp_path: Path) -> None:
-    make_run(tmp_path / "a", climb(0.5), seed=1, data="of seed 1", dataset="synthetic")
-    make_run(tmp_path / "b", climb(0.6), seed=2, data="of seed 2", dataset="synthetic")
+    for seed in (1, 2):
+        details = {"data": data_of(f"images of seed {seed}")}
+        folder = tmp_path / f"seed-{seed}"
+        make_sweep_run(folder, climb(0.5), dataset="synthetic", details=details, seed=seed)
     (group,) = compare_runs([str(tmp_path)]).groups
     assert len(group.runs) == 2
 
 
-def test_a_folder_named_twice_counts_once(sweep: Path) -> None:
-    folders = [str(sweep / "seed-7"), str(sweep), str(sweep / "fast-1" / "..")]
-    found = run_folders(folders)
-    assert sorted(Path(folder).name for folder in found) == sorted(
-        ["fast-1", "fast-2", "seed-10", "seed-42", "seed-7", "stopped"]
-    )
-    (sweep / "seed-7" / "nested").mkdir()
-    (sweep / "seed-7" / "nested" / "run.json").touch()
-    assert run_folders([str(sweep / "seed-7")]) == [str(sweep / "seed-7")]
-
-
-def damage(folder: Path, name: str, content: str | None) -> None:
-    (folder / name).unlink()
-    if content is not None:
-        (folder / name).write_text(content)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "problem"),
-    [
-        ("run.json", "{", "damaged"),
-        ("run.json", "[]", "damaged"),
-        ("run.json", '{"config": {"seed": 1}, "outcome": "done"}', "damaged"),
-        ("metrics.jsonl", "nonsense\n", "damaged"),
-        ("metrics.jsonl", '{"val_accuracy": 0.5}\n', "has 1 lines, expected 7"),
-        ("metrics.jsonl", None, "has 0 lines, expected 7"),
-        ("evaluation.json", None, "holds no evaluation.json"),
-        ("evaluation.json", "{", "holds no evaluation.json"),
-        ("evaluation.json", '{"loss": 1, "accuracy": []}', "damaged"),
-        ("run.json", None, "it holds no run.json"),
-    ],
-)
-def test_damaged_runs_are_named_and_left_out(
-    tmp_path: Path, name: str, content: str | None, problem: str
-) -> None:
-    good, bad = make_run(tmp_path / "good", climb(0.5)), make_run(tmp_path / "bad", climb(0.5))
-    damage(bad, name, content)
-    comparison = compare_runs([str(good), str(bad)])
-    assert [run.folder for group in comparison.groups for run in group.runs] == [str(good)]
-    assert problem in comparison.left_out[str(bad)]
-
-
-def test_settings_of_mixed_kinds_are_put_in_order(tmp_path: Path) -> None:
-    for name, value in (("a", None), ("b", 512), ("c", "many")):
-        path = make_run(tmp_path / name, climb(0.5)) / "run.json"
-        document = json.loads(path.read_text())
-        document["config"]["limit"] = value
-        path.write_text(json.dumps(document))
-    assert [run.settings["limit"] for run in compare_runs([str(tmp_path)]).runs] == [
-        None,
-        512,
-        "many",
-    ]
-
-
 def test_nothing_to_compare_is_exit_code_2(tmp_path: Path) -> None:
-    stopped = make_run(tmp_path / "stopped", climb(0.4)[:3], outcome="stopped")
+    stopped = make_sweep_run(tmp_path / "stopped", climb(0.4)[:3], outcome="stopped")
     with pytest.raises(UserError) as error:
         compare_runs([str(stopped), str(tmp_path / "nowhere"), "x" * 300])
     assert "stopped after 3 of 7 epochs" in str(error.value)
     assert "nowhere: there is no such folder" in str(error.value)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds no run\.json, nor does a folder in it"):
-        read_run(str(tmp_path / "empty"))
-
-
-def test_the_tables_have_every_run_and_the_means(sweep: Path) -> None:
-    result = invoke(sweep)
-    assert result.exit_code == 0
-    lines = [line.split() for line in result.stdout.splitlines()]
-    assert lines[0][:6] == ["Every", "run:", "recipe", "classic,", "dataset", "cifar10,"]
-    assert "learning" not in lines[0]
-    rows = {Path(line[0]).name: line[1:] for line in lines if line and line[0].startswith("/")}
-    assert [*rows] == ["seed-7", "seed-10", "seed-42", "fast-1", "fast-2", "stopped"]
-    cells = ["0.0001", "7", "67.00%", "65.00%", "66.00%", "1.0000", "70", "s", "done"]
-    assert rows["seed-7"] == cells
-    assert rows["stopped"][-3:] == ["stopped,", "3", "epochs"]
-    assert lines[-2][:7] == ["0.0001", "3", "62.67%", "2.52%", "63.67%", "2.52%", "66.00%"]
-    assert lines[-1][:6] == ["0.001", "2", "48.00%", "0.00%", "50.00%", "0.00%"]
-    stderr = f"cifar10-job: left out: {sweep}/stopped: stopped after 3 of 7 epochs\n"
-    assert result.stderr == stderr
-    assert "\x1b" not in result.output
-
-
-def change(folder: Path, **entries: Any) -> None:
-    """Change entries of a run.json, those of its options where they are such."""
-    document = json.loads((folder / "run.json").read_text())
-    for name, value in entries.items():
-        (document["config"] if name in document["config"] else document)[name] = value
-    (folder / "run.json").write_text(json.dumps(document))
 
 
 def test_no_text_of_a_run_can_command_a_terminal(tmp_path: Path) -> None:
     escape = "\x1b[2J\n\ud800"
     for name in ("common", "varying", "outcome"):
-        make_run(tmp_path / name, climb(0.5))
+        make_sweep_run(tmp_path / name, climb(0.5))
         change(tmp_path / name, recipe=escape)
     change(tmp_path / "varying", dataset=f"other{escape}")
     change(tmp_path / "outcome", outcome=f"ended{escape}")
@@ -221,46 +149,10 @@ def test_no_text_of_a_run_can_command_a_terminal(tmp_path: Path) -> None:
     escaped = r"\x1b[2J\n\ud800"
     assert f"Every run: recipe {escaped}" in result.stdout
     assert f" other{escaped} " in result.stdout
-    assert f" ended{escaped}, 7 epochs" in result.stdout
-    assert f"outcome: ended{escaped} after 7 of 7 epochs" in result.stderr
+    assert f"outcome: received 'ended{escaped}'" in result.stderr
     with pytest.raises(UserError) as error:
         compare_runs([str(tmp_path / "outcome")])
-    assert f"ended{escaped} after" in str(error.value)
-
-
-def test_a_setting_that_is_no_single_value_is_damage(tmp_path: Path) -> None:
-    make_run(tmp_path / "good", climb(0.5))
-    change(make_run(tmp_path / "bad", climb(0.5)), limit=[1, 2])
-    assert "limit is [1, 2]" in compare_runs([str(tmp_path)]).left_out[f"{tmp_path}/bad"]
-
-
-def test_settings_that_are_none_are_told_in_words(tmp_path: Path) -> None:
-    make_run(tmp_path / "a", climb(0.5), dataset="synthetic")
-    heading = invoke(tmp_path).stdout.splitlines()[0]
-    assert "limit all, " in heading
-    assert "data " not in heading
-    make_run(tmp_path / "b", climb(0.5))
-    change(tmp_path / "b", limit=512)
-    result = invoke(tmp_path)
-    assert "None" not in result.stdout
-    rows = [line.split() for line in result.stdout.splitlines() if line.startswith(str(tmp_path))]
-    assert [row[1:4] for row in rows] == [
-        ["cifar10", "512", "01234567"],
-        ["synthetic", "all", "42"],
-    ]
-    labels = [group.label for group in compare_runs([str(tmp_path)]).groups]
-    assert labels == [
-        "classic, dataset cifar10, limit 512, data 01234567",
-        "classic, dataset synthetic, limit all",
-    ]
-
-
-def test_one_run_has_no_deviation(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", climb(0.5), seed=3)
-    last = invoke(run).stdout.splitlines()[-1].split()
-    assert last == ["1", "48.00%", "50.00%", "50.00%", "3", "30", "s", str(run)]
-    document = json.loads(invoke(run, "--json").stdout)
-    assert document["groups"][0]["accuracy"] == {"mean": 0.5, "standard_deviation": None}
+    assert f"'ended{escaped}'" in str(error.value)
 
 
 def test_json_tells_the_same(sweep: Path) -> None:

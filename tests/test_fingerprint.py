@@ -1,13 +1,22 @@
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import keras
 import pytest
 
 from job import classic
 from job.config import DataConfig, TrainConfig, UserError
 from job.dataset import Dataset
-from job.fingerprint import Fingerprint, require_same_run, run_options, take_fingerprint
+from job.fingerprint import (
+    Fingerprint,
+    _code,
+    _recipe_digest,
+    require_same_run,
+    run_options,
+    take_fingerprint,
+)
 from tests.conftest import MakeDevices
 
 CONFIG = TrainConfig(data=DataConfig(dataset="synthetic"))
@@ -72,6 +81,44 @@ def test_another_optimizer_is_refused_by_what_differs(take: Any) -> None:
         require_same_run(current, other, Path("out"))
     # A key that another version of Keras adds is no difference.
     require_same_run(current, {**current, "optimizer.new": 1}, Path("out"))
+
+
+def compiled(
+    seed: int = 1, layer: Any = None, rate: float = 1e-3, optimizer: Any = keras.optimizers.Adam
+) -> keras.Model:
+    layers = keras.layers
+    middle = layer or layers.Dense(4, activation="relu")
+    drop = layers.Dropout(0.5, seed=seed)
+    model = keras.Sequential([keras.Input((8,)), middle, drop, layers.Dense(2, "softmax")])
+    model.compile(optimizer=optimizer(learning_rate=rate), loss="categorical_crossentropy")
+    return model
+
+
+def test_the_recipes_fingerprint_depends_on_no_seed_and_no_number_of_keras() -> None:
+    digest = _recipe_digest("classic", compiled())
+    assert digest == _recipe_digest("classic", compiled(seed=2))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        # All with the same layers and variables.
+        {"layer": keras.layers.Dense(4, activation="tanh")},
+        {"layer": keras.layers.Dense(4, activation="relu", kernel_initializer="he_normal")},
+        {"rate": 1e-2},
+        {"optimizer": keras.optimizers.SGD},
+    ],
+    ids=["activation", "initializer", "learning rate", "optimizer"],
+)
+def test_another_network_or_optimizer_is_another_recipe(other: dict[str, Any]) -> None:
+    assert _recipe_digest("classic", compiled(**other)) != _recipe_digest("classic", compiled())
+
+
+def test_the_recipes_code_counts_and_its_words_and_layout_do_not() -> None:
+    source = inspect.getsource(classic)
+    assert _code(source) == _code("# By hand.\n" + source.replace('"""Apply', '"""Do apply'))
+    assert _code(source) != _code(source.replace("rotation_range=20", "rotation_range=30"))
+    assert _recipe_digest("classic", compiled()) != _recipe_digest("recipe", compiled())
 
 
 def test_other_epochs_are_the_same_run() -> None:

@@ -3,10 +3,9 @@ from typing import cast
 
 import pytest
 
-from job import log
 from job.config import UserError
 from job.lease import Lease, LeaseLostError
-from job.output import OutputDir, prepare_output_dir, warn_unless_mounted
+from job.output import OutputDir
 
 
 def listing(folder: Path) -> list[str]:
@@ -29,23 +28,6 @@ def test_a_write_that_the_system_refuses_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "gone" / "file.txt"
     with pytest.raises(UserError, match=f"cannot write {path}: No such file or directory"):
         OutputDir(tmp_path).write_text("gone/file.txt", "text")
-
-
-def test_an_output_folder_is_made_and_left_empty(tmp_path: Path) -> None:
-    prepare_output_dir(tmp_path / "a" / "b")
-    assert listing(tmp_path / "a" / "b") == []
-
-
-def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(UserError, match="is a file, expected a folder"):
-        prepare_output_dir(tmp_path / "out")
-    assert (tmp_path / "out").read_text() == "mine"
-
-
-def test_an_output_folder_with_an_impossible_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot write to --output-dir"):
-        prepare_output_dir(tmp_path / ("x" * 300))
 
 
 def test_what_a_killed_process_left_is_tidied_away(tmp_path: Path) -> None:
@@ -102,27 +84,3 @@ def test_a_folder_that_was_taken_over_is_not_written(tmp_path: Path) -> None:
         output.discard()
     assert listing(tmp_path) == ["file.txt"]
     assert (tmp_path / "file.txt").read_text() == "theirs"
-
-
-@pytest.mark.parametrize(
-    ("mount_point", "is_lost"),
-    [
-        ("/", True),
-        ("/o", True),
-        ("/a out", False),
-        ("/a out/put", False),
-        ("/a out/put/below", True),
-    ],
-)
-def test_a_folder_on_no_volume_is_warned_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], mount_point: str, is_lost: bool
-) -> None:
-    table, escaped = tmp_path / "mountinfo", mount_point.replace(" ", r"\040")
-    table.write_text(
-        "21 1 0:20 / / rw,relatime - overlay overlay rw\n"
-        f"22 21 8:1 /home/user/output {escaped} rw,relatime - ext4 /dev/sda1 rw\n"
-    )
-    log.configure("text")
-    warn_unless_mounted(Path("/a out/put"), table)
-    said = capsys.readouterr().out
-    assert ("is no mounted volume: everything in it is lost" in said) == is_lost

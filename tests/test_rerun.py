@@ -10,7 +10,7 @@ from job.cli import evaluate, train
 from job.config import DataConfig, DeviceRequest, TrainConfig
 from job.manifest import describe_config
 from job.options import train_config
-from job.rerun import evaluate_command, train_command
+from job.rerun import evaluate_command, resume_command, train_command
 
 EVERYTHING = TrainConfig(
     output_dir=Path("out put/$HOME; rm -rf 'x' \"y\" `z`"),
@@ -29,6 +29,14 @@ EVERYTHING = TrainConfig(
     stall_timeout_seconds=1e-3,
     checkpoint_every_seconds=1e6,
     tensorboard=True,
+)
+# As one attempt at it may have been started.
+ATTEMPT = replace(
+    EVERYTHING,
+    fresh=True,
+    run_id="mine",
+    stop_after_seconds=5.0,
+    metrics_textfile=Path("one.prom"),
 )
 
 
@@ -62,16 +70,14 @@ def test_the_command_gives_the_runs_configuration_in_another_folder(config: Trai
 
 
 def test_what_was_said_to_one_attempt_is_not_repeated() -> None:
-    config = replace(
-        EVERYTHING,
-        fresh=True,
-        run_id="mine",
-        stop_after_seconds=5.0,
-        metrics_textfile=Path("one.prom"),
-    )
-    assert train_command(as_recorded(config), "again") == train_command(
+    assert train_command(as_recorded(ATTEMPT), "again") == train_command(
         as_recorded(EVERYTHING), "again"
     )
+
+
+def test_going_on_keeps_folder_name_and_textfile_and_does_not_start_over() -> None:
+    expected = replace(ATTEMPT, fresh=False, stop_after_seconds=None)
+    assert parse(resume_command(as_recorded(ATTEMPT))) == describe_config(expected)
 
 
 def test_only_options_that_differ_from_the_defaults_are_named_besides_the_folders() -> None:

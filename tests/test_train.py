@@ -118,6 +118,7 @@ def test_a_whole_run_leaves_every_artifact(
     manifest = read(output / "run.json")
     assert (manifest["outcome"], manifest["error"]) == ("done", None)
     assert manifest["data"]["fingerprint"] == small_dataset.fingerprint
+    assert len(manifest["recipe_fingerprint"]) == 64
     assert (manifest["replicas"], len(manifest["devices"])) == (2, 2)
 
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -426,7 +427,7 @@ def test_the_textfile_tells_every_phase(
     run(replace(config, metrics_textfile=path))
     assert [phase for phase, _ in itertools.groupby(phases)] == [
         *("starting", "compiling", "training", "validating", "training", "validating"),
-        *("evaluating", "reporting"),
+        "evaluating",
     ]
 
 
@@ -526,3 +527,22 @@ def test_a_validation_loss_that_is_no_number_ends_the_run(
     monkeypatch.setattr(Evaluator, "__call__", lambda self: evaluation)
     with pytest.raises(JobError, match="the validation loss became inf in epoch 1"):
         run(config)
+
+
+@pytest.mark.parametrize("error", [UserError("no space for the report"), StoppedError("SIGTERM")])
+def test_what_becomes_of_the_report_does_not_change_how_the_training_ended(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, error: JobError
+) -> None:
+    """The error is told, and whoever looks at run.json or the textfile sees a finished training."""
+    textfile = config.output_dir.with_name("job.prom")
+
+    def refuse(output: OutputDir) -> None:
+        assert samples(textfile)["cifar10_job_statedone"] == 1
+        raise error
+
+    monkeypatch.setattr(train, "try_to_write_report", refuse)
+    with pytest.raises(type(error)):
+        run(replace(config, metrics_textfile=textfile))
+    assert samples(textfile)["cifar10_job_statedone"] == 1
+    manifest = read(config.output_dir / "run.json")
+    assert (manifest["outcome"], manifest["attempts"][0]["outcome"]) == ("done", "done")

@@ -1,6 +1,7 @@
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import tensorflow as tf
@@ -42,7 +43,11 @@ def test_one_that_is_alone_gets_back_what_it_gives() -> None:
 
 def test_workers_that_differ_are_named(spec: ClusterSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     workers = Workers(spec)
-    told = [{"seed": 1, "data_dir": "a"}, {"seed": 1, "data_dir": "a"}, {"seed": 2}]
+    told: list[dict[str, Any]] = [
+        {"seed": 1, "data_dir": "a"},
+        {"seed": 1, "data_dir": "a"},
+        {"seed": 2},
+    ]
     monkeypatch.setattr(workers, "gather", lambda document: told)
     with pytest.raises(UserError) as caught:
         workers.require_equal(told[0])

@@ -196,9 +196,9 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
         pytest.skip("becoming another user needs root")
     script = (
         "import os, pathlib, sys\n"
-        "from job import config, output\n"
+        "from job import config, folders\n"
         "os.setuid(65534)\n"
-        "try: output.prepare_output_dir(pathlib.Path(sys.argv[1]))\n"
+        "try: folders.prepare_output_dir(pathlib.Path(sys.argv[1]))\n"
         "except config.UserError as error: print(error)\n"
     )
     (tmp_path / "closed").mkdir(mode=0o700)

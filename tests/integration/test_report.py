@@ -131,6 +131,22 @@ def test_a_screen_reader_can_tell_everything(page: Page, trained: Path) -> None:
     assert [(fault["id"], fault["impact"], fault["nodes"]) for fault in faults] == []
 
 
+def test_the_attempts_need_no_scrolling_on_a_phone(browser: Browser, trained: Path) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto((trained / "report.html").as_uri())
+    table = page.locator(".attempts")
+    region, content = table.evaluate(
+        "table => [table.parentElement.clientWidth, table.parentElement.scrollWidth]"
+    )
+    assert content <= region
+    assert table.locator("caption").evaluate("caption => caption.clientHeight") < 60
+    cell = table.locator("td[data-column=Outcome]").first
+    assert cell.evaluate("cell => getComputedStyle(cell, '::before').content") != "none"
+    # Still a table to a screen reader.
+    assert page.get_by_role("table", name="Every attempt at this run").get_by_role("row").count()
+    page.close()
+
+
 def test_a_dark_page_is_dark_and_a_light_one_light(browser: Browser, trained: Path) -> None:
     colours = {}
     for scheme in ("light", "dark"):

@@ -1,0 +1,139 @@
+"""Output folders as trainings leave them, made by the program's own writers without a training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from job.cluster import RunIdentity
+from job.config import DataConfig, TrainConfig
+from job.evaluate import Evaluation
+from job.history import History
+from job.manifest import RunManifest
+from job.output import OutputDir
+from job.predictions import Predictions, confusion_matrix, most_confident_mistakes
+
+EXAMPLES = 200
+DATA = {
+    "name": "cifar10",
+    "fingerprint": "ab" * 32,
+    "test_fingerprint": "cd" * 32,
+    "train_examples": 2560,
+}
+DETAILS = {
+    "devices": [{"name": "CPU:0", "model": "a processor", "memory_gib": 23.5}],
+    "replicas": 1,
+    "threads": 2,
+    "precision": "float32",
+    "xla": False,
+    "deterministic": True,
+    "data": DATA,
+    "recipe_fingerprint": "ef" * 32,
+}
+
+
+def lines(epochs: int) -> list[dict[str, Any]]:
+    return [
+        {
+            **{"epoch": n, "step": 10 * n, "loss": 2 / n, "accuracy": 0.5 - 0.2 / n},
+            **{"val_loss": 1.9 / n, "val_accuracy": 0.6 - 0.3 / n, "learning_rate": 1e-3},
+            **{"seconds": 5.0, "images_per_second": 500.0 + n, "elapsed_seconds": 6.0 * n},
+        }
+        for n in range(1, epochs + 1)
+    ]
+
+
+def make_run(
+    folder: Path,
+    config: TrainConfig | None = None,
+    ends: tuple[tuple[str, str | None], ...] = (("done", None),),
+    epochs: int = 3,
+) -> OutputDir:
+    """Leave in a folder what the attempts at a run leave, each 15 steps further than the last."""
+    folder.mkdir(exist_ok=True)
+    output = OutputDir(folder)
+    config = config or TrainConfig(output_dir=Path("out"), epochs=3)
+    for number, (outcome, reason) in enumerate(ends):
+        manifest = RunManifest(output, RunIdentity(None))
+        manifest.begin(config)
+        manifest.start_training(config, DETAILS, 15 * number, [])
+        manifest.progress(15 * number + 15, None, 9.0 * (number + 1))
+        manifest.finish(outcome, reason)
+    text = "".join(json.dumps(line) + "\n" for line in lines(epochs))
+    output.write_text("metrics.jsonl", text)
+    return output
+
+
+def add_evaluation(output: OutputDir, names: tuple[str, ...] = ("cat", "dog", "eel")) -> None:
+    """Add the evaluation of a model that is right half of the time."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, len(names), EXAMPLES, np.int32)
+    scores = rng.random((EXAMPLES, len(names))) + 0.5 * np.eye(len(names))[labels]
+    probabilities = (scores / scores.sum(axis=1, keepdims=True)).astype(np.float32)
+    mistakes = most_confident_mistakes(labels, probabilities, 16)
+
+    def images(*shape: int) -> np.ndarray:
+        return rng.integers(0, 256, (*shape, 32, 32, 3), np.uint8)
+
+    Predictions(
+        *(labels, probabilities, mistakes, images(len(mistakes))),
+        *(images(3), np.arange(3, dtype=np.int32), images(3, 5)),
+    ).save(output)
+    evaluation = Evaluation(1.25, confusion_matrix(labels, probabilities))
+    output.write_json("evaluation.json", evaluation.document(names))
+
+
+def make_whole_run(folder: Path) -> OutputDir:
+    """A finished run with everything, stopped twice on its way."""
+    ends = (("stopped", "SIGTERM"), ("failed", "a broken GPU"), ("done", None))
+    output = make_run(folder, ends=ends)
+    add_evaluation(output)
+    return output
+
+
+SWEEP_EPOCHS = 7
+
+
+def make_sweep_run(
+    folder: Path,
+    accuracies: list[float],
+    saved: float = 0.5,
+    outcome: str = "done",
+    dataset: str = "cifar10",
+    details: dict[str, Any] | None = None,
+    **options: Any,
+) -> Path:
+    """Leave what a run of a sweep leaves, with these validation accuracies, one an epoch."""
+    folder.mkdir(parents=True)
+    output = OutputDir(folder)
+    config = TrainConfig(folder, DataConfig(dataset), epochs=SWEEP_EPOCHS, **options)
+    epochs = [
+        line | {"val_accuracy": accuracy}
+        for line, accuracy in zip(lines(len(accuracies)), accuracies, strict=True)
+    ]
+    history = History(epochs)
+    manifest = RunManifest(output, RunIdentity(None))
+    manifest.begin(config)
+    manifest.start_training(config, DETAILS | (details or {}), 0, [])
+    manifest.progress(len(accuracies), history.best, 10.0 * config.seed)
+    manifest.finish(outcome)
+    history.write_metrics(output)
+    if outcome == "done":
+        right = round(100 * saved)
+        confusion = np.array([[right, 100 - right], [0, 0]])
+        output.write_json("evaluation.json", Evaluation(1.0, confusion).document(("cat", "dog")))
+    return folder
+
+
+def climb(last: float) -> list[float]:
+    """Accuracies that rise by one percent an epoch to the last one."""
+    return [last - 0.01 * (SWEEP_EPOCHS - 1 - number) for number in range(SWEEP_EPOCHS)]
+
+
+def change(folder: Path, **entries: Any) -> None:
+    """Change entries of a run.json, those of its options where they are such."""
+    document = json.loads((folder / "run.json").read_text())
+    for name, value in entries.items():
+        (document["config"] if name in document["config"] else document)[name] = value
+    (folder / "run.json").write_text(json.dumps(document))
