@@ -130,9 +130,12 @@ RUN_BY = {
     'eval "$(_CIFAR10_JOB_COMPLETE': ("tests/test_readme.py", "_CIFAR10_JOB_COMPLETE"),
     "_CIFAR10_JOB_COMPLETE": ("tests/test_readme.py", "_CIFAR10_JOB_COMPLETE"),
     "kubectl apply -f k8s/job.yaml": ("tests/integration/test_kube_play.py", '"play"'),
+    "kubectl apply -f k8s/multi-node.yaml": ("tests/test_manifests.py", '"multi-node.yaml"'),
+    "make k8s-run": ("tests/test_k8s_targets.py", '"k8s-run"'),
     "make k8s-logs": ("tests/test_k8s_targets.py", '"k8s-logs"'),
     "make k8s-fetch": ("tests/test_k8s_targets.py", '"k8s-fetch"'),
     "sbatch slurm/train.sh": ("tests/integration/test_slurm.py", "sbatch"),
+    "sbatch --nodes=2 slurm/train.sh": ("tests/integration/test_multi_node.py", '"--nodes=2"'),
 }
 
 
