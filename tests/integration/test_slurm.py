@@ -174,7 +174,7 @@ def test_a_preempted_job_goes_on_even_if_it_ends_before_its_grace_time(
         urgent = cluster.submit(
             "--partition=urgent", "--nodelist=n1", "--exclusive", "--wrap", "true"
         )
-        # Slurm wakes what it ends, so that PreemptTime may be gone again before one has asked for it.
+        # Slurm wakes what it ends, so PreemptTime may be gone again before one has asked for it.
         cluster.wait_for_log(job, "CANCELLED AT")
     assert cluster.wait(urgent, job) == "COMPLETED"
     assert "preempted; requeueing" in cluster.log(job)
