@@ -438,16 +438,22 @@ note_endings() {
 # Sets code to the one among several that decides, which srun's, the highest, need not be; and worker_lost,
 # and without_gpu, the nodes of tasks that ended with 3.
 weigh_endings() {
-  local ending nodes weight heaviest=0
+  local ending nodes weight heaviest=0 killed=''
   while read -r ending nodes; do
     case $ending in
       worker) worker_lost=yes weight=0 ;;
       2) weight=6 ;;
       3) weight=5 without_gpu+=${without_gpu:+,}$nodes ;;
       1) weight=4 ;;
-      75) weight=1 ;;
-      # After another ending they are srun's doing.
-      137 | 143) weight=$((heaviest ? 0 : 2)) ;;
+      75)
+        weight=1
+        # Of a step with a killed task srun may drop the last words.
+        [[ -z $killed ]] || worker_lost=yes
+        ;;
+      137 | 143)
+        weight=0 # after another ending it is srun's doing
+        ((heaviest)) || weight=2 killed=yes
+        ;;
       *) weight=$((ending > 128 ? 2 : 3)) ;;
     esac
     if ((weight > heaviest)); then heaviest=$weight code=$ending; fi

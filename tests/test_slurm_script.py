@@ -958,12 +958,16 @@ def test_a_lost_or_missing_worker_requeues_the_job(node: Node, line: str, ending
         ([LOST, *exited(75, 2)], 75, None),
         ([LOST, *exited(75, 127)], 127, None),
         ([LOST, *exited(75, 1)], 75, "defect"),
-        ([ENDED_BY.format("n8: task 1", "Killed"), *exited(75)], 137, "defect"),
+        ([ENDED_BY.format("n8: task 1", "Segmentation fault"), *exited(75)], 139, "defect"),
+        ([ENDED_BY.format("n8: task 1", "Killed")], 137, "defect"),
+        ([*exited(75), ENDED_BY.format("n8: task 1", "Killed")], 137, None),
+        # Of a step with a killed task srun may drop the last words.
+        ([ENDED_BY.format("n8: task 1", "Killed"), *exited(75)], 137, "worker"),
         (exited(75, 75), 75, None),
         (["stopped: lost worker"], 75, None),
     ],
 )
-def test_what_a_lost_worker_does_not_explain_is_treated_as_before(
+def test_what_no_lost_worker_explains_is_treated_as_before(
     node: Node, lines: list[str], srun: int, requeued: str | None
 ) -> None:
     node.install("podman")
