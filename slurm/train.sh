@@ -414,6 +414,8 @@ note_endings() {
   local line said='srun: error: ([^ ]+): tasks? [0-9,-]+: (.+)$' nodes how
   trap '' USR1 TERM # of which the last words are still to come
   export LC_ALL=C
+  # Above all srun needs somebody to talk to.
+  { : > "$endings"; } 2> /dev/null || endings=/dev/null
   while IFS= read -r line || [[ -n $line ]]; do
     printf '%s\n' "$line" >&2
     if [[ $line == *'cifar10-job: stopped: '@(lost|missing)' worker'* ]]; then
@@ -439,6 +441,7 @@ note_endings() {
 # and without_gpu, the nodes of tasks that ended with 3.
 weigh_endings() {
   local ending nodes weight heaviest=0 killed=''
+  [[ -f $endings ]] || return 0
   while read -r ending nodes; do
     case $ending in
       worker) worker_lost=yes weight=0 ;;

@@ -708,7 +708,6 @@ TWO_NODES = {
     # Slurm gives the batch script those of a first task.
     "SLURM_PROCID": "0",
     "SLURM_NODEID": "0",
-    "SLURM_LOCALID": "0",
 }
 OF_A_TASK = [
     *("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"),
@@ -825,11 +824,10 @@ def test_each_node_of_several_gets_the_folders_that_a_container_mounts(node: Nod
     node.install("podman")
     node.srun_runs_two_tasks_of("podman")
     podman = Path(node.env["PATH"]) / "podman"
-    podman.write_text(podman.read_text() + "rm -r output data\n")
-    assert node.run(**TWO_NODES).returncode == 0
-    node.srun_runs_two_tasks_of("podman")
-    podman.write_text(podman.read_text() + "test -d output && test -d data\n")
-    assert node.run(**TWO_NODES).returncode == 0
+    stand_in = podman.read_text().replace("exit 0", "test $1 != run || rm -r data")
+    podman.write_text(stand_in)
+    result = node.run(**TWO_NODES)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_task_becomes_its_runtime_and_so_gets_its_signals(node: Node) -> None:
@@ -906,6 +904,16 @@ def test_of_one_node_the_step_is_not_listened_to(node: Node) -> None:
     result = node.run()
     assert result.returncode == 75
     assert node.requests() == []
+
+
+def test_a_step_is_listened_to_also_where_nothing_can_be_noted(node: Node) -> None:
+    node.install("podman")
+    record(node).with_name(".slurm-41-endings").mkdir(parents=True)
+    node.srun_says(*exited(2, 75), code=75)
+    result = node.run(**TWO_NODES)
+    assert result.returncode == 75
+    assert "\n".join(exited(2, 75)) in result.stderr
+    assert "endings" not in result.stderr
 
 
 def test_the_last_words_of_a_step_are_handed_on_too(node: Node) -> None:

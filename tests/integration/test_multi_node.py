@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import REPOSITORY
 from tests.integration.containers import HERE
 from tests.integration.namespaces import Hosts, require_namespaces
 from tests.integration.slurm import Cluster, require_slurm, wait_until
 
+README = (REPOSITORY / "slurm" / "README.md").read_text()
 # Does what JOB_STUB says, in any runtime.
 STUB = """#!/bin/sh
 test "$1" != -c || exit 0
@@ -84,6 +86,21 @@ def test_each_node_runs_one_task_the_first_beside_the_script(
     ]
     assert cluster.fields(job)["BatchHost"] == "n1"
     assert f"attempt 0 on {count} nodes {nodes}: runtime none" in cluster.log(job)
+
+
+def test_a_sites_file_may_have_each_node_prepared(
+    cluster: Cluster, base: dict[str, str], output: Path
+) -> None:
+    output.mkdir(parents=True)
+    (recipe,) = re.findall(r"^srun .*", README, re.MULTILINE)
+    options, folder = recipe.split(" mkdir -p ")
+    assert folder == '"/tmp/cifar10-$SLURM_JOB_ID"'
+    site = output / "site.sh"
+    # The nodes share this machine's files.
+    site.write_text(f"{options} sh -c 'touch {output}/$(hostname)'\n")
+    job = submit(cluster, TELL, **base, SITE_SETUP=str(site))
+    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    assert {path.name for path in output.iterdir()} == {"site.sh", "n1", "n2"}
 
 
 def test_nodes_give_a_step_gpus_of_their_own(cluster: Cluster, base: dict[str, str]) -> None:
