@@ -411,7 +411,7 @@ run_step() {
 # Hands on what the step says, and notes what srun says of tasks that failed (exit code and nodes), and
 # whether a task has missed another.
 note_endings() {
-  local line said='srun: error: ([^ ]+): tasks? [0-9,-]+: (.+)$' nodes how
+  local line said='srun: error: ([^ ]+): tasks? [0-9,-]+: (.+)$' where how
   trap '' USR1 TERM # of which the last words are still to come
   export LC_ALL=C
   # Above all srun needs somebody to talk to.
@@ -421,17 +421,17 @@ note_endings() {
     if [[ $line == *'cifar10-job: stopped: '@(lost|missing)' worker'* ]]; then
       echo worker
     elif [[ $line =~ $said ]]; then
-      nodes=${BASH_REMATCH[1]} how=${BASH_REMATCH[2]}
+      where=${BASH_REMATCH[1]} how=${BASH_REMATCH[2]}
       case $how in
-        'Exited with exit code '*) echo "${how##* } $nodes" ;;
-        'Illegal instruction'*) echo "132 $nodes" ;;
-        Aborted*) echo "134 $nodes" ;;
-        'Bus error'*) echo "135 $nodes" ;;
-        'Floating point exception'*) echo "136 $nodes" ;;
-        Killed* | 'Out Of Memory'*) echo "137 $nodes" ;;
-        'User defined signal 1'*) echo "138 $nodes" ;;
-        'Segmentation fault'*) echo "139 $nodes" ;;
-        Terminated*) echo "143 $nodes" ;;
+        'Exited with exit code '*) echo "${how##* } $where" ;;
+        'Illegal instruction'*) echo "132 $where" ;;
+        Aborted*) echo "134 $where" ;;
+        'Bus error'*) echo "135 $where" ;;
+        'Floating point exception'*) echo "136 $where" ;;
+        Killed* | 'Out Of Memory'*) echo "137 $where" ;;
+        'User defined signal 1'*) echo "138 $where" ;;
+        'Segmentation fault'*) echo "139 $where" ;;
+        Terminated*) echo "143 $where" ;;
       esac
     fi
   done > "$endings"
@@ -440,13 +440,13 @@ note_endings() {
 # Sets code to the one among several that decides, which srun's, the highest, need not be; and worker_lost,
 # and without_gpu, the nodes of tasks that ended with 3.
 weigh_endings() {
-  local ending nodes weight heaviest=0 killed=''
+  local ending where weight heaviest=0 killed=''
   [[ -f $endings ]] || return 0
-  while read -r ending nodes; do
+  while read -r ending where; do
     case $ending in
       worker) worker_lost=yes weight=0 ;;
       2) weight=6 ;;
-      3) weight=5 without_gpu+=${without_gpu:+,}$nodes ;;
+      3) weight=5 without_gpu+=${without_gpu:+,}$where ;;
       1) weight=4 ;;
       75)
         weight=1

@@ -162,7 +162,7 @@ def test_in_podman_each_task_has_variables_and_network_of_its_node(
 def test_the_code_that_asks_for_most_decides(
     cluster: Cluster, base: dict[str, str], first: str, second: str, code: int
 ) -> None:
-    does = f"trap '' TERM; test $SLURM_PROCID = 1 || {{ {first}; }}; sleep 1; {second}"
+    does = f"trap '' TERM; sleep 1; test $SLURM_PROCID = 1 || {{ {first}; }}; sleep 1; {second}"
     job = submit(cluster, does, **base, MAX_REQUEUES="0")
     assert cluster.wait(job) == "FAILED"
     assert cluster.fields(job)["ExitCode"] == f"{code}:0", cluster.log(job)
@@ -188,9 +188,9 @@ def test_what_srun_ends_after_an_orderly_stop_is_no_defect(
 
 def test_the_time_limits_signal_reaches_all_tasks(cluster: Cluster, base: dict[str, str]) -> None:
     does = (
-        "test $SLURM_RESTART_COUNT = 0 || exit 0; echo waiting;"
+        "test $SLURM_RESTART_COUNT = 0 || exit 0;"
         "trap 'echo task $SLURM_PROCID was signalled; sleep 1; exit 75' USR1; trap '' TERM;"
-        "while :; do sleep 0.2; done"
+        "echo waiting; while :; do sleep 0.2; done"
     )
     job = submit(cluster, does, **base)
     cluster.wait_for_log(job, "waiting", times=2)
