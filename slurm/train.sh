@@ -4,6 +4,7 @@
 #     sbatch slurm/train.sh
 #     sbatch --gpus-per-node=4 --time=30 slurm/train.sh --epochs 100
 #     sbatch --array=0-9%4 slurm/train.sh
+#     sbatch --nodes=2 --gpus-per-node=4 slurm/train.sh
 #
 # sbatch's options come before the script's name, those of `train` behind it. Each task of an array
 # trains with its index as the seed, in a folder seed-INDEX of its own. With an image this file is all
@@ -36,7 +37,8 @@ set -uo pipefail
 set +o posix # in which bash forgets a step's exit code once it was asked for
 
 readonly IMAGE=cifar10-job:0.1.0
-readonly MAX_EXCLUDED_NODES=3
+readonly MAX_EXCLUSIONS=3
+readonly MAX_LOST_WORKERS=5
 readonly CHECK='import job.cli, importlib.util, sys; sys.exit(not importlib.util.find_spec("tensorflow"))'
 readonly AGAIN="submit it again to go on from the last checkpoint"
 
@@ -46,7 +48,7 @@ refuse() {
   exit 2
 }
 
-time_is_up='' terminated='' step_pid=''
+time_is_up='' terminated='' step_pid='' worker_lost='' without_gpu=''
 # srun ends its step on TERM without a grace, but passes USR1 on, which asks the program for the same.
 pass_on() { [[ -z $step_pid ]] || kill -USR1 "$step_pid" 2> /dev/null; }
 trap 'time_is_up=yes; say "the time limit is near (SIGUSR1)"; pass_on' USR1
@@ -68,7 +70,7 @@ set_up_site() {
   fi
 }
 
-# Sets job and attempt.
+# Sets job, attempt and nodes, their number.
 identify_job() {
   local command answer
   [[ -n ${SLURM_JOB_ID:-} ]] || refuse "not started by Slurm; say sbatch slurm/train.sh"
@@ -93,13 +95,13 @@ identify_job() {
   attempt=$(field Restarts) || attempt=${SLURM_RESTART_COUNT:-0}
   export SLURM_RESTART_COUNT=$attempt
   unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU # srun refuses them beside --mem
+  unset "${!SLURM_STEP_@}" # of a step that called sbatch
+  nodes=${SLURM_JOB_NUM_NODES:-1}
 }
 
 # Checks the arguments of `train` and the variables, and sets output, data and record.
 read_settings() {
   local argument task=${SLURM_ARRAY_TASK_ID:-}
-  ((${SLURM_JOB_NUM_NODES:-1} == 1)) ||
-    refuse "received $SLURM_JOB_NUM_NODES nodes, expected 1; say --nodes=1 and --gpus-per-node=N"
   [[ ${MAX_REQUEUES:=50} =~ ^(0|[1-9][0-9]*)$ ]] ||
     refuse "MAX_REQUEUES is $MAX_REQUEUES, expected a number"
   for argument; do
@@ -125,8 +127,9 @@ read_settings() {
   fi
   # People read the log. Where machines do, say JOB_LOG_FORMAT=json.
   export JOB_LOG_FORMAT=${JOB_LOG_FORMAT:-text}
-  # A line for each time that this job has requeued itself.
+  # A line for each time that this job has requeued itself, and for each task that has failed.
   record=$output/.slurm-$job
+  endings=$record-endings
 }
 
 make_folders() {
@@ -215,7 +218,9 @@ choose_runtime() {
 # Sets step to the command that trains, with the arguments of `train`.
 build_step() {
   # Without --export=ALL, what sbatch's --export leaves out would keep from the step what is set here.
-  step=(srun --nodes=1 --ntasks=1 --export=ALL)
+  step=(srun "--nodes=$nodes" "--ntasks=$nodes" --export=ALL)
+  # The first task, which alone writes the output folder, on this node; and none waits for one that failed.
+  ((nodes == 1)) || step+=(--ntasks-per-node=1 --distribution=block --kill-on-bad-exit=1)
   # srun does not take this over from sbatch.
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || step+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
   if [[ $runtime == none ]]; then
@@ -238,6 +243,12 @@ build_step() {
   local names arguments
   mapfile -t names < <(compgen -e | grep -E -i -x \
     '(job|slurm|slurmd|tf|nccl)_.*|(https?|no|all)_proxy|pythonnousersite|mplconfigdir|keras_home|tz')
+  if ((nodes > 1)); then
+    # By which the tasks find each other; srun sets them in each task.
+    names+=(SLURM_STEP_NUM_TASKS SLURM_STEP_NODELIST SLURM_STEP_TASKS_PER_NODE)
+    names+=(SLURM_PROCID SLURM_NODEID SLURM_LOCALID)
+    mapfile -t names < <(printf '%s\n' "${names[@]}" | sort -u)
+  fi
   read -r -d '' -a arguments <<< "${CONTAINER_ARGS:-}"
   case $runtime in
     pyxis) add_pyxis "$@" ;;
@@ -263,11 +274,10 @@ add_pyxis() {
 }
 
 add_apptainer() {
-  local command=apptainer name
+  local command=apptainer
   command -v apptainer > /dev/null || command=singularity
-  for name in "${names[@]}" CUDA_VISIBLE_DEVICES; do
-    [[ -z ${!name+set} ]] || export "${command^^}ENV_$name=${!name}"
-  done
+  names+=(CUDA_VISIBLE_DEVICES)
+  if ((nodes == 1)); then name_for_apptainer "$command"; else in_each_task "$command"; fi
   step+=(
     "$command" exec --nv --cleanenv --no-home --pwd /app
     --bind "$output:/output" --bind "$data:/data"
@@ -275,25 +285,59 @@ add_apptainer() {
   )
 }
 
+# Exports the variables in names under the names by which Apptainer lets them in.
+name_for_apptainer() {
+  local name
+  for name in "${names[@]}"; do
+    [[ -z ${!name+set} ]] || export "${1^^}ENV_$name=${!name}"
+  done
+}
+
 add_podman() {
-  local gpu options=()
+  local options=()
   ((UID == 0)) || options+=(--userns keep-id)
-  for gpu in $(job_gpus); do options+=(--device "nvidia.com/gpu=$gpu"); done
-  arguments=("${options[@]}" "${arguments[@]}")
   add_engine "$@"
 }
 
 add_docker() {
-  local group gpus options=()
+  local group options=()
   for group in $(id -G); do options+=(--group-add "$group"); done
-  gpus=$(job_gpus | tr '\n' ,)
-  if [[ -n $gpus ]]; then
-    options+=(--gpus "\"device=${gpus%,}\"")
-  else
-    options+=(--env NVIDIA_VISIBLE_DEVICES=void) # CUDA's images ask for all
-  fi
-  arguments=("${options[@]}" "${arguments[@]}")
   add_engine "$@"
+}
+
+# podman or docker, given only the job's GPUs, which they number anew inside.
+add_engine() {
+  local name gpus=() variables=()
+  for name in "${names[@]}"; do variables+=(--env "$name"); done
+  if ((nodes == 1)); then
+    choose_gpus "$runtime"
+  else
+    in_each_task "$runtime"
+    # In which the nodes' names and addresses hold. A runtime takes one network.
+    [[ " ${arguments[*]}" == *" --net"* ]] || options+=(--network host)
+  fi
+  step+=(
+    "$runtime" run --rm --label "slurm-job=$SLURM_JOB_ID" --user "$(id -u):$(id -g)"
+    --security-opt label=disable --shm-size 1g
+    --volume "$output:/output" --volume "$data:/data"
+    "${variables[@]}" "${options[@]}" "${gpus[@]}" "${arguments[@]}" "$image" train "$@"
+  )
+}
+
+# Sets gpus to the options of podman or docker for the job's GPUs.
+choose_gpus() {
+  local gpu list
+  gpus=()
+  if [[ $1 == podman ]]; then
+    for gpu in $(job_gpus); do gpus+=(--device "nvidia.com/gpu=$gpu"); done
+    return
+  fi
+  list=$(job_gpus | tr '\n' ,)
+  if [[ -n $list ]]; then
+    gpus=(--gpus "\"device=${list%,}\"")
+  else
+    gpus=(--env NVIDIA_VISIBLE_DEVICES=void) # CUDA's images ask for all
+  fi
 }
 
 # Prints the job's GPUs, one a line, for runtimes that Slurm does not confine. Slurm's numbers follow the
@@ -310,24 +354,47 @@ job_gpus() {
   echo "${uuids:-${SLURM_JOB_GPUS//,/$'\n'}}"
 }
 
-# podman or docker, given only the job's GPUs, which they number anew inside.
-add_engine() {
-  local name variables=()
-  for name in "${names[@]}"; do variables+=(--env "$name"); done
+# Adds to the step what each of its tasks does before it becomes the command that follows, in which
+# variables and GPUs are of the task and its node. This file is not on every node.
+in_each_task() {
   step+=(
-    "$runtime" run --rm --label "slurm-job=$SLURM_JOB_ID" --user "$(id -u):$(id -g)"
-    --security-opt label=disable --shm-size 1g
-    --volume "$output:/output" --volume "$data:/data"
-    "${variables[@]}" "${arguments[@]}" "$image" train "$@"
+    bash -c "$(declare -f become name_for_apptainer choose_gpus job_gpus); become \"\$@\""
+    "$1" "$output" "$data" "${names[*]}"
   )
+}
+
+# In a task: becomes the command of a container runtime.
+# shellcheck disable=SC2329 # each task calls it
+become() {
+  local runtime=$0 gpus=() names
+  mkdir -p -- "$1" "$2" || exit 2
+  read -r -a names <<< "$3"
+  shift 3
+  case $runtime in
+    podman | docker)
+      export SLURM_JOB_GPUS=${SLURM_STEP_GPUS:-} # has come along from the first node
+      choose_gpus "$runtime"
+      set -- "$1" "$2" "${gpus[@]}" "${@:3}"
+      ;;
+    *) name_for_apptainer "$runtime" ;;
+  esac
+  exec "$@"
 }
 
 # Runs the step to its end, whatever signals come meanwhile, and sets code.
 run_step() {
   code=75
   [[ -z $time_is_up$terminated ]] || return
-  "${step[@]}" &
-  step_pid=$!
+  if ((nodes == 1)); then
+    "${step[@]}" &
+    step_pid=$!
+  else
+    exec {log}> >(note_endings)
+    filter_pid=$!
+    "${step[@]}" 2>&"$log" {log}>&- &
+    step_pid=$!
+    exec {log}>&-
+  fi
   # One that came in between.
   [[ -z $time_is_up$terminated ]] || pass_on
   # A trap ends wait, too.
@@ -335,6 +402,66 @@ run_step() {
   wait "$step_pid"
   code=$?
   step_pid=''
+  if ((nodes > 1)); then
+    while kill -0 "$filter_pid" 2> /dev/null; do wait "$filter_pid"; done
+    weigh_endings
+  fi
+}
+
+# Hands on what the step says, and notes what srun says of tasks that failed (exit code and nodes), and
+# whether a task has missed another.
+note_endings() {
+  local line said='srun: error: ([^ ]+): tasks? [0-9,-]+: (.+)$' where how
+  trap '' USR1 TERM # of which the last words are still to come
+  export LC_ALL=C
+  # Above all srun needs somebody to talk to.
+  { : > "$endings"; } 2> /dev/null || endings=/dev/null
+  while IFS= read -r line || [[ -n $line ]]; do
+    printf '%s\n' "$line" >&2
+    if [[ $line == *'cifar10-job: stopped: '@(lost|missing)' worker'* ]]; then
+      echo worker
+    elif [[ $line =~ $said ]]; then
+      where=${BASH_REMATCH[1]} how=${BASH_REMATCH[2]}
+      case $how in
+        'Exited with exit code '*) echo "${how##* } $where" ;;
+        'Illegal instruction'*) echo "132 $where" ;;
+        Aborted*) echo "134 $where" ;;
+        'Bus error'*) echo "135 $where" ;;
+        'Floating point exception'*) echo "136 $where" ;;
+        Killed* | 'Out Of Memory'*) echo "137 $where" ;;
+        'User defined signal 1'*) echo "138 $where" ;;
+        'Segmentation fault'*) echo "139 $where" ;;
+        Terminated*) echo "143 $where" ;;
+      esac
+    fi
+  done > "$endings"
+}
+
+# Sets code to the one among several that decides, which srun's, the highest, need not be; and worker_lost,
+# and without_gpu, the nodes of tasks that ended with 3.
+weigh_endings() {
+  local ending where weight heaviest=0 killed=''
+  [[ -f $endings ]] || return 0
+  while read -r ending where; do
+    case $ending in
+      worker) worker_lost=yes weight=0 ;;
+      2) weight=6 ;;
+      3) weight=5 without_gpu+=${without_gpu:+,}$where ;;
+      1) weight=4 ;;
+      75)
+        weight=1
+        # Of a step with a killed task srun may drop the last words.
+        [[ -z $killed ]] || worker_lost=yes
+        ;;
+      137 | 143)
+        weight=0 # after another ending it is srun's doing
+        ((heaviest)) || weight=2 killed=yes
+        ;;
+      *) weight=$((ending > 128 ? 2 : 3)) ;;
+    esac
+    if ((weight > heaviest)); then heaviest=$weight code=$ending; fi
+  done < "$endings"
+  rm -f -- "$endings"
 }
 
 # Ends this script, and with it the job unless that is requeued.
@@ -362,7 +489,7 @@ finish() {
   elif [[ -n $terminated && $preempted == None ]]; then
     say "stopped by SIGTERM, not requeued; $AGAIN"
   elif ((code == 3)); then
-    replace_node
+    replace_nodes
   elif ((code == 1)); then
     requeue defect 1 "exit code 1" scontrol requeue Incomplete "$job"
   elif [[ $preempted != None ]]; then
@@ -370,6 +497,9 @@ finish() {
     requeue preemption "$MAX_REQUEUES" "preempted" scontrol requeue Incomplete "$job"
   elif [[ -n $time_is_up ]]; then
     requeue time "$MAX_REQUEUES" "stopped for the time limit" scontrol requeue Incomplete "$job"
+  elif [[ -n $worker_lost ]] && ((code == 75 || code > 128)); then
+    requeue worker "$MAX_LOST_WORKERS" "a worker was lost or missing (exit code $code)" \
+      scontrol requeue Incomplete "$job"
   elif ((code == 75)); then
     say "exit code 75, not requeued: it was not Slurm's time limit that stopped it; $AGAIN"
   elif ((code > 128)); then
@@ -410,11 +540,16 @@ requeue() {
   fi
 }
 
-# Requeues the job for another node than this one, which lacks a GPU that Slurm has promised.
-replace_node() {
-  local node=${SLURMD_NODENAME:-$(hostname)} excluded others=''
+# Requeues the job for other nodes than those that lack a GPU that Slurm has promised.
+replace_nodes() {
+  local node=$without_gpu excluded others=''
+  ((nodes > 1)) || node=${SLURMD_NODENAME:-$(hostname)}
   if ((${SLURM_GPUS_ON_NODE:-0} == 0)); then
     say "exit code 3, not requeued: Slurm was asked for no GPU; say sbatch --gpus-per-node=1"
+    return
+  elif [[ -z $node ]]; then
+    say "exit code 3, not requeued: srun has not said on which node; see the error above, then say" \
+      "sbatch --exclude=NODE"
     return
   fi
   excluded=$(field ExcNodeList)
@@ -424,12 +559,12 @@ replace_node() {
     others=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format=%N |
       grep -v -x -F -f <(scontrol show hostnames "$excluded"))
   fi
-  if [[ -z $others ]]; then
+  if (($(grep -c . <<< "$others") < nodes)); then
     say "exit code 3, not requeued: a GPU is missing on node $node, and the job has no other to go to" \
       "than $excluded; have them examined, or say sbatch --gpus-per-node=0 to train on processors"
     return
   fi
-  requeue gpu "$MAX_EXCLUDED_NODES" "exit code 3: a GPU is missing on node $node" hold_and_exclude
+  requeue gpu "$MAX_EXCLUSIONS" "exit code 3: a GPU is missing on node $node" hold_and_exclude
 }
 
 # Held until the node is excluded, which Slurm permits only while the job does not run.
@@ -450,7 +585,9 @@ read_settings "$@"
 choose_runtime
 make_folders
 build_step "$@"
-say "job $job, attempt $attempt on ${SLURMD_NODENAME:-$(hostname)}: runtime $runtime${image:+ with $image}," \
+place=${SLURMD_NODENAME:-$(hostname)}
+((nodes == 1)) || place="$nodes nodes ${SLURM_JOB_NODELIST:-}"
+say "job $job, attempt $attempt on $place: runtime $runtime${image:+ with $image}," \
   "output $output, data $data, ${SLURM_GPUS_ON_NODE:-0} GPU(s)"
 run_step
 finish

@@ -13,7 +13,7 @@ from job import __version__
 from tests.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "slurm" / "train.sh"
-COMMANDS = "bash cat date env grep hostname id mkdir realpath rm sed tr"
+COMMANDS = "bash cat date env grep hostname id mkdir mv realpath rm sed sort tr"
 
 # Each writes its words to a file of its name, a line a word, and the environment beside it.
 STAND_IN = """#!/bin/bash
@@ -41,6 +41,20 @@ test "$*" != --help || exit
 trap 'exit 75' USR1
 for name in {signals}; do kill -s $name $PPID; done
 for _ in {{1..100}}; do {sleep} 0.1; done
+"""
+
+# Runs the command of two tasks, one after the other, as on two nodes with different GPUs.
+TWO_TASKS = """#!/bin/bash
+test "$*" != --help || exit
+printf '%s\\n' "$@" > {folder}/srun.told
+while [[ $1 == --* ]]; do shift; done
+export SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NODELIST=n[7-8] SLURM_STEP_TASKS_PER_NODE="1(x2)"
+gpus=({gpus})
+for rank in 0 1; do
+  export SLURM_PROCID=$rank SLURM_NODEID=$rank SLURM_LOCALID=0 SLURM_STEP_GPUS=${{gpus[rank]}}
+  "$@" || exit
+  for file in told env; do mv {folder}/{name}.$file {folder}/{name}-$rank.$file; done
+done
 """
 
 
@@ -86,6 +100,15 @@ class Node:
     def srun_sends(self, signals: str) -> None:
         sleep = shutil.which("sleep")
         self.put("srun", SIGNALLED_SRUN.format(signals=signals, sleep=sleep))
+
+    def srun_runs_two_tasks_of(self, name: str, gpus: str = "") -> None:
+        """Have told and environment of a runtime for each task, under its name and -0 and -1."""
+        self.put("srun", TWO_TASKS.format(folder=self._bin, name=name, gpus=gpus))
+
+    def srun_says(self, *lines: str, code: int) -> None:
+        """Have srun end with a code, and its standard error say what is told."""
+        said = "".join(f"echo '{line}' >&2\n" for line in lines)
+        self.put("srun", f"#!/bin/bash\ntest $1 != --help || exit\n{said}exit {code}\n")
 
     def install_pyxis(self) -> None:
         self.srun_ends_with(0, "--container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH")
@@ -362,7 +385,6 @@ def test_auto_leaves_an_images_file_to_the_runtime_that_reads_it(node: Node) -> 
 
 REFUSED = [
     ({"SLURM_JOB_ID": ""}, (), "not started by Slurm; say sbatch slurm/train.sh"),
-    ({"SLURM_JOB_NUM_NODES": "2"}, (), "received 2 nodes, expected 1; say --nodes=1"),
     ({"MAX_REQUEUES": "ten"}, (), "MAX_REQUEUES is ten, expected a number"),
     ({}, ("--output-dir", "a"), "received --output-dir; say JOB_OUTPUT_DIR=FOLDER sbatch"),
     ({}, ("--time=30",), "received --time, an option of sbatch; say it before slurm/train.sh"),
@@ -676,4 +698,357 @@ def test_requeues_of_all_causes_are_bounded_together(node: Node) -> None:
     assert (
         "requeued itself 2 times (at most 2), 0 times for this cause (at most 1)" in result.stderr
     )
+    assert node.requests() == []
+
+
+TWO_NODES = {
+    **TWO_GPUS,
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_JOB_NODELIST": "n[7-8]",
+    # Slurm gives the batch script those of a first task.
+    "SLURM_PROCID": "0",
+    "SLURM_NODEID": "0",
+}
+OF_A_TASK = [
+    *("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"),
+    *("SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID"),
+]
+TWO_NAMES = sorted([*NAMES, "SLURM_JOB_NODELIST", *OF_A_TASK])
+SRUN_TWO = [
+    *("--nodes=2", "--ntasks=2", "--export=ALL"),
+    *("--ntasks-per-node=1", "--distribution=block", "--kill-on-bad-exit=1", "--cpus-per-task=4"),
+]
+
+
+def test_on_two_nodes_each_runs_one_task_in_the_order_of_the_nodes(node: Node) -> None:
+    node.install("python3.12")
+    python = shutil.which("python3.12", path=node.env["PATH"])
+    result = node.run("--epochs", "2", PYTHON=str(python), **TWO_NODES)
+    assert result.returncode == 0, result.stderr
+    assert node.told("srun") == [*SRUN_TWO, str(python), *TRAIN[1:]]
+    assert "job 41, attempt 0 on 2 nodes n[7-8]: runtime none" in result.stderr
+    assert list((node.folder / "output" / "slurm").iterdir()) == []
+
+
+def test_variables_of_the_step_that_has_submitted_a_job_are_not_its_own(node: Node) -> None:
+    node.install("apptainer")
+    node.run(CONTAINER_IMAGE="a.sif", SLURM_STEP_NUM_TASKS="4", SLURM_STEP_GPUS="0")
+    assert not [name for name in node.environment() if "SLURM_STEP" in name]
+
+
+def test_pyxis_on_two_nodes_is_told_the_variables_of_each_task(node: Node) -> None:
+    node.install_pyxis()
+    result = node.run(CONTAINER_IMAGE="a.sqsh", **TWO_NODES)
+    assert result.returncode == 0, result.stderr
+    told = node.told("srun")
+    assert told[: len(SRUN_TWO)] == SRUN_TWO
+    (names,) = (word for word in told if word.startswith("--container-env="))
+    assert names == f"--container-env={','.join([*TWO_NAMES, 'CUDA_VISIBLE_DEVICES'])}"
+    assert told[-4:] == TRAIN[:4]
+
+
+@pytest.mark.parametrize("command", ["apptainer", "singularity"])
+def test_apptainer_on_two_nodes_lets_in_the_variables_of_each_task(
+    node: Node, command: str
+) -> None:
+    node.install(command)
+    node.srun_runs_two_tasks_of(command)
+    result = node.run("--epochs", "2", CONTAINER_IMAGE="/a.sif", **TWO_NODES)
+    assert result.returncode == 0, result.stderr
+    assert node.told("srun")[: len(SRUN_TWO)] == SRUN_TWO
+    prefix = f"{command.upper()}ENV_"
+    for rank in ("0", "1"):
+        assert node.told(f"{command}-{rank}") == [
+            *("exec", "--nv", "--cleanenv", "--no-home", "--pwd", "/app"),
+            *("--bind", f"{node.folder}/output/slurm:/output"),
+            *("--bind", f"{node.folder}/data:/data", "/a.sif"),
+            *TRAIN,
+        ]
+        environment = node.environment(f"{command}-{rank}")
+        passed = {
+            name.removeprefix(prefix): value
+            for name, value in environment.items()
+            if name.startswith(prefix)
+        }
+        assert sorted(passed) == sorted([*TWO_NAMES, "CUDA_VISIBLE_DEVICES"])
+        assert [passed[name] for name in OF_A_TASK] == ["2", "n[7-8]", "1(x2)", rank, rank, "0"]
+        assert passed["JOB_DATA_DIR"] == "/data"
+
+
+@pytest.mark.parametrize("command", ["podman", "docker"])
+def test_engines_on_two_nodes_are_told_the_gpus_of_each_and_to_use_its_network(
+    node: Node, command: str
+) -> None:
+    node.install(command)
+    node.srun_runs_two_tasks_of(command, gpus="0,3 1,2")
+    result = node.run("--epochs", "2", CONTAINER_ARGS="--pids-limit 99", **TWO_NODES)
+    assert result.returncode == 0, result.stderr
+    assert node.told("srun")[: len(SRUN_TWO)] == SRUN_TWO
+    for rank, gpus in (("0", ("0", "3")), ("1", ("1", "2"))):
+        told = node.told(f"{command}-{rank}")
+        if command == "podman":
+            devices = [f"nvidia.com/gpu={gpu}" for gpu in gpus]
+            of_node = [word for device in devices for word in ("--device", device)]
+            options = ["--userns", "keep-id"] if os.getuid() else []
+        else:
+            of_node = ["--gpus", f'"device={",".join(gpus)}"']
+            groups = subprocess.run(["id", "-G"], capture_output=True, text=True).stdout.split()
+            options = [word for group in groups for word in ("--group-add", group)]
+        assert told == [
+            *("run", *of_node, "--rm", "--label", "slurm-job=41"),
+            *("--user", f"{os.getuid()}:{os.getgid()}"),
+            *("--security-opt", "label=disable", "--shm-size", "1g"),
+            *("--volume", f"{node.folder}/output/slurm:/output"),
+            *("--volume", f"{node.folder}/data:/data"),
+            *(word for name in TWO_NAMES for word in ("--env", name)),
+            *(*options, "--network", "host", "--pids-limit", "99"),
+            *(f"cifar10-job:{__version__}", "train", "--epochs", "2"),
+        ]
+        environment = node.environment(f"{command}-{rank}")
+        assert [environment[name] for name in OF_A_TASK[:4]] == ["2", "n[7-8]", "1(x2)", rank]
+
+
+@pytest.mark.parametrize("option", ["--network=rdma", "--net rdma"])
+def test_a_network_of_the_users_own_takes_the_place_of_the_hosts(node: Node, option: str) -> None:
+    node.install("podman")
+    node.srun_runs_two_tasks_of("podman")
+    assert node.run(CONTAINER_ARGS=option, **TWO_NODES).returncode == 0
+    told = node.told("podman-1")
+    assert [word for word in told if word.startswith("--net")] == option.split()[:1]
+    assert "host" not in told
+    assert "--device" not in told  # Slurm has given this step none
+
+
+def test_each_node_of_several_gets_the_folders_that_a_container_mounts(node: Node) -> None:
+    """Those of one need not be the other's."""
+    node.install("podman")
+    node.srun_runs_two_tasks_of("podman")
+    podman = Path(node.env["PATH"]) / "podman"
+    stand_in = podman.read_text().replace("exit 0", "test $1 != run || rm -r data")
+    podman.write_text(stand_in)
+    result = node.run(**TWO_NODES)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_task_becomes_its_runtime_and_so_gets_its_signals(node: Node) -> None:
+    node.put("podman", "#!/bin/bash\ntest $1 = image || echo podman is $$ of $PPID\n")
+    node.put(
+        "srun",
+        "#!/bin/bash\ntest $1 != --help || exit\n"
+        'while [[ $1 == --* ]]; do shift; done\n"$@" &\necho task $! of $$\nwait\n',
+    )
+    result = node.run(**TWO_NODES)
+    task, podman = (re.search(rf"{word} (\d+ of \d+)", result.stdout) for word in ("task", "is"))
+    assert task
+    assert podman
+    assert task[1] == podman[1]
+
+
+EXITED = "srun: error: {}: Exited with exit code {}"
+ENDED_BY = "srun: error: {}: {}"
+LOST = "12:00 cifar10-job: stopped: lost worker 1 (n8)"
+MISSING = "12:00 cifar10-job: stopped: missing worker 1 (n8)"
+
+
+def exited(*codes: int) -> list[str]:
+    return [EXITED.format(f"n{7 + n}: task {n}", code) for n, code in enumerate(codes)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "srun", "code"),
+    [
+        (exited(75, 2), 75, 2),
+        (exited(3, 2), 3, 2),
+        (exited(1, 75, 3), 75, 3),
+        (exited(139, 1), 139, 1),
+        (exited(75, 139), 139, 139),
+        (exited(134, 139), 139, 134),
+        (exited(75, 127), 127, 127),
+        (exited(139, 127), 139, 127),
+        (exited(75, 75), 75, 75),
+        (exited(2), 0, 2),
+        ([EXITED.format("n[7-8,11],gpu07: tasks 0-2,5", 2), *exited(75)], 75, 2),
+        # A progress line without an end, of the program.
+        (["step 5 " + exited(2)[0], *exited(75)], 75, 2),
+        ([ENDED_BY.format("n8: task 1", "Segmentation fault (core dumped)")], 143, 139),
+        ([ENDED_BY.format("n8: task 1", "Killed")], 137, 137),
+        ([ENDED_BY.format("n8: task 1", "Out Of Memory")], 125, 137),
+        ([ENDED_BY.format("n8: task 1", "Aborted (core dumped)")], 134, 134),
+        ([ENDED_BY.format("n8: task 1", "Bus error")], 135, 135),
+        ([ENDED_BY.format("n8: task 1", "Floating point exception")], 136, 136),
+        ([ENDED_BY.format("n8: task 1", "Illegal instruction")], 132, 132),
+        ([ENDED_BY.format("n8: task 1", "User defined signal 1")], 138, 138),
+        # What srun itself has ended for another's sake.
+        ([*exited(75), ENDED_BY.format("n8: task 1", "Terminated")], 143, 75),
+        ([*exited(75), ENDED_BY.format("n8: task 1", "Killed")], 137, 75),
+        ([ENDED_BY.format("n8: task 1", "Killed"), *exited(75)], 137, 137),
+        ([ENDED_BY.format("n8: task 1", "Terminated")], 143, 143),
+        (["srun: error: Unable to create step"], 1, 1),
+        (["n8 has exited with exit code 2"], 75, 75),
+    ],
+)
+def test_of_the_tasks_exit_codes_the_one_that_asks_for_most_decides(
+    node: Node, lines: list[str], srun: int, code: int
+) -> None:
+    node.install("podman")
+    node.srun_says(*lines, code=srun)
+    result = node.run(**TWO_NODES)
+    assert result.returncode == code
+    assert set(lines) <= set(result.stderr.splitlines())
+    assert not list((node.folder / "output" / "slurm").glob("*endings"))
+
+
+def test_of_one_node_the_step_is_not_listened_to(node: Node) -> None:
+    node.install("podman")
+    node.srun_says(LOST, *exited(2), code=75)
+    result = node.run()
+    assert result.returncode == 75
+    assert node.requests() == []
+
+
+def test_a_step_is_listened_to_also_where_nothing_can_be_noted(node: Node) -> None:
+    node.install("podman")
+    record(node).with_name(".slurm-41-endings").mkdir(parents=True)
+    node.srun_says(*exited(2, 75), code=75)
+    result = node.run(**TWO_NODES)
+    assert result.returncode == 75
+    assert "\n".join(exited(2, 75)) in result.stderr
+    assert "endings" not in result.stderr
+
+
+def test_the_last_words_of_a_step_are_handed_on_too(node: Node) -> None:
+    node.install("podman")
+    node.put("srun", "#!/bin/bash\ntest $1 = --help || printf ' a\\\\tb \\n\\nlast' >&2\n")
+    result = node.run(**TWO_NODES)
+    assert "\n a\\tb \n\nlast\n" in result.stderr
+
+
+def test_what_a_signalled_step_says_is_handed_on_to_its_end(node: Node) -> None:
+    """scancel sends SIGTERM to all of a job's processes, srun's and this script's own too."""
+    node.install("podman")
+    sleep = shutil.which("sleep")
+    node.put(
+        "srun",
+        "#!/bin/bash\ntest $1 != --help || exit\n"
+        "trap 'echo told >&2; echo bye >&2; exit 75' USR1; trap '' TERM\n"
+        f"{sleep} 0.3; kill -TERM 0; for _ in {{1..100}}; do {sleep} 0.1; done\n",
+    )
+    result = subprocess.run(
+        [SCRIPT],
+        cwd=node.folder,
+        env={**node.env, **TWO_NODES},
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+    )
+    assert result.returncode == 75
+    assert "told\nbye\n" in result.stderr
+    assert "stopped by SIGTERM, not requeued" in result.stderr
+
+
+@pytest.mark.parametrize("line", [LOST, MISSING])
+@pytest.mark.parametrize("ending", ["Exited with exit code 75", "Killed"])
+def test_a_lost_or_missing_worker_requeues_the_job(node: Node, line: str, ending: str) -> None:
+    node.install("podman")
+    killed = ENDED_BY.format("n8: task 1", ending)
+    node.srun_says(killed, line, *exited(75), code=137)
+    result = node.run(**TWO_NODES)
+    code = 137 if ending == "Killed" else 75
+    assert result.returncode == code
+    assert f"a worker was lost or missing (exit code {code}); requeueing (1 of" in result.stderr
+    assert node.requests() == ["requeue Incomplete 41"]
+    assert record(node).read_text() == "worker in attempt 0\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "srun", "requeued"),
+    [
+        ([LOST, *exited(75, 2)], 75, None),
+        ([LOST, *exited(75, 127)], 127, None),
+        ([LOST, *exited(75, 1)], 75, "defect"),
+        ([ENDED_BY.format("n8: task 1", "Segmentation fault"), *exited(75)], 139, "defect"),
+        ([ENDED_BY.format("n8: task 1", "Killed")], 137, "defect"),
+        ([*exited(75), ENDED_BY.format("n8: task 1", "Killed")], 137, None),
+        # Of a step with a killed task srun may drop the last words.
+        ([ENDED_BY.format("n8: task 1", "Killed"), *exited(75)], 137, "worker"),
+        (exited(75, 75), 75, None),
+        (["stopped: lost worker"], 75, None),
+    ],
+)
+def test_what_no_lost_worker_explains_is_treated_as_before(
+    node: Node, lines: list[str], srun: int, requeued: str | None
+) -> None:
+    node.install("podman")
+    node.srun_says(*lines, code=srun)
+    node.run(**TWO_NODES)
+    assert node.requests() == (["requeue Incomplete 41"] if requeued else [])
+    if requeued:
+        assert record(node).read_text() == f"{requeued} in attempt 0\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "limit", "message"),
+    [
+        (5, "50", "requeued itself 5 times (at most 50), 5 times for this cause (at most 5)"),
+        (2, "2", "requeued itself 2 times (at most 2), 2 times for this cause (at most 5)"),
+        (4, "50", "requeueing (5 of at most 50)"),
+    ],
+)
+def test_lost_workers_are_bounded(node: Node, before: int, limit: str, message: str) -> None:
+    node.install("podman")
+    node.srun_says(LOST, *exited(75), code=75)
+    node.slurm_says(restarts=before)
+    record(node).parent.mkdir(parents=True)
+    record(node).write_text("".join(f"worker in attempt {n}\n" for n in range(before)))
+    result = node.run(MAX_REQUEUES=limit, **TWO_NODES)
+    assert message in result.stderr
+    assert node.requests() == (["requeue Incomplete 41"] if "requeueing" in message else [])
+
+
+def test_at_the_time_limit_several_nodes_are_requeued_for_that(node: Node) -> None:
+    node.install("podman")
+    node.srun_sends("USR1")
+    result = node.run(**TWO_NODES)
+    assert result.returncode == 75
+    assert "stopped for the time limit; requeueing (1 of at most 50)" in result.stderr
+    assert record(node).read_text() == "time in attempt 0\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "excluded"),
+    [
+        ([EXITED.format("n8: task 1", 3), *exited(75)], "n8"),
+        ([EXITED.format("n8: task 1", 3), EXITED.format("n9: task 2", 3)], "n8,n9"),
+    ],
+)
+def test_of_several_nodes_those_without_a_gpu_are_excluded(
+    node: Node, lines: list[str], excluded: str
+) -> None:
+    node.install("podman")
+    node.put("sinfo", "#!/bin/bash\nprintf 'n%d\\n' 7 8 9 10\n")
+    node.srun_says(*lines, code=75)
+    result = node.run(**TWO_NODES)
+    assert result.returncode == 3
+    assert f"a GPU is missing on node {excluded}; requeueing" in result.stderr
+    assert node.requests() == [
+        "requeuehold Incomplete 41",
+        f"update JobId=41 ExcNodeList={excluded}",
+        "release 41",
+    ]
+
+
+def test_several_nodes_go_nowhere_where_too_few_are_left(node: Node) -> None:
+    node.install("podman")
+    node.srun_says(EXITED.format("n8: task 1", 3), code=3)
+    result = node.run(**TWO_NODES)
+    assert "a GPU is missing on node n8, and the job has no other to go to than n8" in result.stderr
+    assert node.requests() == []
+
+
+def test_a_node_that_srun_does_not_name_is_not_guessed(node: Node) -> None:
+    node.install("podman")
+    node.srun_says(code=3)
+    result = node.run(**TWO_NODES)
+    assert result.returncode == 3
+    assert "srun has not said on which node" in result.stderr
     assert node.requests() == []

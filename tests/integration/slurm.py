@@ -1,7 +1,8 @@
 """A Slurm cluster on this machine: a controller and two nodes, n1 and n2, with four GPUs each.
 
-The GPUs are device nodes with nothing behind them, and processors and memory of the nodes are only
-said to be there, so that the script is submitted as it is.
+Or there are three, n3 too, which are hosts of their own. The GPUs are device nodes with nothing
+behind them, and processors and memory of the nodes are only said to be there, so that the script is
+submitted as it is.
 """
 
 import contextlib
@@ -24,17 +25,17 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.integration.namespaces import Hosts
 
 TOOLS = ("slurmctld", "slurmd", "sbatch", "munged")
-NODES = ("n1", "n2")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
 # A requeued job waits until its credentials have expired: two minutes by default, five seconds at
 # least. KillWait is the default.
 SLURM_CONF = """\
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldHost={controller}
+SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -60,12 +61,13 @@ JobCompType=jobcomp/none
 AccountingStorageType=accounting_storage/none
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} {node}
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} {node}
-PartitionName=gpu Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=OFF
-PartitionName=urgent Nodes=n1,n2 PriorityTier=10
-PartitionName=preemptible Nodes=n1,n2 PriorityTier=1 GraceTime=60
+{nodes}
+PartitionName=gpu Nodes=ALL Default=YES PriorityTier=1 PreemptMode=OFF
+PartitionName=urgent Nodes=ALL PriorityTier=10
+PartitionName=preemptible Nodes=ALL PriorityTier=1 GraceTime=60
 """
+CONTROLLER = "n0"
+"""Host of the controller, where the nodes are hosts of their own."""
 NODE = "CPUs=8 RealMemory=65536 Gres=gpu:4"
 
 
@@ -84,14 +86,24 @@ class Cluster:
     Attributes:
         folder: Of the cluster; every user can read it.
         checkout: What a user has who has cloned the project, installed it, and fetched the data.
+        nodes: Names of the nodes.
+        hosts: What the controller and each node are, if they do not share this machine's network.
     """
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, separate: bool = False) -> None:
+        """Make folders for a cluster.
+
+        Args:
+            data: The data set.
+            separate: Make each of three nodes a host of its own, instead of two on this one.
+        """
         self.folder = Path(tempfile.mkdtemp(prefix="cifar10-job-slurm-"))
         self.folder.chmod(0o755)
         (self.folder / "state").mkdir()
         self.checkout = self._make_checkout(data)
-        self._prefix: tuple[str, ...] = ()
+        self.nodes = ("n1", "n2", "n3") if separate else ("n1", "n2")
+        self.hosts = Hosts((CONTROLLER, *self.nodes), self.folder) if separate else None
+        self._user: tuple[str, ...] = ()
         self.env = {"PATH": os.environ["PATH"], "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def _make_checkout(self, data: Path) -> Path:
@@ -119,15 +131,13 @@ class Cluster:
         other.env = {**self.env, **env}
         user = pwd.getpwnam("nobody")
         ids = (f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}")
-        other._prefix = ("setpriv", *ids, "--clear-groups")
+        other._user = ("setpriv", *ids, "--clear-groups")
         return other
 
     def start(self) -> None:
         folder = self.folder
-        (folder / "slurm.conf").write_text(
-            SLURM_CONF.format(folder=folder, host=socket.gethostname(), ports=ports(), node=NODE)
-        )
-        (folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={folder}/gpu[0-3]\n")
+        (folder / "slurm.conf").write_text(self._configuration())
+        (folder / "gres.conf").write_text(f"NodeName=n[1-3] Name=gpu File={folder}/gpu[0-3]\n")
         (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
         for number in range(4):
             os.mknod(folder / f"gpu{number}", 0o020666, os.makedev(1, 3))  # as /dev/null
@@ -143,15 +153,33 @@ class Cluster:
             *(f"{names.get(name, f'--{name}-file')}={path}" for name, path in files.items()),
         )
         self.run("slurmctld")
-        for node in NODES:
+        for node in self.nodes:
             self.start_node(node)
-        wait_until(lambda: self.node_states() == {"n1:idle", "n2:idle"}, 60)
+        wait_until(self.is_idle, 60)
+
+    def _configuration(self) -> str:
+        here, loopback, (port, *node_ports) = socket.gethostname(), "127.0.0.1", ports()
+        controller, nodes = f"{here}({loopback})", []
+        for node, node_port in zip(self.nodes, node_ports, strict=False):
+            host, address = here, loopback
+            if self.hosts:
+                host, address = node, self.hosts.address(node)
+            at = f"NodeHostname={host} NodeAddr={address} Port={node_port}"
+            nodes.append(f"NodeName={node} {at} {NODE}")
+        if self.hosts:
+            controller = f"{CONTROLLER}({self.hosts.address(CONTROLLER)})"
+        return SLURM_CONF.format(
+            folder=self.folder, controller=controller, port=port, nodes="\n".join(nodes)
+        )
+
+    def is_idle(self) -> bool:
+        return self.node_states() == {f"{node}:idle" for node in self.nodes}
 
     def node_states(self) -> set[str]:
         return set(self.run("sinfo", "--noheader", "--Node", "--format=%N:%t").split())
 
     def start_node(self, node: str) -> None:
-        self.run("slurmd", "-N", node)
+        self.run("slurmd", "-N", node, host=node)
 
     def kill_node(self, node: str) -> None:
         """Kill a node's daemon and leave what runs there alone, as a lost network does."""
@@ -164,12 +192,17 @@ class Cluster:
             with contextlib.suppress(OSError):
                 if mark in (process / "environ").read_bytes():
                     os.kill(int(process.name), signal.SIGKILL)
+        if self.hosts:
+            self.hosts.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def run(self, *command: str | Path, env: dict[str, str] | None = None) -> str:
+    def run(
+        self, *command: str | Path, host: str = CONTROLLER, env: dict[str, str] | None = None
+    ) -> str:
         """Run a command of Slurm's at the top of the checkout; its output."""
+        there = self.hosts.prefix(host, self.checkout) if self.hosts else ()
         result = subprocess.run(
-            [*self._prefix, *map(str, command)],
+            [*there, *self._user, *map(str, command)],
             cwd=self.checkout,
             env={**self.env, **(env or {})},
             capture_output=True,
@@ -227,8 +260,8 @@ def halted(pid: int) -> Iterator[None]:
 
 
 def ports() -> list[int]:
-    """Three ports that nobody uses."""
-    sockets = [socket.socket() for _ in range(3)]
+    """Four ports that nobody uses."""
+    sockets = [socket.socket() for _ in range(4)]
     try:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
