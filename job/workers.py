@@ -5,12 +5,13 @@ gradients, which the strategy reduces, workers exchange a few documents, always 
 """
 
 import contextlib
+import faulthandler
 import json
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -194,27 +195,18 @@ def join(
         f"{timeout_seconds:g} s",
     )
     deadline = start + timeout_seconds
-    _wait_for_port(spec, deadline)
-    created: list[tf.distribute.Strategy] = []
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            created.append(create())
-        except BaseException as error:
-            failures.append(error)
-
-    # In a thread, because TensorFlow waits for hours, and deaf to signals.
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(_POLL_SECONDS)
-        listen_again()
-        if time.monotonic() > deadline and thread.is_alive():
-            raise LostWorkerError(_missing(spec, timeout_seconds))
-    if failures:
+    # While TensorFlow waits, no signal and no other thread gets through to this process. So it is
+    # called when all workers have begun, and each is as good as there.
+    with _listen(spec, deadline):
+        _wait_for_others(spec, deadline, timeout_seconds)
+    # Against one that ends just then, or is another program: exit code 1, from outside of Python.
+    faulthandler.dump_traceback_later(timeout_seconds, exit=True)
+    try:
         with naming_lost_workers(spec):
-            raise failures[0]
+            strategy = create()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        listen_again()
     seconds = time.monotonic() - start
     log.event(
         "joined",
@@ -223,44 +215,50 @@ def join(
         seconds=round(seconds, 3),
         message=f"all {spec.count} workers are there after {seconds:.1f} s",
     )
-    return created[0]
+    return strategy
 
 
-def _wait_for_port(spec: ClusterSpec, deadline: float) -> None:
-    """Wait until this worker's port is free.
+def _listen(spec: ClusterSpec, deadline: float) -> socket.socket:
+    """Listen on this worker's port, for others to see that it has begun, once the port is free.
 
     TensorFlow would share it with whoever listens there, such as an earlier attempt of the run.
     """
     port = int(spec.workers[spec.index].rpartition(":")[2])
     while True:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-                return
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise LostWorkerError(
-                        f"port {port} of {spec.name(spec.index)} cannot be used: {error.strerror}; "
-                        f"end the process that listens there, then run again"
-                    ) from error
+        try:
+            both = socket.has_dualstack_ipv6()
+            return socket.create_server(
+                ("", port),
+                family=socket.AF_INET6 if both else socket.AF_INET,
+                backlog=spec.count,
+                dualstack_ipv6=both,
+            )
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise LostWorkerError(
+                    f"port {port} of {spec.name(spec.index)} cannot be used: {error.strerror}; end "
+                    f"the process that listens there, then run again"
+                ) from error
         time.sleep(_POLL_SECONDS)
 
 
-def _missing(spec: ClusterSpec, timeout_seconds: float) -> str:
-    reasons = _unreachable(spec)
-    names = "; ".join(f"{spec.name(rank)} ({reason})" for rank, reason in reasons.items())
-    if not names:
-        names = "worker: all answer, but not all of them to this attempt of the run"
-    return (
-        f"missing {names}; expected all {spec.count} workers within --join-timeout "
-        f"{timeout_seconds:g} s; see the logs of those, and whether names resolve and ports are "
-        f"open between the nodes, then run again"
-    )
+def _wait_for_others(spec: ClusterSpec, deadline: float, timeout_seconds: float) -> None:
+    """Wait until every other worker has been seen to listen."""
+    ranks = [rank for rank in range(spec.count) if rank != spec.index]
+    while missing := _unreachable(spec, ranks):
+        if time.monotonic() > deadline:
+            names = "; ".join(f"{spec.name(rank)} ({reason})" for rank, reason in missing.items())
+            raise LostWorkerError(
+                f"missing {names}; expected all {spec.count} workers within --join-timeout "
+                f"{timeout_seconds:g} s; see the logs of those, and whether names resolve and "
+                f"ports are open between the nodes, then run again"
+            )
+        ranks = list(missing)
+        time.sleep(_POLL_SECONDS)
 
 
-def _unreachable(spec: ClusterSpec) -> dict[int, str]:
-    """The other workers that do not answer, and why."""
+def _unreachable(spec: ClusterSpec, ranks: Iterable[int] | None = None) -> dict[int, str]:
+    """Which of some or all other workers do not answer, and why."""
     reasons: dict[int, str] = {}
 
     def probe(rank: int) -> None:
@@ -270,8 +268,12 @@ def _unreachable(spec: ClusterSpec) -> dict[int, str]:
         except OSError as error:
             reasons[rank] = error.strerror or str(error)
 
-    others = [rank for rank in range(spec.count) if rank != spec.index]
-    threads = [threading.Thread(target=probe, args=(rank,), daemon=True) for rank in others]
+    asked = range(spec.count) if ranks is None else ranks
+    threads = [
+        threading.Thread(target=probe, args=(rank,), daemon=True)
+        for rank in asked
+        if rank != spec.index
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
