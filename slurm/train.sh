@@ -221,6 +221,7 @@ build_step() {
   step=(srun "--nodes=$nodes" "--ntasks=$nodes" --export=ALL)
   # The first task, which alone writes the output folder, on this node; and none waits for one that failed.
   ((nodes == 1)) || step+=(--ntasks-per-node=1 --distribution=block --kill-on-bad-exit=1)
+  ((nodes == 1)) || bypass_proxy
   # srun does not take this over from sbatch.
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || step+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
   if [[ $runtime == none ]]; then
@@ -256,6 +257,14 @@ build_step() {
     podman) add_podman "$@" ;;
     docker) add_docker "$@" ;;
   esac
+}
+
+# Keeps gRPC from asking a proxy for the way to other nodes, where it would wait in vain.
+bypass_proxy() {
+  local hosts
+  hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ,)
+  no_proxy=${no_proxy:-${NO_PROXY:-}}
+  export no_proxy=${no_proxy:+$no_proxy,}${hosts%,}
 }
 
 add_pyxis() {
@@ -391,7 +400,7 @@ run_step() {
   else
     exec {log}> >(note_endings)
     filter_pid=$!
-    "${step[@]}" 2>&"$log" {log}>&- &
+    "${step[@]}" 2>&"$log" &
     step_pid=$!
     exec {log}>&-
   fi

@@ -713,7 +713,7 @@ OF_A_TASK = [
     *("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"),
     *("SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID"),
 ]
-TWO_NAMES = sorted([*NAMES, "SLURM_JOB_NODELIST", *OF_A_TASK])
+TWO_NAMES = sorted([*NAMES, "SLURM_JOB_NODELIST", *OF_A_TASK, "no_proxy"])
 SRUN_TWO = [
     *("--nodes=2", "--ntasks=2", "--export=ALL"),
     *("--ntasks-per-node=1", "--distribution=block", "--kill-on-bad-exit=1", "--cpus-per-task=4"),
@@ -728,6 +728,26 @@ def test_on_two_nodes_each_runs_one_task_in_the_order_of_the_nodes(node: Node) -
     assert node.told("srun") == [*SRUN_TWO, str(python), *TRAIN[1:]]
     assert "job 41, attempt 0 on 2 nodes n[7-8]: runtime none" in result.stderr
     assert list((node.folder / "output" / "slurm").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, "n7,n8"),
+        ({"no_proxy": "a.example"}, "a.example,n7,n8"),
+        ({"NO_PROXY": "b.example"}, "b.example,n7,n8"),
+    ],
+)
+def test_what_tasks_tell_each_other_takes_no_proxy(
+    node: Node, env: dict[str, str], expected: str
+) -> None:
+    node.install("podman")
+    node.install_pyxis()
+    nodes = {**TWO_NODES, "SLURM_JOB_NODELIST": "n7,n8"}
+    node.run(CONTAINER_IMAGE="a.sqsh", **nodes, **env)
+    assert node.environment()["no_proxy"] == expected
+    node.run(CONTAINER_IMAGE="a.sqsh", **TWO_GPUS)
+    assert "no_proxy" not in node.environment()
 
 
 def test_variables_of_the_step_that_has_submitted_a_job_are_not_its_own(node: Node) -> None:
@@ -882,7 +902,7 @@ def exited(*codes: int) -> list[str]:
         ([*exited(75), ENDED_BY.format("n8: task 1", "Terminated")], 143, 75),
         ([*exited(75), ENDED_BY.format("n8: task 1", "Killed")], 137, 75),
         ([ENDED_BY.format("n8: task 1", "Killed"), *exited(75)], 137, 137),
-        ([ENDED_BY.format("n8: task 1", "Terminated")], 143, 143),
+        ([ENDED_BY.format("n8: task 1", "Terminated")], 137, 143),
         (["srun: error: Unable to create step"], 1, 1),
         (["n8 has exited with exit code 2"], 75, 75),
     ],
@@ -900,6 +920,8 @@ def test_of_the_tasks_exit_codes_the_one_that_asks_for_most_decides(
 
 def test_of_one_node_the_step_is_not_listened_to(node: Node) -> None:
     node.install("podman")
+    node.put("srun", "#!/bin/bash\ntest $1 = --help || printf 'no end of a line' >&2\n")
+    assert "no end of a line2" in node.run().stderr
     node.srun_says(LOST, *exited(2), code=75)
     result = node.run()
     assert result.returncode == 75

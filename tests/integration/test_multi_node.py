@@ -78,8 +78,10 @@ def submit(cluster: Cluster, does: str, *options: str, **env: str) -> str:
 def test_each_node_runs_one_task_the_first_beside_the_script(
     cluster: Cluster, base: dict[str, str], options: tuple[str, ...], count: int
 ) -> None:
-    job = submit(cluster, TELL, *options, **base)
+    job = submit(cluster, f"{TELL} echo no proxy for $no_proxy", *options, **base)
     assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    past = ",".join(f"n{n + 1}" for n in range(count))
+    assert cluster.log(job).count(f"no proxy for {past}\n") == count
     each, nodes = f"1(x{count})", f"n[1-{count}]"
     assert sorted(TOLD.findall(cluster.log(job))) == [
         (str(n), str(count), each, nodes, str(n), "0", job, f"n{n + 1}") for n in range(count)
