@@ -1,6 +1,8 @@
 """Run the job with a recipe whose result does not depend on how a batch is split: ``plain``.
 
-The network has neither BatchNormalization nor Dropout, and otherwise is that of ``classic``.
+The network is that of ``classic`` without BatchNormalization and Dropout, and without kinks: tanh
+in place of ReLU, means in place of maxima. At a kink rounding alone decides which way a gradient
+goes, and within 60 steps that grows to 4e-4 between one replica and two, also in one process.
 """
 
 import dataclasses
@@ -24,8 +26,17 @@ def build_model(seed: int, classes: int) -> keras.Model:
         if not isinstance(layer, layers.BatchNormalization | layers.Dropout)
     ]
     keras.utils.set_random_seed(seed)
-    copies = [type(layer).from_config(layer.get_config()) for layer in kept]
-    return keras.Sequential([keras.Input(model.input_shape[1:]), *copies], name="plain")
+    smooth = [_without_kinks(layer) for layer in kept]
+    return keras.Sequential([keras.Input(model.input_shape[1:]), *smooth], name="plain")
+
+
+def _without_kinks(layer: keras.layers.Layer) -> keras.layers.Layer:
+    if isinstance(layer, keras.layers.MaxPooling2D):
+        return keras.layers.AveragePooling2D(layer.pool_size)
+    config = layer.get_config()
+    if config.get("activation") == "relu":
+        config["activation"] = "tanh"
+    return type(layer).from_config(config)
 
 
 def build_optimizer(learning_rate: float, total_steps: int) -> keras.optimizers.Optimizer:
