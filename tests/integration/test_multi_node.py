@@ -1,13 +1,20 @@
-"""`sbatch --nodes=2 slurm/train.sh` on hosts of their own, with a stub for the program."""
+"""`sbatch --nodes=2 slurm/train.sh` on hosts of their own: the job itself, and stubs for it."""
 
+import contextlib
+import json
+import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.integration.chaos import compare
 from tests.integration.containers import HERE
 from tests.integration.namespaces import Hosts, require_namespaces
 from tests.integration.slurm import Cluster, require_slurm, wait_until
@@ -66,6 +73,107 @@ def stub(cluster: Cluster) -> Path:
 def base(output: Path, stub: Path) -> dict[str, str]:
     """Variables by which the stub is the program."""
     return {"JOB_OUTPUT_DIR": str(output), "PYTHON": str(stub), "CONTAINER_RUNTIME": "none"}
+
+
+# Three spans of steps an epoch, and a checkpoint after each.
+TRAIN = (
+    "slurm/train.sh",
+    *["--limit", "2560", "--batch-size", "64", "--epochs", "3", "--checkpoint-every", "0.001"],
+)
+LOST = "lost worker 1 (n2:"
+
+
+@pytest.fixture(scope="module")
+def trained(cluster: Cluster) -> Path:
+    """The output folder of a training on two nodes that nothing happened to."""
+    job = cluster.submit("--nodes=2", *TRAIN, JOB_DEVICES="cpu:1")
+    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    log = cluster.log(job)
+    assert re.search(r"all 2 workers are there", log)
+    assert "worker 1: follows worker 0 (n1:" in log
+    assert log.count("epoch 3/3") == 1
+    return cluster.checkout / "output" / "slurm"
+
+
+def begin(cluster: Cluster, output: Path) -> str:
+    """Submit that training for another folder, and wait for a checkpoint."""
+    job = cluster.submit("--nodes=2", *TRAIN, JOB_OUTPUT_DIR=str(output), JOB_DEVICES="cpu:1")
+    cluster.wait_for_log(job, "checkpoint at step")
+    return job
+
+
+def attempts(output: Path) -> list[dict[str, Any]]:
+    document: dict[str, Any] = json.loads((output / "run.json").read_text())
+    return list(document["attempts"])
+
+
+def test_two_nodes_come_to_the_bits_of_one_with_two_replicas(
+    cluster: Cluster, trained: Path, output: Path
+) -> None:
+    job = cluster.submit(*TRAIN, JOB_OUTPUT_DIR=str(output), JOB_DEVICES="cpu:2")
+    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    # The loss of the saved model is summed on one replica there, and on two here.
+    assert compare(trained, output) in ([], ["other evaluation.json"])
+
+
+def test_at_the_time_limit_all_nodes_stop_together_and_go_on_to_the_same_bits(
+    cluster: Cluster, trained: Path, output: Path
+) -> None:
+    job = begin(cluster, output)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    log = cluster.log(job)
+    assert "stopped for the time limit; requeueing (1 of at most 50)" in log
+    assert LOST not in log
+    first, second = attempts(output)
+    assert first["outcome"] == "stopped"
+    assert second["first_step"] == first["last_step"] > 0
+    assert compare(trained, output) == []
+
+
+def test_a_killed_worker_requeues_the_job_to_the_same_bits(
+    cluster: Cluster, trained: Path, output: Path
+) -> None:
+    job = begin(cluster, output)
+    os.kill(worker_on("n2", job), signal.SIGKILL)
+    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    assert cluster.fields(job)["Restarts"] == "1"
+    assert "a worker was lost or missing" in cluster.log(job)
+    first, second = attempts(output)
+    assert first["outcome"] == "failed"
+    assert LOST in first["reason"]
+    assert second["first_step"] == first["last_step"] > 0
+    assert compare(trained, output, ("failed",)) == []
+
+
+def test_a_network_cut_between_trainings_requeues_the_job_to_the_same_bits(
+    cluster: Cluster, hosts: Hosts, trained: Path, output: Path
+) -> None:
+    job = begin(cluster, output)
+    hosts.cut("n2")
+    cut = time.monotonic()
+    try:
+        cluster.wait_for_log(job, "a worker was lost or missing (exit code 75); requeueing")
+        assert time.monotonic() - cut < 60
+    finally:
+        hosts.mend("n2")
+    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    assert LOST in cluster.log(job)
+    assert compare(trained, output, ("failed",)) == []
+
+
+def worker_on(node: str, job: str) -> int:
+    """Process id of a job's training on a node."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            variables = (process / "environ").read_bytes().split(b"\0")
+            if (
+                f"SLURM_JOB_ID={job}".encode() in variables
+                and f"SLURMD_NODENAME={node}".encode() in variables
+                and b"\0train\0" in (process / "cmdline").read_bytes()
+            ):
+                return int(process.name)
+    pytest.fail(f"no training of job {job} on {node}")
 
 
 def submit(cluster: Cluster, does: str, *options: str, **env: str) -> str:
