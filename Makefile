@@ -104,6 +104,11 @@ bench: $(VENV)/.dev ## This job against the conventional Keras script, where its
 	$(BIN)/python -m tests.benchmarks.bench_predict --data-dir $(DATA_DIR) \
 	  --rounds $(BENCH_ROUNDS) --output-dir $(BENCH_DIR)
 
+.PHONY: bench-workers
+bench-workers: $(VENV)/.dev ## A step by one to four workers on this machine, and what they exchange
+	$(BIN)/python -m tests.benchmarks.bench_workers --data-dir $(DATA_DIR) \
+	  --rounds $(BENCH_ROUNDS) --output-dir $(BENCH_DIR)
+
 .PHONY: chaos
 chaos: $(VENV)/.dev ## Kill and resume a small training CHAOS_ROUNDS times, and compare every bit
 	$(BIN)/python -m tests.integration.chaos --data-dir $(DATA_DIR) --rounds $(CHAOS_ROUNDS) \

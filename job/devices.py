@@ -81,7 +81,7 @@ class Placement:
     @property
     def replicas(self) -> int:
         """Number of replicas that train in parallel."""
-        return int(self.strategy.num_replicas_in_sync)
+        return len(self.local_names) * self.workers.count
 
 
 @dataclass(frozen=True)

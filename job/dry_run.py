@@ -4,15 +4,21 @@ Nothing is made, written or downloaded, and nobody who holds the output folder i
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from job import log
 from job.attempt import Attempt, look_at
-from job.cluster import RunIdentity, run_identity
+from job.cluster import RunIdentity, cluster_spec, run_identity
 from job.config import JobError, TrainConfig
 from job.dataset import Dataset, Finding, get_source, load_dataset, require_limit
-from job.devices import Devices, open_promised_devices
+from job.devices import (
+    Devices,
+    open_promised_devices,
+    place_replicas,
+    require_promised_gpus,
+)
 from job.engine import Plan
 from job.findings import LABEL_WIDTH, Findings
 from job.fingerprint import require_same_run, take_fingerprint
@@ -26,6 +32,7 @@ from job.takeover import find_holder, refusal
 from job.terminal import write_lines
 from job.textfile import require_folder
 from job.train import make_plan, previous_of, require_fitting
+from job.workers import Workers
 
 
 def examine(config: TrainConfig, stop: StopRequest) -> Findings:
@@ -99,7 +106,18 @@ def _examine_holder(found: Findings, path: Path, identity: RunIdentity, holder: 
 
 def _examine_devices(found: Findings, config: TrainConfig, attempt: Attempt | None) -> Devices:
     checkpoint = attempt.checkpoint if attempt else None
-    devices = open_promised_devices(config, previous_of(checkpoint) if checkpoint else None)
+    previous = previous_of(checkpoint) if checkpoint else None
+    spec = cluster_spec(os.environ)
+    placement = None
+    if spec.count > 1:
+        found.add(
+            "workers",
+            {"addresses": list(spec.workers), "index": spec.index},
+            f"{spec.count}, of which this is {spec.name(spec.index)}; the others are not asked",
+        )
+        require_promised_gpus(config)
+        placement = replace(place_replicas(config.devices), workers=Workers(spec))
+    devices = open_promised_devices(config, previous, placement)
     compiled = devices.compilation
     parts = {"network": compiled.network, "augmentation and optimizer": compiled.elementwise}
     by_xla = " and ".join(part for part, is_compiled in parts.items() if is_compiled) or "nothing"

@@ -39,15 +39,11 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Any:
         names = tuple(f"{kind.upper()}:{index}" for index in range(count))
         return LocalDevices(kind, names, ({"model": model},) * count, model == "new")
 
-    class Strategy:
-        def __init__(self, names: tuple[str, ...]) -> None:
-            self.num_replicas_in_sync = len(names)
-
     def open_with(gpus: int, model: str, *settings: Any, **options: Any) -> Devices:
         monkeypatch.setattr(devices, "visible_gpus", lambda: ["GPU"] * gpus)
         monkeypatch.setattr(devices, "use_gpus", lambda used: use(len(used), "gpu", model))
         monkeypatch.setattr(devices, "use_cpu", lambda count: use(count, "cpu", "cpu"))
-        monkeypatch.setattr(tf.distribute, "MirroredStrategy", Strategy)
+        monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda names: None)
         monkeypatch.setattr(tf.config.experimental, "enable_op_determinism", lambda: None)
         return open_devices(DeviceRequest.parse(settings[0]), *settings[1:], **options)
 

@@ -256,6 +256,17 @@ def test_workers_with_other_options_or_devices_are_refused_by_all(make_team: Sta
         assert "cpu:2" in errors
 
 
+def test_a_dry_run_tells_the_share_of_each_worker_and_asks_nobody(
+    make_team: StartTeam, tmp_path: Path
+) -> None:
+    team = make_team(4, "--dry-run").start(1)
+    assert team.finish() == [0], team.errors
+    (report,) = team.logs[1]
+    assert report["workers"] == {"addresses": team.addresses, "index": 1}
+    assert report["batch"]["rows_per_replica"] == 16
+    assert not (tmp_path / "output").exists()
+
+
 def test_a_run_goes_on_with_another_number_of_workers(
     make_team: StartTeam, command: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -1,0 +1,104 @@
+"""Measure a training step against the number of workers and replicas, all on this machine.
+
+That tells what the exchange between workers costs, not how several machines scale: they share its
+processors. As root it runs in a network namespace of its own, whose loopback carries nothing but
+what the workers say to each other.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tests.integration.team import Team
+
+LAYOUTS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1))
+BATCH, STEPS, EPOCHS = 256, 60, 4
+OPTIONS = f"--limit {BATCH * STEPS} --batch-size {BATCH} --epochs {EPOCHS} --precision float32"
+
+
+@click.command()
+@click.option("--data-dir", type=click.Path(path_type=Path), required=True)
+@click.option("--output-dir", type=click.Path(path_type=Path), required=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+def main(data_dir: Path, output_dir: Path, rounds: int) -> None:
+    """Print a table and write bench_workers.json."""
+    measured: dict[tuple[int, int], list[tuple[float, float]]] = {one: [] for one in LAYOUTS}
+    for number in range(1, rounds + 1):
+        for layout, results in measured.items():
+            results.append(_measure(data_dir, *layout))
+            seconds, mib = results[-1]
+            click.echo(
+                f"round {number}/{rounds}  {layout[0]} worker(s) x {layout[1]} replica(s)  "
+                f"{seconds * 1000:7.1f} ms a step  {mib:7.2f} MiB a step"
+            )
+    rows = [
+        {
+            "workers": workers,
+            "replicas_per_worker": replicas,
+            "milliseconds_per_step": statistics.median(seconds for seconds, _ in results) * 1000,
+            "mebibytes_per_step": statistics.median(mib for _, mib in results),
+        }
+        for (workers, replicas), results in measured.items()
+    ]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"rounds": rounds, "options": OPTIONS, "rows": rows}, indent=2)
+    (output_dir / "bench_workers.json").write_text(text + "\n")
+    click.echo("| workers | replicas each | ms a step | MiB exchanged a step |")
+    click.echo("| --- | --- | --- | --- |")
+    for row in rows:
+        click.echo(
+            f"| {row['workers']} | {row['replicas_per_worker']} | "
+            f"{row['milliseconds_per_step']:.0f} | {row['mebibytes_per_step']:.2f} |"
+        )
+
+
+def _measure(data_dir: Path, workers: int, replicas: int) -> tuple[float, float]:
+    """Seconds and MiB on loopback a step: the median epoch after the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        team = Team(
+            Path(folder),
+            workers,
+            *("train", *OPTIONS.split(), "--devices", f"cpu:{replicas}"),
+            *("--data-dir", data_dir.absolute(), "--log-format", "json"),
+        ).start()
+        try:
+            lines: list[dict[str, Any]] = []
+            sent = []
+            for _ in range(EPOCHS):
+                lines.append(team.workers[0].wait_for("epoch"))
+                sent.append(_bytes_on_loopback())
+            if any(team.finish()):
+                raise click.ClickException(f"a worker failed: {team.errors}")
+        finally:
+            team.kill()
+    seconds = statistics.median(line["seconds"] for line in lines[1:]) / STEPS
+    # With an epoch's validation, which adds less than a hundredth.
+    exchanged = statistics.median(b - a for a, b in itertools.pairwise(sent)) / STEPS
+    return seconds, exchanged / 2**20
+
+
+def _bytes_on_loopback() -> int:
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, counts = line.partition(":")
+        if name.strip() == "lo":
+            return int(counts.split()[0])
+    return 0
+
+
+if __name__ == "__main__":
+    apart = os.environ.get("BENCH_WORKERS_APART")
+    if not apart and os.getuid() == 0 and shutil.which("unshare") and shutil.which("ip"):
+        inner = 'ip link set lo up && exec "$@"'
+        command = ["unshare", "--net", "sh", "-c", inner, "sh", sys.executable, "-m"]
+        command += ["tests.benchmarks.bench_workers", *sys.argv[1:]]
+        sys.exit(subprocess.run(command, env={**os.environ, "BENCH_WORKERS_APART": "1"}).returncode)
+    main()
