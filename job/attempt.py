@@ -11,7 +11,7 @@ from typing import Any
 from job import log
 from job.checkpoint import Checkpoint, CheckpointStore
 from job.cluster import NO_RUN, RunIdentity, run_identity
-from job.config import ExitCode, JobError, StoppedError, TrainConfig, UserError
+from job.config import ExitCode, JobError, LostWorkerError, StoppedError, TrainConfig, UserError
 from job.fingerprint import require_same_run, run_options
 from job.folders import prepare_output_dir
 from job.lease import LeaseLostError
@@ -136,6 +136,9 @@ def _recording_failure(attempt: Attempt) -> Iterator[None]:
     manifest = attempt.manifest
     try:
         yield
+    except LostWorkerError as error:
+        manifest.finish("stopped", str(error))
+        raise
     except StoppedError as error:
         manifest.finish("stopped", attempt.stop.reason or str(error))
         raise

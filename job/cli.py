@@ -76,9 +76,9 @@ def train(
     from job.cluster import cluster_spec
     from job.folders import warn_unless_mounted
 
-    if expect_mount:
-        warn_unless_mounted(run_config.output_dir)
     spec = cluster_spec(os.environ)
+    if expect_mount and spec.is_chief:
+        warn_unless_mounted(run_config.output_dir)
     if dry_run:
         _load_tensorflow()
         from job.dry_run import print_dry_run

@@ -69,6 +69,13 @@ class StoppedError(JobError):
     exit_code = ExitCode.RUN_AGAIN
 
 
+class LostWorkerError(StoppedError):
+    """Another worker of the run is gone or has not come; nothing was saved for that.
+
+    This worker's variables may be those between two steps.
+    """
+
+
 @dataclass(frozen=True)
 class DeviceRequest:
     """A parsed ``--devices`` value.

@@ -243,7 +243,7 @@ def place_replicas_on_all(
             "computes_bfloat16": local.computes_bfloat16,
         }
     )
-    _require_equal_devices(spec, [offer["devices"] for offer in offers])
+    _require_equal_devices(workers, [offer["devices"] for offer in offers])
     descriptions = [
         {**description, "name": f"worker {rank} {description['name']}"}
         for rank, offer in enumerate(offers)
@@ -259,18 +259,19 @@ def place_replicas_on_all(
     )
 
 
-def _require_equal_devices(spec: ClusterSpec, devices: list[str]) -> None:
+def _require_equal_devices(workers: Workers, devices: list[str]) -> None:
     """Refuse workers that differ in kind or number of devices: TensorFlow takes equal ones only."""
     if len(set(devices)) == 1:
         return
-    listed = ", ".join(f"{spec.name(rank)} {one}" for rank, one in enumerate(devices))
+    listed = ", ".join(f"{workers.spec.name(rank)} {one}" for rank, one in enumerate(devices))
     fewest = min(int(one.partition(":")[2]) for one in devices)
     alike = len({one.partition(":")[0] for one in devices}) == 1
     advice = f"--devices {devices[0].partition(':')[0]}:{fewest}" if alike else "--devices cpu:1"
-    raise UserError(
+    error = UserError(
         f"received different devices ({listed}), expected as many of the same kind on every "
         f"worker; start it on equal nodes, or say {advice}"
     )
+    workers.end(error)
 
 
 def _use_local_devices(request: DeviceRequest, previous: Previous | None) -> LocalDevices:

@@ -9,7 +9,7 @@ from job import log
 from job.attempt import Attempt, open_attempt
 from job.checkpoint import Checkpoint, CheckpointStore
 from job.cluster import NO_RUN, ClusterSpec
-from job.config import TrainConfig
+from job.config import LostWorkerError, TrainConfig
 from job.devices import place_replicas_on_all, require_promised_gpus
 from job.fingerprint import run_options
 from job.finished import report_finished
@@ -17,7 +17,7 @@ from job.manifest import RunManifest, describe_config, versions
 from job.output import OutputDir
 from job.preemption import StopRequest
 from job.train import train_and_evaluate
-from job.workers import LostWorkerError, Workers, naming_lost_workers
+from job.workers import Workers, naming_lost_workers
 
 # Besides those that make the run. Folders may be others on every worker.
 _EQUAL_OPTIONS = ("epochs", "precision", "jit", "deterministic", "fresh")

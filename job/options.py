@@ -36,7 +36,19 @@ class _PositiveFloatType(click.FloatRange):
         return number
 
 
-class _TextfileType(click.Path):
+class _PathType(click.Path):
+    """A path whose name can be written into the run's records."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            self.fail(f"received {printable(str(path))}, expected a name in UTF-8.", param, ctx)
+        return path
+
+
+class _TextfileType(_PathType):
     """A file that the node exporter will read: it takes no other names."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -72,7 +84,7 @@ def option(name: str, **settings: Any) -> Callable[[Any], Any]:
 
 
 # Whether a folder can be read is found out where it is, with advice for that folder.
-FOLDER = click.Path(path_type=Path, readable=False)
+FOLDER = _PathType(path_type=Path, readable=False)
 _POSITIVE = click.IntRange(min=1)
 _POSITIVE_FLOAT = _PositiveFloatType(min=0, min_open=True)
 _WEEK_SECONDS = 604_800.0

@@ -73,11 +73,14 @@ def _status(record: RunRecord) -> str:
         return "There is no run.json, so it is not known what ran and how it ended."
     end = f"on {report_tables.moment(manifest['end'])} UTC"
     done = f"{len(record.epochs)} of {manifest['config']['epochs']} epochs are done"
-    reason = manifest["attempts"][-1]["reason"]
+    error, reason = (
+        f" ({text})" if text else ""
+        for text in (manifest["error"], manifest["attempts"][-1]["reason"])
+    )
     return {
         "done": f"Finished {end}.",
-        "failed": f"Not finished: it failed {end} ({manifest['error']}); {done}.",
-        "stopped": f"Not finished: it was stopped {end} ({reason}); {done}, and the same command "
+        "failed": f"Not finished: it failed {end}{error}; {done}.",
+        "stopped": f"Not finished: it was stopped {end}{reason}; {done}, and the same command "
         f"goes on.",
         "running": f"Not finished: its last attempt has left no word of its end; {done}, and the "
         f"same command goes on.",

@@ -12,7 +12,7 @@ import tensorflow as tf
 from job import log
 from job.attempt import Attempt
 from job.checkpoint import Checkpoint
-from job.config import JobError, TrainConfig, UserError
+from job.config import TrainConfig, UserError
 from job.dataset import Dataset, load_dataset
 from job.devices import Devices, Placement, Previous, open_promised_devices
 from job.engine import Engine, Plan
@@ -80,7 +80,10 @@ def _train_and_evaluate(
         engine = Engine(recipe, devices, dataset, plan, config.learning_rate)
         require_fitting(engine.original, dataset, recipe)
         fingerprint = take_fingerprint(config, devices, dataset, engine.original)
-        devices.workers.require_equal(fingerprint.run)
+        # By these each worker computes its part of the same bits.
+        devices.workers.require_equal(
+            {**fingerprint.run, "variables": fingerprint.environment["variables"]}
+        )
         history = _go_on(engine, fingerprint, attempt)
         _record_start(config, attempt, history, fingerprint, devices, dataset, plan)
         evaluator = Evaluator(
@@ -89,7 +92,6 @@ def _train_and_evaluate(
         observers = _observers(config, attempt, history, devices, plan, textfile)
         trainer = Trainer(engine, evaluator, attempt, history, fingerprint, watchdog, observers)
         trainer.train(config.checkpoint_every_seconds)
-    _require_same_state(engine)
     if not attempt.is_chief:
         return None
     if textfile:
@@ -135,22 +137,6 @@ def require_fitting(model: keras.Model, dataset: Dataset, recipe: Recipe) -> Non
         raise UserError(
             f"--dataset {dataset.name} has images of shape {received}, expected {expected}, which "
             f"--recipe {recipe.name} takes; name another --dataset or --recipe"
-        )
-
-
-def _require_same_state(engine: Engine) -> None:
-    """Make sure that all workers have come to the same bits.
-
-    Raises:
-        JobError: If not; what they then have is no data-parallel training.
-    """
-    spec = engine.workers.spec
-    states = [one["state"] for one in engine.workers.gather({"state": engine.digest()})]
-    others = [spec.name(rank) for rank, state in enumerate(states) if state != states[0]]
-    if others:
-        raise JobError(
-            f"the variables of {', '.join(others)} are not those of {spec.name(0)}, expected the "
-            f"same bits on all workers; nothing was saved since the last checkpoint"
         )
 
 
@@ -251,7 +237,7 @@ def _record_start(
     attempt.manifest.start_training(config, details, step, changes)
     attempt.manifest.progress(step, history.best, history.elapsed_seconds)
     _log_start(plan, devices, dataset, step)
-    if changes:
+    if changes and attempt.is_chief:
         log.event(
             "changed",
             logging.WARNING,

@@ -80,6 +80,9 @@ class Trainer:
                 self._finish_epoch(self._validate(), checkpoint_every_seconds)
                 self._stop_if_asked()
         self._save_if_due(0.0)
+        if self._workers.count > 1:
+            # The scheduler may end all workers with the first that ends.
+            self._workers.gather({})
         self._stop.resume_ending_at_once()
 
     def _train_epoch(self) -> Iterator[None]:
@@ -127,12 +130,30 @@ class Trainer:
         line = self._epoch_line(validation)
         self._history.finish_epoch(line)
         self._keep_what_was_done()
+        if self._workers.count > 1 and len(self._history.epochs) == self._plan.epochs:
+            self._require_same_state()
         # First the checkpoint: an epoch that was reported is not trained again if it was due.
         self._save_if_due(checkpoint_every_seconds)
         self._history.write_metrics(self._attempt.output)
         for observer in self._observers:
             observer.finish_epoch(line)
         log.event("epoch", **line, message=_describe_epoch(line, self._plan.epochs))
+
+    def _require_same_state(self) -> None:
+        """Make sure, before the last checkpoint, that all workers have come to the same bits.
+
+        Raises:
+            JobError: If not; what they then have is no data-parallel training.
+        """
+        spec = self._workers.spec
+        gathered = self._workers.gather({"state": self._engine.digest()})
+        others = [spec.name(n) for n, one in enumerate(gathered) if one != gathered[0]]
+        if others:
+            error = JobError(
+                f"the variables of {', '.join(others)} are not those of {spec.name(0)}, expected "
+                f"the same bits on all workers; start all of them on machines of one kind"
+            )
+            self._workers.end(error)
 
     def _keep_what_was_done(self) -> None:
         """From now on there is something to save, so no signal may end the process at once."""
@@ -171,7 +192,7 @@ class Trainer:
         history = self._history
         history.elapsed_seconds = self._elapsed_before + start - self._start
         arrays = self._engine.state()
-        self._require_finite("a variable became", _worst(arrays))
+        self._require_finite("a variable became", _worst(arrays), alike=False)
         metadata = {
             "fingerprint": dataclasses.asdict(self._fingerprint),
             "history": history.document(),
@@ -211,16 +232,20 @@ class Trainer:
         for observer in self._observers:
             observer.show(status)
 
-    def _require_finite(self, what: str, value: float) -> None:
+    def _require_finite(self, what: str, value: float, *, alike: bool = True) -> None:
+        """Raise if a value is no finite number; `alike` says that all workers look at it."""
         if math.isfinite(value):
             return
         latest = self._attempt.checkpoints.latest
         kept = f"the last good checkpoint is {latest}" if latest else "there is no checkpoint yet"
-        raise JobError(
+        error = JobError(
             f"{what} {value} in epoch {len(self._history.epochs) + 1}, by step "
             f"{self.step}; {kept}; go on with --precision float32, or start over with "
             f"--fresh and a lower --learning-rate"
         )
+        if alike:
+            self._workers.end(error)
+        raise error
 
     def _epoch_line(self, validation: Evaluation) -> dict[str, Any]:
         history = self._history

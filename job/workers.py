@@ -7,12 +7,13 @@ gradients, which the strategy reduces, workers exchange a few documents, always 
 import contextlib
 import faulthandler
 import json
+import os
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ import tensorflow as tf
 
 from job import log
 from job.cluster import ClusterSpec
-from job.config import ExitCode, JobError, UserError
+from job.config import JobError, LostWorkerError, UserError
 from job.preemption import listen_again
 
 # Beyond all those of strategies, which count from 1.
@@ -29,15 +30,7 @@ _WORD_BYTES = 8
 _POLL_SECONDS = 0.2
 _PROBE_SECONDS = 2.0
 _LEAVE_SECONDS = 5.0
-
-
-class LostWorkerError(JobError):
-    """Another worker of the run is gone; the run goes on from its last checkpoint.
-
-    This worker's variables may be those between two steps, so nothing of it may be saved.
-    """
-
-    exit_code = ExitCode.RUN_AGAIN
+_LEAST_JOIN_SECONDS = 60.0
 
 
 class Workers:
@@ -99,10 +92,21 @@ class Workers:
             if first.get(name) != other.get(name)
         ]
         if differences:
-            raise UserError(
-                f"the workers differ, expected the same on each: {'; '.join(differences)}; start "
-                f"all of them with the same options, data and image"
+            self.end(
+                UserError(
+                    f"the workers differ, expected the same on each: {'; '.join(differences)}; "
+                    f"start all of them with the same options, data and image"
+                )
             )
+
+    def end(self, error: JobError) -> NoReturn:
+        """Raise an error that all workers have found alike, once all of them are here.
+
+        A worker that went at once would be taken for lost by one that is still looking.
+        """
+        with contextlib.suppress(LostWorkerError):
+            self.leave()
+        raise error
 
     def broadcast(self, content: bytes) -> bytes:
         """Give every worker what the chief has.
@@ -195,12 +199,14 @@ def join(
         f"{timeout_seconds:g} s",
     )
     deadline = start + timeout_seconds
+    _bypass_proxies(spec)
     # While TensorFlow waits, no signal and no other thread gets through to this process. So it is
     # called when all workers have begun, and each is as good as there.
     with _listen(spec, deadline):
         _wait_for_others(spec, deadline, timeout_seconds)
     # Against one that ends just then, or is another program: exit code 1, from outside of Python.
-    faulthandler.dump_traceback_later(timeout_seconds, exit=True)
+    bound = max(deadline - time.monotonic(), _LEAST_JOIN_SECONDS)
+    faulthandler.dump_traceback_later(bound, exit=True)
     try:
         with naming_lost_workers(spec):
             strategy = create()
@@ -218,21 +224,26 @@ def join(
     return strategy
 
 
-def _listen(spec: ClusterSpec, deadline: float) -> socket.socket:
+def _bypass_proxies(spec: ClusterSpec) -> None:
+    """Keep TensorFlow from looking for the workers behind a proxy of the site."""
+    hosts = [_host_and_port(address)[0] for address in spec.workers]
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), *dict.fromkeys(hosts)]))
+
+
+@contextlib.contextmanager
+def _listen(spec: ClusterSpec, deadline: float) -> Iterator[None]:
     """Listen on this worker's port, for others to see that it has begun, once the port is free.
 
     TensorFlow would share it with whoever listens there, such as an earlier attempt of the run.
     """
-    port = int(spec.workers[spec.index].rpartition(":")[2])
+    _, port = _host_and_port(spec.workers[spec.index])
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
     while True:
         try:
-            both = socket.has_dualstack_ipv6()
-            return socket.create_server(
-                ("", port),
-                family=socket.AF_INET6 if both else socket.AF_INET,
-                backlog=spec.count,
-                dualstack_ipv6=both,
-            )
+            listener = socket.create_server(("", port), family=family, dualstack_ipv6=both)
+            break
         except OSError as error:
             if time.monotonic() > deadline:
                 raise LostWorkerError(
@@ -241,11 +252,23 @@ def _listen(spec: ClusterSpec, deadline: float) -> socket.socket:
                 ) from error
         time.sleep(_POLL_SECONDS)
 
+    def accept() -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                listener.accept()[0].close()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)  # closing alone would leave `accept` waiting
+        listener.close()
+
 
 def _wait_for_others(spec: ClusterSpec, deadline: float, timeout_seconds: float) -> None:
-    """Wait until every other worker has been seen to listen."""
-    ranks = [rank for rank in range(spec.count) if rank != spec.index]
-    while missing := _unreachable(spec, ranks):
+    """Wait until all other workers are seen to listen, in one look."""
+    while missing := _unreachable(spec):
         if time.monotonic() > deadline:
             names = "; ".join(f"{spec.name(rank)} ({reason})" for rank, reason in missing.items())
             raise LostWorkerError(
@@ -253,32 +276,33 @@ def _wait_for_others(spec: ClusterSpec, deadline: float, timeout_seconds: float)
                 f"{timeout_seconds:g} s; see the logs of those, and whether names resolve and "
                 f"ports are open between the nodes, then run again"
             )
-        ranks = list(missing)
         time.sleep(_POLL_SECONDS)
 
 
-def _unreachable(spec: ClusterSpec, ranks: Iterable[int] | None = None) -> dict[int, str]:
-    """Which of some or all other workers do not answer, and why."""
-    reasons: dict[int, str] = {}
+def _unreachable(spec: ClusterSpec) -> dict[int, str]:
+    """Which other workers do not answer, and why."""
+    reasons = dict.fromkeys(range(spec.count), "no answer")
+    del reasons[spec.index]
 
     def probe(rank: int) -> None:
-        host, _, port = spec.workers[rank].rpartition(":")
         try:
-            socket.create_connection((host.strip("[]"), int(port)), _PROBE_SECONDS).close()
+            socket.create_connection(_host_and_port(spec.workers[rank]), _PROBE_SECONDS).close()
+            del reasons[rank]
         except OSError as error:
             reasons[rank] = error.strerror or str(error)
 
-    asked = range(spec.count) if ranks is None else ranks
-    threads = [
-        threading.Thread(target=probe, args=(rank,), daemon=True)
-        for rank in asked
-        if rank != spec.index
-    ]
+    threads = [threading.Thread(target=probe, args=(rank,), daemon=True) for rank in reasons]
     for thread in threads:
         thread.start()
+    deadline = time.monotonic() + 2 * _PROBE_SECONDS  # a resolver has no bound of its own
     for thread in threads:
-        thread.join(2 * _PROBE_SECONDS)
-    return dict(sorted(reasons.items()))
+        thread.join(max(deadline - time.monotonic(), 0.0))
+    return dict(sorted(reasons.copy().items()))
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 _ABORTED = "Collective ops is aborted"
@@ -301,9 +325,16 @@ def naming_lost_workers(spec: ClusterSpec) -> Iterator[None]:
     try:
         yield
     except tf.errors.OpError as error:
-        if spec.count == 1 or not (isinstance(error, _LOSSES) or _ABORTED in str(error)):
+        if spec.count == 1 or not _tells_of_a_loss(spec, error):
             raise
         raise LostWorkerError(_lost(spec, str(error))) from error
+
+
+def _tells_of_a_loss(spec: ClusterSpec, error: tf.errors.OpError) -> bool:
+    text = str(error)
+    if _ABORTED in text:
+        return True
+    return isinstance(error, _LOSSES) and ("/job:worker" in text or bool(_unreachable(spec)))
 
 
 def _lost(spec: ClusterSpec, text: str) -> str:
@@ -313,7 +344,9 @@ def _lost(spec: ClusterSpec, text: str) -> str:
         told = re.findall(r"/job:worker/(?:replica:0/)?task:(\d+)", text)
         ranks = sorted({int(rank) for rank in told} - {spec.index})
     names = ", ".join(map(spec.name, ranks)) or "worker: one of the others"
-    reason = re.sub(r"\s+", " ", text.partition(_ABORTED)[2] or text).strip(" :by")
+    # Behind the first line come the remote end's own words on the connection.
+    first = (text.partition(_ABORTED)[2] or text).partition("\nAdditional GRPC")[0]
+    reason = re.sub(r"\s+", " ", first).strip(" :by")
     return (
         f"lost {names}, which has ended or does not answer ({reason[:160]}); run the same command "
         f"again on all workers to go on from the last checkpoint"

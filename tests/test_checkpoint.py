@@ -131,7 +131,7 @@ def test_a_checkpoint_of_another_format_is_refused(
     monkeypatch.setattr("job.checkpoint._FORMAT", 2)
     store(tmp_path).save(make(15))
     monkeypatch.undo()
-    with pytest.raises(UserError, match="has format 2, expected 1"):
+    with pytest.raises(UserError, match="received format 2, expected 1; go on with"):
         store(tmp_path).load_latest()
 
 

@@ -135,6 +135,7 @@ RUN_BY = {
     "make k8s-logs": ("tests/test_k8s_targets.py", '"k8s-logs"'),
     "make k8s-fetch": ("tests/test_k8s_targets.py", '"k8s-fetch"'),
     "sbatch slurm/train.sh": ("tests/integration/test_slurm.py", "sbatch"),
+    "TF_CONFIG=": ("tests/integration/test_workers.py", "TF_CONFIG="),
     "sbatch --nodes=2 slurm/train.sh": ("tests/integration/test_multi_node.py", '"--nodes=2"'),
 }
 

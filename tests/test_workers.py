@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import tensorflow as tf
 
+from job import workers
 from job.cluster import ALONE, ClusterSpec
-from job.config import ExitCode, UserError
-from job.workers import LostWorkerError, Workers, join, naming_lost_workers
+from job.config import ExitCode, LostWorkerError, UserError
+from job.workers import Workers, join, naming_lost_workers
 
 
 @pytest.fixture
@@ -34,23 +35,24 @@ def spec(listener: socket.socket) -> ClusterSpec:
 
 
 def test_one_that_is_alone_gets_back_what_it_gives() -> None:
-    workers = Workers(ALONE)
-    assert (workers.count, workers.is_chief) == (1, True)
-    assert workers.gather({"a": "é"}) == [{"a": "é"}]
-    assert workers.broadcast(b"content") == b"content"
-    workers.require_equal({"a": 1})
+    alone = Workers(ALONE)
+    assert (alone.count, alone.is_chief) == (1, True)
+    assert alone.gather({"a": "é"}) == [{"a": "é"}]
+    assert alone.broadcast(b"content") == b"content"
+    alone.require_equal({"a": 1})
 
 
 def test_workers_that_differ_are_named(spec: ClusterSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    workers = Workers(spec)
+    one = Workers(spec)
     told: list[dict[str, Any]] = [
         {"seed": 1, "data_dir": "a"},
         {"seed": 1, "data_dir": "a"},
         {"seed": 2},
     ]
-    monkeypatch.setattr(workers, "gather", lambda document: told)
+    monkeypatch.setattr(one, "gather", lambda document: told)
+    monkeypatch.setattr(one, "leave", lambda: None)
     with pytest.raises(UserError) as caught:
-        workers.require_equal(told[0])
+        one.require_equal(told[0])
     name = spec.name(2)
     assert f"{name} has seed 2, {spec.name(0)} 1; {name} has data dir None" in str(caught.value)
     assert spec.name(1) not in str(caught.value)
@@ -80,7 +82,13 @@ def test_a_port_that_is_taken_is_not_shared(listener: socket.socket) -> None:
         join(spec, lambda: pytest.fail("it must not begin"), timeout_seconds=0.5)
 
 
-def test_what_goes_wrong_while_joining_is_raised(spec: ClusterSpec) -> None:
+def test_what_goes_wrong_while_joining_is_raised(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "listen_again", lambda: None)
+    ports = (free_port(), listener.getsockname()[1])
+    spec = ClusterSpec(tuple(f"127.0.0.1:{port}" for port in ports), 0)
+
     def fail() -> tf.distribute.Strategy:
         raise ValueError("a defect")
 
