@@ -38,9 +38,12 @@ esac
 # A step that ends with 75 when it gets SIGUSR1, and meanwhile sends its signals to the script.
 SIGNALLED_SRUN = """#!/bin/bash
 test "$*" != --help || exit
-trap 'exit 75' USR1
+trap 'told=yes' USR1 # and not before the last signal is sent
 for name in {signals}; do kill -s $name $PPID; done
-for _ in {{1..100}}; do {sleep} 0.1; done
+for _ in {{1..100}}; do
+  test -z "$told" || exit 75
+  {sleep} 0.1
+done
 """
 
 # Runs the command of two tasks, one after the other, as on two nodes with different GPUs.
