@@ -21,7 +21,7 @@ import click
 from tests.integration.team import Team
 
 LAYOUTS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1))
-BATCH, STEPS, EPOCHS = 256, 60, 4
+BATCH, STEPS, EPOCHS = 256, 30, 4
 OPTIONS = f"--limit {BATCH * STEPS} --batch-size {BATCH} --epochs {EPOCHS} --precision float32"
 
 
