@@ -5,7 +5,7 @@ import traceback
 from pathlib import Path
 
 from job import log
-from job.config import JobError
+from job.config import JobError, UserError
 from job.output import PICTURES, REPORT, REPORT_PICTURES, OutputDir
 from job.report_figures import draw_figures
 from job.report_page import render
@@ -27,13 +27,22 @@ def write_report(output: OutputDir) -> Path:
     """
     record = RunRecord.load(output.path)
     figures = draw_figures(record)
+    page = render(record, figures)
+    try:
+        page.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the files of the run in {output.path} hold half a letter, "
+            f"{error.object[error.start : error.end]!a}, expected text; mend run.json or "
+            f"evaluation.json, or write them anew by training again with --fresh"
+        ) from error
     output.make_folder(PICTURES)
     pictures = {f"{PICTURES}/{name}.png": figure.png for name, figure in figures.items()}
     for name, png in pictures.items():
         output.write_bytes(name, png)
     # Of what the folder no longer tells.
     output.remove([output.path / name for name in REPORT_PICTURES if name not in pictures])
-    output.write_text(REPORT, render(record, figures))
+    output.write_text(REPORT, page)
     path = output.path / REPORT
     log.event("report", path=str(path), message=f"report in {path}")
     return path

@@ -196,7 +196,6 @@ def _read(path: Path) -> bytes | None:
 def _parse(text: bytes, place: str, advice: str, shape: Shape) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(text)
-        json.dumps(document, ensure_ascii=False).encode()  # it could not be shown otherwise
     except (ValueError, RecursionError) as error:
         received = shown(text.decode(errors="backslashreplace"))
         raise DamagedError(

@@ -91,3 +91,15 @@ def test_a_folder_that_a_training_holds_is_left_alone(run_job: RunJob, whole: Ou
     assert result.returncode == 2
     assert "is in use by" in result.stderr
     assert not (whole.path / "report.html").exists()
+
+
+def test_half_a_letter_in_a_runs_files_is_told_and_nothing_is_written(whole: OutputDir) -> None:
+    report.write_report(whole)
+    before = {path: path.read_bytes() for path in whole.path.rglob("*.*") if path.is_file()}
+    document = json.loads((whole.path / "run.json").read_text())
+    document["config"]["recipe"] = "\ud800"
+    (whole.path / "run.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"hold half a letter, '\\ud800', expected text"):
+        report.write_report(whole)
+    del before[whole.path / "run.json"]
+    assert {path: path.read_bytes() for path in before} == before

@@ -143,24 +143,8 @@ def expect_refusal(folder: Path, *parts: str) -> None:
 @pytest.mark.parametrize("name", ["run.json", "evaluation.json"])
 @pytest.mark.parametrize(
     "content",
-    [
-        *(
-            b"",
-            b"{",
-            b"nonsense",
-            b"\xff\xfe\xff",
-            b"[" * 100_000,
-            b"[]",
-            b"null",
-            b'"text"',
-            b"{}",
-        ),
-        b'{"a": "\\ud800"}',
-    ],
-    ids=[
-        *("empty", "cut off", "no JSON", "no UTF-8", "deep", "list", "null", "text", "nothing"),
-        "half a letter",
-    ],
+    [b"", b"{", b"nonsense", b"\xff\xfe\xff", b"[" * 100_000, b"[]", b"null", b'"text"', b"{}"],
+    ids=["empty", "cut off", "no JSON", "no UTF-8", "deep", "list", "null", "text", "nothing"],
 )
 def test_a_file_that_is_no_such_document_is_named(
     whole: OutputDir, name: str, content: bytes
