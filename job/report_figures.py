@@ -181,12 +181,14 @@ def _predictions(predictions: Predictions, names: list[str]) -> Iterator[Figure]
 def _calibration(result: Reliability) -> Figure:
     used = result.counts > 0
     gap = (result.counts[used] * (result.confidence - result.accuracy)[used]).sum()
-    tendency = "more" if gap > 0 else "less"
+    tendency = f"{'more' if gap > 0 else 'less'} confident than accurate"
+    if not gap:
+        tendency = "as confident as accurate"
     return Figure(
         "reliability",
         report_plots.calibration(result),
         f"Reliability curve, accuracy against confidence, above a histogram of the confidences: on "
-        f"the whole the model is {tendency} confident than accurate; the expected calibration "
+        f"the whole the model is {tendency}; the expected calibration "
         f"error is {result.expected_error:.2%}.",
         f"Test images by the probability of their predicted class, in {BINS} bins of equal width. "
         f"Below the diagonal a model is too confident, above it too little.",
