@@ -5,7 +5,6 @@ from tensorflow.python.distribute.collective_all_reduce_strategy import Collecti
 
 from job.cluster import ClusterSpec
 
-_Options = tf.distribute.experimental.CommunicationOptions
 _Implementation = tf.distribute.experimental.CommunicationImplementation
 
 
@@ -25,7 +24,7 @@ def create_strategy(spec: ClusterSpec, kind: str, replicas: int) -> tf.distribut
         rpc_layer="grpc",
     )
     implementation = _Implementation.NCCL if kind == "gpu" else _Implementation.RING
-    options = _Options(implementation=implementation)
+    options = tf.distribute.experimental.CommunicationOptions(implementation=implementation)
     if kind == "cpu" and replicas > 1:
         return _CpuReplicasStrategy(resolver, options, replicas)
     return tf.distribute.MultiWorkerMirroredStrategy(resolver, options)

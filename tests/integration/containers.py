@@ -9,10 +9,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import pytest
-
 from job import __version__
 from tests.conftest import REPOSITORY
+from tests.integration.tools import require_tools
 
 HERE = Path(__file__).parent
 IMAGE = "localhost/cifar10-job:test"
@@ -24,11 +23,7 @@ _DEBIAN = "localhost/cifar10-job-debian:bookworm"
 
 def require_containers() -> None:
     """Skip where containers cannot be built and run."""
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
-    if os.getuid():
-        pytest.skip("containers with any user id, on the real network, need root")
+    require_tools(TOOLS, "running containers as any user, on the real network,")
 
 
 def podman(*args: str | Path) -> subprocess.CompletedProcess[str]:

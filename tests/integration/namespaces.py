@@ -3,13 +3,11 @@
 They share processes and files with the machine, but for /etc/hosts, and end with their holders.
 """
 
-import os
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
+from tests.integration.tools import require_tools
 
 TOOLS = ("ip", "nsenter", "unshare")
 ADMINISTRATION = "198.18.0"
@@ -29,11 +27,7 @@ exec sleep infinity
 
 def require_namespaces() -> None:
     """Skip where there are none."""
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
-    if os.getuid():
-        pytest.skip("network namespaces need root")
+    require_tools(TOOLS, "making network namespaces")
 
 
 class Hosts:

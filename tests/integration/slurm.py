@@ -21,11 +21,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import REPOSITORY
 from tests.integration.namespaces import Hosts
+from tests.integration.tools import require_tools
 
 TOOLS = ("slurmctld", "slurmd", "sbatch", "munged")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
@@ -73,11 +75,7 @@ NODE = "CPUs=8 RealMemory=65536 Gres=gpu:4"
 
 def require_slurm() -> None:
     """Skip where no cluster can be started."""
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
-    if os.getuid():
-        pytest.skip("starting a Slurm cluster needs root")
+    require_tools(TOOLS, "starting a Slurm cluster")
 
 
 class Cluster:
@@ -240,6 +238,12 @@ class Cluster:
     def log(self, job: str) -> str:
         path = self.checkout / f"slurm-{job}.out"
         return path.read_text() if path.exists() else ""
+
+
+def attempts(output: Path) -> list[dict[str, Any]]:
+    """The attempts of the run in an output folder, as its ``run.json`` has them."""
+    document: dict[str, Any] = json.loads((output / "run.json").read_text())
+    return list(document["attempts"])
 
 
 def trainer(output: Path) -> int:

@@ -1,7 +1,6 @@
 """`sbatch --nodes=2 slurm/train.sh` on hosts of their own: the job itself, and stubs for it."""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -9,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +15,7 @@ from tests.conftest import REPOSITORY
 from tests.integration.chaos import compare
 from tests.integration.containers import HERE
 from tests.integration.namespaces import Hosts, require_namespaces
-from tests.integration.slurm import Cluster, require_slurm, wait_until
+from tests.integration.slurm import Cluster, attempts, require_slurm, wait_until
 
 README = (REPOSITORY / "slurm" / "README.md").read_text()
 # Does what JOB_STUB says, in any runtime.
@@ -100,11 +98,6 @@ def begin(cluster: Cluster, output: Path) -> str:
     job = cluster.submit("--nodes=2", *TRAIN, JOB_OUTPUT_DIR=str(output), JOB_DEVICES="cpu:1")
     cluster.wait_for_log(job, "checkpoint at step")
     return job
-
-
-def attempts(output: Path) -> list[dict[str, Any]]:
-    document: dict[str, Any] = json.loads((output / "run.json").read_text())
-    return list(document["attempts"])
 
 
 def test_two_nodes_come_to_the_bits_of_one_with_two_replicas(

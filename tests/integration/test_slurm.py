@@ -6,14 +6,13 @@ import subprocess
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.conftest import REPOSITORY
 from tests.integration.chaos import VISIBLE, compare
 from tests.integration.containers import HERE, podman
-from tests.integration.slurm import Cluster, halted, require_slurm, trainer, wait_until
+from tests.integration.slurm import Cluster, attempts, halted, require_slurm, trainer, wait_until
 
 # Three spans of steps an epoch, and a checkpoint after each.
 OPTIONS = "--limit 2560 --batch-size 64 --epochs 3 --checkpoint-every 0.001"
@@ -55,11 +54,6 @@ def reference(cluster: Cluster, undisturbed: str) -> Path:
 
 def submit(cluster: Cluster, output: Path, *options: str, **env: str) -> str:
     return cluster.submit(*options, *TRAIN, JOB_OUTPUT_DIR=str(output), **{**ON_CPU, **env})
-
-
-def attempts(output: Path) -> list[dict[str, Any]]:
-    document: dict[str, Any] = json.loads((output / "run.json").read_text())
-    return list(document["attempts"])
 
 
 def test_the_script_leaves_every_artifact_and_one_readable_log(
