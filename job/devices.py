@@ -15,9 +15,10 @@ from job import log
 from job.cluster import ALONE, ClusterSpec
 from job.config import DeviceRequest, Precision, Switch, TrainConfig, UserError
 from job.gpus import Promise, check_promised_gpus, promised_gpus, visible_gpus
+from job.joining import join
 from job.local_devices import LocalDevices, use_cpu, use_gpus
 from job.multi_worker_strategy import create_strategy
-from job.workers import Workers, join
+from job.workers import Workers
 
 
 @dataclass(frozen=True)

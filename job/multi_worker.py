@@ -13,11 +13,12 @@ from job.config import LostWorkerError, TrainConfig
 from job.devices import place_replicas_on_all, require_promised_gpus
 from job.fingerprint import run_options
 from job.finished import report_finished
+from job.lost_workers import naming_lost_workers
 from job.manifest import RunManifest, describe_config, versions
 from job.output import OutputDir
 from job.preemption import StopRequest
 from job.train import train_and_evaluate
-from job.workers import Workers, naming_lost_workers
+from job.workers import Workers
 
 # Besides those that make the run. Folders may be others on every worker.
 _EQUAL_OPTIONS = ("epochs", "precision", "jit", "deterministic", "fresh")

@@ -1,43 +1,35 @@
-"""The processes that train one run together: how they meet, what they tell each other, and loss.
+"""The processes that train one run together, and what they tell each other.
 
 TensorFlow's own runtime carries everything; what is here only calls its collectives. Besides the
 gradients, which the strategy reduces, workers exchange a few documents, always all of them at once.
 """
 
 import contextlib
-import faulthandler
 import json
-import os
-import re
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from job import log
 from job.cluster import ClusterSpec
 from job.config import JobError, LostWorkerError, UserError
-from job.preemption import listen_again
+from job.lost_workers import naming_lost_workers, unreachable
 
 # Beyond all those of strategies, which count from 1.
 _GROUP_KEY = 1_000_000
 _WORD_BYTES = 8
-_POLL_SECONDS = 0.2
-_PROBE_SECONDS = 2.0
 _LEAVE_SECONDS = 5.0
-_LEAST_JOIN_SECONDS = 60.0
+_LEAVE_POLL_SECONDS = 0.02
 
 
 class Workers:
     """All workers of a run, as one of them sees them.
 
     Args:
-        spec: Who they are. Only `join` makes several of them meet.
+        spec: Who they are. Only `job.joining.join` makes several of them meet.
     """
 
     def __init__(self, spec: ClusterSpec) -> None:
@@ -143,10 +135,10 @@ class Workers:
             self.gather({})
         # The chief serves the others, and so goes last.
         deadline = time.monotonic() + _LEAVE_SECONDS
-        while self.is_chief and len(_unreachable(self.spec)) < self.count - 1:
+        while self.is_chief and len(unreachable(self.spec)) < self.count - 1:
             if time.monotonic() > deadline:
                 break
-            time.sleep(_POLL_SECONDS / 10)
+            time.sleep(_LEAVE_POLL_SECONDS)
 
     def _gather(self, words: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Concatenate the words of all workers, of which each has as many."""
@@ -174,180 +166,3 @@ def _as_words(content: bytes, size: int) -> npt.NDArray[np.int64]:
     """Content as [words] int64, which collectives take, with zeros up to at least a size."""
     padded = content.ljust(-(-size // _WORD_BYTES) * _WORD_BYTES, b"\0")
     return np.frombuffer(padded, np.int64)
-
-
-def join(
-    spec: ClusterSpec, create: Callable[[], tf.distribute.Strategy], timeout_seconds: float
-) -> tf.distribute.Strategy:
-    """Meet the other workers.
-
-    Args:
-        spec: Who they are.
-        create: Makes the strategy over all of them, and returns once all are there.
-        timeout_seconds: Longest time to wait for them.
-
-    Raises:
-        LostWorkerError: If they do not come.
-    """
-    start = time.monotonic()
-    log.event(
-        "waiting_for_workers",
-        workers=list(spec.workers),
-        index=spec.index,
-        timeout_seconds=timeout_seconds,
-        message=f"{spec.name(spec.index)} of {spec.count} waits for the others, for at most "
-        f"{timeout_seconds:g} s",
-    )
-    deadline = start + timeout_seconds
-    _bypass_proxies(spec)
-    # While TensorFlow waits, no signal and no other thread gets through to this process. So it is
-    # called when all workers have begun, and each is as good as there.
-    with _listen(spec, deadline):
-        _wait_for_others(spec, deadline, timeout_seconds)
-    # Against one that ends just then, or is another program: exit code 1, from outside of Python.
-    bound = max(deadline - time.monotonic(), _LEAST_JOIN_SECONDS)
-    faulthandler.dump_traceback_later(bound, exit=True)
-    try:
-        with naming_lost_workers(spec):
-            strategy = create()
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        listen_again()
-    seconds = time.monotonic() - start
-    log.event(
-        "joined",
-        workers=spec.count,
-        index=spec.index,
-        seconds=round(seconds, 3),
-        message=f"all {spec.count} workers are there after {seconds:.1f} s",
-    )
-    return strategy
-
-
-def _bypass_proxies(spec: ClusterSpec) -> None:
-    """Keep TensorFlow from looking for the workers behind a proxy of the site."""
-    hosts = [_host_and_port(address)[0] for address in spec.workers]
-    for name in ("no_proxy", "NO_PROXY"):
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), *dict.fromkeys(hosts)]))
-
-
-@contextlib.contextmanager
-def _listen(spec: ClusterSpec, deadline: float) -> Iterator[None]:
-    """Listen on this worker's port, for others to see that it has begun, once the port is free.
-
-    TensorFlow would share it with whoever listens there, such as an earlier attempt of the run.
-    """
-    _, port = _host_and_port(spec.workers[spec.index])
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    while True:
-        try:
-            listener = socket.create_server(("", port), family=family, dualstack_ipv6=both)
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise LostWorkerError(
-                    f"port {port} of {spec.name(spec.index)} cannot be used: {error.strerror}; end "
-                    f"the process that listens there, then run again"
-                ) from error
-        time.sleep(_POLL_SECONDS)
-
-    def accept() -> None:
-        with contextlib.suppress(OSError):  # closed
-            while True:
-                listener.accept()[0].close()
-
-    threading.Thread(target=accept, daemon=True).start()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)  # closing alone would leave `accept` waiting
-        listener.close()
-
-
-def _wait_for_others(spec: ClusterSpec, deadline: float, timeout_seconds: float) -> None:
-    """Wait until all other workers are seen to listen, in one look."""
-    while missing := _unreachable(spec):
-        if time.monotonic() > deadline:
-            names = "; ".join(f"{spec.name(rank)} ({reason})" for rank, reason in missing.items())
-            raise LostWorkerError(
-                f"missing {names}; expected all {spec.count} workers within --join-timeout "
-                f"{timeout_seconds:g} s; see the logs of those, and whether names resolve and "
-                f"ports are open between the nodes, then run again"
-            )
-        time.sleep(_POLL_SECONDS)
-
-
-def _unreachable(spec: ClusterSpec) -> dict[int, str]:
-    """Which other workers do not answer, and why."""
-    reasons = dict.fromkeys(range(spec.count), "no answer")
-    del reasons[spec.index]
-
-    def probe(rank: int) -> None:
-        try:
-            socket.create_connection(_host_and_port(spec.workers[rank]), _PROBE_SECONDS).close()
-            del reasons[rank]
-        except OSError as error:
-            reasons[rank] = error.strerror or str(error)
-
-    threads = [threading.Thread(target=probe, args=(rank,), daemon=True) for rank in reasons]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + 2 * _PROBE_SECONDS  # a resolver has no bound of its own
-    for thread in threads:
-        thread.join(max(deadline - time.monotonic(), 0.0))
-    return dict(sorted(reasons.copy().items()))
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
-_ABORTED = "Collective ops is aborted"
-_LOSSES = (
-    tf.errors.UnavailableError,
-    tf.errors.AbortedError,
-    tf.errors.CancelledError,
-    tf.errors.DeadlineExceededError,
-    tf.errors.FailedPreconditionError,
-)
-
-
-@contextlib.contextmanager
-def naming_lost_workers(spec: ClusterSpec) -> Iterator[None]:
-    """Turn what TensorFlow raises if another worker is gone into an error that names it.
-
-    Raises:
-        LostWorkerError: If one is gone.
-    """
-    try:
-        yield
-    except tf.errors.OpError as error:
-        if spec.count == 1 or not _tells_of_a_loss(spec, error):
-            raise
-        raise LostWorkerError(_lost(spec, str(error))) from error
-
-
-def _tells_of_a_loss(spec: ClusterSpec, error: tf.errors.OpError) -> bool:
-    text = str(error)
-    if _ABORTED in text:
-        return True
-    return isinstance(error, _LOSSES) and ("/job:worker" in text or bool(_unreachable(spec)))
-
-
-def _lost(spec: ClusterSpec, text: str) -> str:
-    """Who is gone: by who does not answer, else by what TensorFlow says."""
-    ranks = list(_unreachable(spec))
-    if not ranks:
-        told = re.findall(r"/job:worker/(?:replica:0/)?task:(\d+)", text)
-        ranks = sorted({int(rank) for rank in told} - {spec.index})
-    names = ", ".join(map(spec.name, ranks)) or "worker: one of the others"
-    # Behind the first line come the remote end's own words on the connection.
-    first = (text.partition(_ABORTED)[2] or text).partition("\nAdditional GRPC")[0]
-    reason = re.sub(r"\s+", " ", first).strip(" :by")
-    return (
-        f"lost {names}, which has ended or does not answer ({reason[:160]}); run the same command "
-        f"again on all workers to go on from the last checkpoint"
-    )

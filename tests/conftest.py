@@ -7,6 +7,7 @@ devices, and whatever sets devices up by itself runs in a process of its own.
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -24,7 +25,7 @@ import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402 (its start-up messages are held back above)
 
 from job import classic, synthetic  # noqa: E402
-from job.cluster import ALONE  # noqa: E402
+from job.cluster import ALONE, ClusterSpec  # noqa: E402
 from job.dataset import Dataset  # noqa: E402
 from job.devices import Compilation, Devices, Placement  # noqa: E402
 from job.model_file import save_model  # noqa: E402
@@ -140,6 +141,33 @@ def stand_in_for_devices_and_data(
     for module in modules:
         monkeypatch.setattr(module, "open_promised_devices", lambda *arguments: devices)
         monkeypatch.setattr(module, "load_dataset", lambda config: data)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody uses."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """A socket that accepts connections on loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        yield one
+
+
+@pytest.fixture
+def three_workers(listener: socket.socket) -> ClusterSpec:
+    """Three workers: the first is this one, the second answers, the third does not."""
+    own, missing = free_ports(2)
+    ports = (own, listener.getsockname()[1], missing)
+    return ClusterSpec(tuple(f"127.0.0.1:{port}" for port in ports), 0)
 
 
 class Job(subprocess.Popen[str]):

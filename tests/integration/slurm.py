@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, free_ports
 from tests.integration.namespaces import Hosts
 from tests.integration.tools import require_tools
 
@@ -156,7 +156,7 @@ class Cluster:
         wait_until(self.is_idle, 60)
 
     def _configuration(self) -> str:
-        here, loopback, (port, *node_ports) = socket.gethostname(), "127.0.0.1", ports()
+        here, loopback, (port, *node_ports) = socket.gethostname(), "127.0.0.1", free_ports(4)
         controller, nodes = f"{here}({loopback})", []
         for node, node_port in zip(self.nodes, node_ports, strict=False):
             host, address = here, loopback
@@ -261,18 +261,6 @@ def halted(pid: int) -> Iterator[None]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-
-
-def ports() -> list[int]:
-    """Four ports that nobody uses."""
-    sockets = [socket.socket() for _ in range(4)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def wait_until(

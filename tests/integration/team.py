@@ -1,25 +1,17 @@
 """Several workers of one run on this machine, each a process of the job with its TF_CONFIG."""
 
 import json
-import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import Job
+from tests.conftest import Job, free_ports
 
 
 def free_addresses(count: int) -> list[str]:
     """Addresses on loopback with ports that nobody uses."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    return [f"127.0.0.1:{port}" for port in free_ports(count)]
 
 
 class Team:

@@ -1,0 +1,51 @@
+import socket
+import time
+
+import pytest
+import tensorflow as tf
+
+from job import joining
+from job.cluster import ClusterSpec
+from job.config import ExitCode, LostWorkerError
+from job.joining import join
+from tests.conftest import free_ports
+
+
+def test_missing_workers_are_named_after_the_time_to_wait(three_workers: ClusterSpec) -> None:
+    start = time.monotonic()
+    with pytest.raises(LostWorkerError) as caught:
+        join(three_workers, lambda: time.sleep(60), timeout_seconds=0.5)
+    assert time.monotonic() - start < 10
+    assert caught.value.exit_code == ExitCode.RUN_AGAIN
+    assert str(caught.value).startswith(
+        f"missing {three_workers.name(2)} (Connection refused); expected"
+    )
+    assert three_workers.name(1) not in str(caught.value)
+
+
+def test_a_name_that_does_not_resolve_is_a_missing_worker() -> None:
+    own = f"127.0.0.1:{free_ports(1)[0]}"
+    spec = ClusterSpec((own, "no-such-host.invalid:2222"), 0)
+    with pytest.raises(LostWorkerError, match=r"missing worker 1 \(no-such-host.invalid:2222\) \("):
+        join(spec, lambda: time.sleep(60), timeout_seconds=0.5)
+
+
+def test_a_port_that_is_taken_is_not_shared(listener: socket.socket) -> None:
+    port = listener.getsockname()[1]
+    spec = ClusterSpec((f"127.0.0.1:{port}", "127.0.0.1:1"), 0)
+    with pytest.raises(LostWorkerError, match=f"port {port} of worker 0 .* cannot be used"):
+        join(spec, lambda: pytest.fail("it must not begin"), timeout_seconds=0.5)
+
+
+def test_what_goes_wrong_while_joining_is_raised(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "listen_again", lambda: None)
+    ports = (free_ports(1)[0], listener.getsockname()[1])
+    spec = ClusterSpec(tuple(f"127.0.0.1:{port}" for port in ports), 0)
+
+    def fail() -> tf.distribute.Strategy:
+        raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match="a defect"):
+        join(spec, fail, timeout_seconds=5)
