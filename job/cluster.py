@@ -5,7 +5,6 @@ Standard library only: pure functions over a mapping.
 
 import hashlib
 import ipaddress
-import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -13,18 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from job.config import UserError
+from job.nodelist import expand_nodelist
 
 TASKS_PER_NODE = 16
 """Processes of a run on one node at most; so many ports are kept for each job."""
 
 _FIRST_PORT = 12000
 _PORT_BLOCKS = 1250  # up to 31999, below the ports that Linux gives to outgoing connections
-_HOSTS = 65536  # as many as Slurm knows in one list
 
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _ADDRESS = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*|\[([0-9A-Fa-f:.]+)\]):([0-9]{1,5})")
-_NODES = r"(?:[^\s,\[\]]|\[[0-9][0-9,-]*\])+"
-_NODELIST = re.compile(rf"{_NODES}(?:,{_NODES})*")
 _TASKS = re.compile(r"([1-9][0-9]{0,5})(?:\(x([1-9][0-9]{0,5})\))?")
 
 
@@ -79,48 +76,6 @@ def cluster_spec(environ: Mapping[str, str]) -> ClusterSpec:
     if environ.get("KUBERNETES_JOB_COMPLETIONS"):
         return _from_indexed_job(environ)
     return ALONE
-
-
-def expand_nodelist(text: str) -> list[str]:
-    """List the nodes that Slurm's short form names, such as ``n[1-3,07-09],login``.
-
-    Args:
-        text: What ``SLURM_STEP_NODELIST`` holds. The order is kept, as ranks follow it, and so are
-            leading zeros.
-
-    Raises:
-        ValueError: If the text is no such list.
-    """
-    if not _NODELIST.fullmatch(text):
-        raise ValueError(f"received {text!r}, expected nodes such as n1,n[2-4,07-09]")
-    hosts: list[str] = []
-    for nodes in re.findall(_NODES, text):
-        # Text outside brackets, and inside of them at the odd places.
-        parts = re.split(r"\[([^]]*)\]", nodes)
-        choices = [_expand_ranges(p) if i % 2 else [p] for i, p in enumerate(parts)]
-        room = _HOSTS - len(hosts)
-        found = ["".join(p) for p in itertools.islice(itertools.product(*choices), room + 1)]
-        if len(found) > room:
-            raise ValueError(f"received {text!r}, expected {_HOSTS} nodes at most")
-        hosts += found
-    return hosts
-
-
-def _expand_ranges(text: str) -> list[str]:
-    """List the numbers of ``1-3,07-09``, with their zeros."""
-    numbers: list[str] = []
-    for part in text.split(","):
-        bounds = part.split("-")
-        if len(bounds) > 2 or not all(_NUMBER.fullmatch(bound) for bound in bounds):
-            raise ValueError(f"received {part!r} in [{text}], expected a number or a range")
-        first, last = int(bounds[0]), int(bounds[-1])
-        if not first <= last < first + _HOSTS:
-            raise ValueError(
-                f"received the range {part} in [{text}], expected the lower end first and {_HOSTS} "
-                f"nodes at most"
-            )
-        numbers += [str(number).zfill(len(bounds[0])) for number in range(first, last + 1)]
-    return numbers
 
 
 def _from_tf_config(text: str) -> ClusterSpec:
