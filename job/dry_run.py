@@ -13,12 +13,7 @@ from job.attempt import Attempt, look_at
 from job.cluster import RunIdentity, cluster_spec, run_identity
 from job.config import JobError, TrainConfig
 from job.dataset import Dataset, Finding, get_source, load_dataset, require_limit
-from job.devices import (
-    Devices,
-    open_promised_devices,
-    place_replicas,
-    require_promised_gpus,
-)
+from job.devices import Devices, open_promised_devices, require_promised_gpus
 from job.engine import Plan
 from job.findings import LABEL_WIDTH, Findings
 from job.fingerprint import require_same_run, take_fingerprint
@@ -26,6 +21,7 @@ from job.folders import prepare_output_dir
 from job.lease import Holder
 from job.manifest import describe_config
 from job.output import OutputDir
+from job.placement import place_replicas
 from job.preemption import StopRequest
 from job.recipe import get_recipe
 from job.takeover import find_holder, refusal

@@ -39,8 +39,8 @@ def join(
         workers=list(spec.workers),
         index=spec.index,
         timeout_seconds=timeout_seconds,
-        message=f"{spec.name(spec.index)} of {spec.count} waits for the others, for at most "
-        f"{timeout_seconds:g} s",
+        message=f"waits at {spec.workers[spec.index]} for the others of {spec.count} workers, at "
+        f"most {timeout_seconds:g} s",
     )
     deadline = start + timeout_seconds
     _bypass_proxies(spec)

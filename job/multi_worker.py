@@ -10,12 +10,13 @@ from job.attempt import Attempt, open_attempt
 from job.checkpoint import Checkpoint, CheckpointStore
 from job.cluster import NO_RUN, ClusterSpec
 from job.config import LostWorkerError, TrainConfig
-from job.devices import place_replicas_on_all, require_promised_gpus
+from job.devices import require_promised_gpus
 from job.fingerprint import run_options
 from job.finished import report_finished
 from job.lost_workers import naming_lost_workers
 from job.manifest import RunManifest, describe_config, versions
 from job.output import OutputDir
+from job.placement import place_replicas_on_all
 from job.preemption import StopRequest
 from job.train import train_and_evaluate
 from job.workers import Workers

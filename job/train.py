@@ -14,7 +14,7 @@ from job.attempt import Attempt
 from job.checkpoint import Checkpoint
 from job.config import TrainConfig, UserError
 from job.dataset import Dataset, load_dataset
-from job.devices import Devices, Placement, Previous, open_promised_devices
+from job.devices import Devices, open_promised_devices
 from job.engine import Engine, Plan
 from job.evaluate import Evaluation, Evaluator
 from job.fingerprint import Fingerprint, require_same_run, take_fingerprint
@@ -22,6 +22,7 @@ from job.history import History
 from job.model_file import save_model
 from job.observer import Observer
 from job.output import EVALUATION, MODEL, PREDICTION, PREDICTIONS, REPORT, REPORT_PICTURES
+from job.placement import Placement, Previous
 from job.recipe import Recipe, get_recipe
 from job.report import try_to_write_report
 from job.saved_model import evaluate_saved

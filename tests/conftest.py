@@ -27,9 +27,10 @@ import tensorflow as tf  # noqa: E402 (its start-up messages are held back above
 from job import classic, synthetic  # noqa: E402
 from job.cluster import ALONE, ClusterSpec  # noqa: E402
 from job.dataset import Dataset  # noqa: E402
-from job.devices import Compilation, Devices, Placement  # noqa: E402
+from job.devices import Compilation, Devices  # noqa: E402
 from job.model_file import save_model  # noqa: E402
 from job.output import EVALUATION, MODEL, OutputDir, sha256_of  # noqa: E402
+from job.placement import Placement  # noqa: E402
 from job.workers import Workers  # noqa: E402
 from tests.run_folders import climb, make_sweep_run, make_whole_run  # noqa: E402
 

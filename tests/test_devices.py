@@ -4,10 +4,11 @@ from typing import Any, Literal
 import pytest
 import tensorflow as tf
 
-from job import devices
+from job import placement
 from job.config import DeviceRequest, UserError
-from job.devices import Devices, Previous, open_devices
+from job.devices import Devices, open_devices
 from job.local_devices import LocalDevices
+from job.placement import Previous
 from tests.conftest import MakeDevices
 
 PREVIOUS = Previous(
@@ -40,9 +41,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Any:
         return LocalDevices(kind, names, ({"model": model},) * count, model == "new")
 
     def open_with(gpus: int, model: str, *settings: Any, **options: Any) -> Devices:
-        monkeypatch.setattr(devices, "visible_gpus", lambda: ["GPU"] * gpus)
-        monkeypatch.setattr(devices, "use_gpus", lambda used: use(len(used), "gpu", model))
-        monkeypatch.setattr(devices, "use_cpu", lambda count: use(count, "cpu", "cpu"))
+        monkeypatch.setattr(placement, "visible_gpus", lambda: ["GPU"] * gpus)
+        monkeypatch.setattr(placement, "use_gpus", lambda used: use(len(used), "gpu", model))
+        monkeypatch.setattr(placement, "use_cpu", lambda count: use(count, "cpu", "cpu"))
         monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda names: None)
         monkeypatch.setattr(tf.config.experimental, "enable_op_determinism", lambda: None)
         return open_devices(DeviceRequest.parse(settings[0]), *settings[1:], **options)
