@@ -233,13 +233,17 @@ def augmentation(
         class_names: Class of each image.
     """
     images, epochs = augmented.shape[:2]
-    figure, axes = _figure(0.75 + 0.66 * images, nrows=images, ncols=1 + epochs, squeeze=False)
+    # Fewer epochs leave room on the right, and not between the images.
+    columns = 1 + max(epochs, 5)
+    figure, axes = _figure(0.75 + 0.66 * images, nrows=images, ncols=columns, squeeze=False)
     for row in range(images):
         _show(axes[row, 0], originals[row])
         axes[row, 0].set_ylabel(class_names[row], size=9, rotation=0, ha="right", va="center")
         for epoch in range(epochs):
             _show(axes[row, 1 + epoch], augmented[row, epoch])
-    for column, cell in enumerate(axes[0]):
+        for unused in axes[row, 1 + epochs :]:
+            unused.set_visible(False)
+    for column, cell in enumerate(axes[0, : 1 + epochs]):
         cell.set_title(f"epoch {column}" if column else "original", size=9, weight="normal")
     figure.suptitle("Augmented training images", size=12, weight="bold")
     return _png(figure)

@@ -154,6 +154,7 @@ def _keep_for_report(
     """Write ``predictions.npz``."""
     run = earlier_manifest(output.path)
     seed = run["config"]["seed"] if run else seed
+    epochs = min(run["config"]["epochs"], _SAMPLE_EPOCHS) if run else _SAMPLE_EPOCHS
     mistakes = most_confident_mistakes(dataset.test_labels, probabilities, _MISTAKES)
     # The first image of each class.
     _, rows = np.unique(dataset.train_labels, return_index=True)
@@ -166,12 +167,12 @@ def _keep_for_report(
         mistake_images=dataset.test_images[mistakes],
         originals=originals,
         original_labels=dataset.train_labels[rows],
-        augmented=augmented_sample(recipe, originals, seed),
+        augmented=augmented_sample(recipe, originals, seed, epochs),
     ).save(output)
 
 
 def augmented_sample(
-    recipe: Recipe, images: npt.NDArray[np.uint8], seed: int
+    recipe: Recipe, images: npt.NDArray[np.uint8], seed: int, epochs: int
 ) -> npt.NDArray[np.uint8]:
     """Augment images as a training from this seed augments those at the start of each epoch.
 
@@ -179,18 +180,19 @@ def augmented_sample(
         recipe: Says how.
         images: [images, height, width, channels] uint8.
         seed: The run's seed.
+        epochs: How many of the first epochs.
 
     Returns:
-        [images, epochs, height, width, channels] uint8, for the first epochs.
+        [images, epochs, height, width, channels] uint8.
     """
     scaled = tf.cast(images, tf.float32) * (1.0 / 255.0)
-    epochs = [
+    augmented = [
         recipe.augment(
             scaled,
             recipe.draw_augmentation(seed, tf.constant(epoch), 1, len(images))[0],
             resample_by_op,
         )
-        for epoch in range(_SAMPLE_EPOCHS)
+        for epoch in range(epochs)
     ]
-    pixels = np.rint(np.stack([epoch.numpy() for epoch in epochs], axis=1) * 255.0)
+    pixels = np.rint(np.stack([one.numpy() for one in augmented], axis=1) * 255.0)
     return np.clip(pixels, 0, 255).astype(np.uint8)

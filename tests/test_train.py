@@ -215,8 +215,8 @@ def test_the_predictions_are_those_that_the_evaluation_counts(
     np.testing.assert_array_equal(kept.mistake_images, small_dataset.test_images[kept.mistakes])
     # One of each class, as its augmentation in the run draws it.
     assert kept.original_labels.tolist() == list(range(6))
-    seed_7 = saved_model.augmented_sample(classic.RECIPE, kept.originals, 7)
-    assert kept.augmented.shape == (6, 5, 32, 32, 3)
+    seed_7 = saved_model.augmented_sample(classic.RECIPE, kept.originals, 7, config.epochs)
+    assert kept.augmented.shape == (6, config.epochs, 32, 32, 3)
     assert (seed_7 != kept.augmented).mean() > 0.5
     # Evaluated from another seed, the sample stays that of the run.
     manifest = read(config.output_dir / "run.json")
@@ -234,7 +234,7 @@ def test_the_augmented_sample_is_drawn_as_the_engine_draws_it(
     plan = train.make_plan(TrainConfig(global_batch_size=64, seed=9), 512)
     engine = Engine(classic.RECIPE, make_devices(1), small_dataset, plan, 1e-3)
     images = small_dataset.train_images[:4]
-    sample = saved_model.augmented_sample(classic.RECIPE, images, 9)
+    sample = saved_model.augmented_sample(classic.RECIPE, images, 9, 5)
     for epoch in range(5):
         draws = engine._draw(tf.constant(epoch))[0, :4]
         rows = tf.constant(images.reshape(4, -1))
