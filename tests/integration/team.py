@@ -14,6 +14,13 @@ def free_addresses(count: int) -> list[str]:
     return [f"127.0.0.1:{port}" for port in free_ports(count)]
 
 
+def evaluate_on_one_device(output: Path, data_dir: Path) -> None:
+    """Evaluate a run's model again as a chief does: on more devices a sum has another order."""
+    words = ("--devices", "cpu:1", "--data-dir", data_dir, "--output-dir", output)
+    result = Job(output, "evaluate", *words).finish()
+    assert result.returncode == 0, result.stderr
+
+
 class Team:
     """Starts workers and waits for them.
 

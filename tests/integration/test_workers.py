@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import REPOSITORY, Job
 from tests.integration.chaos import compare, state_of_checkpoint
 from tests.integration.plain_recipe import build_model
-from tests.integration.team import Team, free_addresses
+from tests.integration.team import Team, evaluate_on_one_device, free_addresses
 
 # Spans of 15 and 5 steps, and a checkpoint after each; 60 steps in all.
 OPTIONS = "--limit 1280 --batch-size 64 --epochs 3 --checkpoint-every 0.001 --log-format json"
@@ -83,22 +83,18 @@ def largest_difference(one: Path, two: Path) -> float:
 
 
 def test_two_workers_come_to_the_bits_of_one_process_with_two_replicas(
-    undisturbed: Path, command: tuple[str, ...], tmp_path: Path
+    undisturbed: Path, command: tuple[str, ...], cifar10_dir: Path, tmp_path: Path
 ) -> None:
     alone = train_alone(tmp_path / "alone", command, "--devices", "cpu:2")
-    # Of the saved model, which the chief evaluates on a single device: another order of one sum.
-    assert compare(alone, undisturbed) in ([], ["other evaluation.json"])
+    evaluate_on_one_device(alone, cifar10_dir)
+    assert compare(alone, undisturbed) == []
     document = manifest(undisturbed)
     assert (document["workers"], document["replicas"]) == (2, 2)
     assert [device["name"] for device in document["devices"]] == [
         "worker 0 CPU:0",
         "worker 1 CPU:0",
     ]
-    one, evaluation = (
-        json.loads((run / "evaluation.json").read_text()) for run in (alone, undisturbed)
-    )
-    assert one["loss"] == pytest.approx(evaluation["loss"], rel=1e-6)
-    assert one["confusion_matrix"] == evaluation["confusion_matrix"]
+    evaluation = json.loads((undisturbed / "evaluation.json").read_text())
     assert evaluation["examples"] == np.sum(evaluation["confusion_matrix"]) == 10_000
 
 
