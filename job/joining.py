@@ -112,9 +112,13 @@ def _listen(spec: ClusterSpec, deadline: float) -> Iterator[None]:
 
 def _wait_for_others(spec: ClusterSpec, deadline: float, timeout_seconds: float) -> None:
     """Wait until all other workers are seen to listen, in one look."""
+    seen: set[int] = set()
     while missing := unreachable(spec):
+        seen |= set(range(spec.count)) - set(missing)
         if time.monotonic() > deadline:
-            names = "; ".join(f"{spec.name(rank)} ({reason})" for rank, reason in missing.items())
+            # Others that have waited in vain may have ended by now.
+            ranks = [rank for rank in missing if rank not in seen] or list(missing)
+            names = "; ".join(f"{spec.name(rank)} ({missing[rank]})" for rank in ranks)
             raise LostWorkerError(
                 f"missing {names}; expected all {spec.count} workers within --join-timeout "
                 f"{timeout_seconds:g} s; see the logs of those, and whether names resolve and "

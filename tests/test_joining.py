@@ -49,3 +49,17 @@ def test_what_goes_wrong_while_joining_is_raised(
 
     with pytest.raises(ValueError, match="a defect"):
         join(spec, fail, timeout_seconds=5)
+
+
+def test_who_was_there_and_has_ended_is_not_blamed_for_who_never_came(
+    three_workers: ClusterSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = {2: "Connection refused"}
+    looks = [never, {1: "Connection refused", **never}]
+    monkeypatch.setattr(
+        joining, "unreachable", lambda spec: looks.pop(0) if looks[1:] else looks[0]
+    )
+    with pytest.raises(LostWorkerError) as caught:
+        join(three_workers, lambda: pytest.fail("it must not begin"), timeout_seconds=0.1)
+    assert str(caught.value).startswith(f"missing {three_workers.name(2)} (Connection refused);")
+    assert three_workers.name(1) not in str(caught.value)

@@ -105,7 +105,7 @@ def one_replica(command: tuple[str, ...], tmp_path_factory: pytest.TempPathFacto
     return train_alone(folder, command, "--devices", "cpu:1", *PRECISE, module=PLAIN)
 
 
-@pytest.mark.parametrize(("workers", "replicas"), [(2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize(("workers", "replicas"), [(4, 1), (2, 2)])
 def test_any_split_comes_to_the_weights_of_one_replica(
     make_team: StartTeam, one_replica: Path, tmp_path: Path, workers: int, replicas: int
 ) -> None:
@@ -223,16 +223,16 @@ def test_a_worker_may_start_late(make_team: StartTeam) -> None:
 def test_a_worker_that_never_starts_is_named(
     make_team: StartTeam, tmp_path: Path, rank: int
 ) -> None:
-    team = make_team(3, "--join-timeout", "5")
+    team = make_team(3, "--join-timeout", "15")
     missing = 1 - rank
     team.start(rank, 2)
     start = time.monotonic()
     assert team.finish(60) == [75, 75]
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 45
     name = f"worker {missing} ({team.addresses[missing]})"
     for errors in team.errors.values():
         assert f"cifar10-job: stopped: missing {name} (Connection refused)" in errors
-        assert "within --join-timeout 5 s" in errors
+        assert "within --join-timeout 15 s" in errors
     assert not (tmp_path / "output").exists()
 
 
