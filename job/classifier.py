@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from job.config import RECIPES, UserError
 from job.decode import MODES, Shape
-from job.devices import Devices
+from job.devices import Devices, graph_function
 from job.model_file import load_model
 from job.output import EVALUATION, RUN, read_json, sha256_of
 from job.recipe import get_recipe, unchanged
@@ -54,9 +54,7 @@ class Predictor:
         self._classifier, self._strategy = classifier, devices.strategy
         self._shape = (devices.replicas, rows, *classifier.image_shape)
         self.batch_size = devices.replicas * rows
-        self._network = tf.function(
-            self._probabilities, jit_compile=devices.compilation.network, autograph=False
-        )
+        self._network = graph_function(self._probabilities, jit_compile=devices.compilation.network)
 
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Compute probabilities.
@@ -76,7 +74,7 @@ class Predictor:
         results = self._strategy.experimental_local_results(self._run(pixels))
         return np.concatenate([result.numpy() for result in results])[: len(images)]
 
-    @tf.function
+    @graph_function
     def _run(self, pixels: tf.Tensor) -> tf.Tensor:
         return self._strategy.run(self._network, (pixels,))
 

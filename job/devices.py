@@ -1,5 +1,6 @@
 """The devices of a run, and the precision and compilation that suit them."""
 
+import functools
 import os
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -10,6 +11,13 @@ from job.config import DeviceRequest, Precision, Switch, TrainConfig, UserError
 from job.gpus import Promise, check_promised_gpus, promised_gpus, visible_gpus
 from job.placement import Placement, Previous, place_replicas
 from job.workers import Workers
+
+graph_function = functools.partial(tf.function, autograph=False)
+"""`tf.function` that does not translate Python's control flow: on tensors it is `tf.while_loop`.
+
+AutoGraph writes a file into ``TMPDIR`` for each function that it translates. A process that is
+killed, or that ends without the interpreter's own end as this job does, leaves them behind.
+"""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from job.config import DeviceRequest, ExitCode, JobError
-from job.devices import Devices, open_devices
+from job.devices import Devices, graph_function, open_devices
 from job.gpus import (
     Promise,
     check_promised_gpus,
@@ -124,7 +124,7 @@ def _expected(promise: Promise, require_gpus: int) -> int:
 
 def _convolve_everywhere(devices: Devices) -> list[dict[str, Any]]:
     # Through XLA where training goes through it: that needs libraries and tools of its own.
-    @tf.function(jit_compile=devices.compilation.network)
+    @graph_function(jit_compile=devices.compilation.network)
     def convolve(images: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
         return tf.nn.conv2d(images, kernel, strides=1, padding="VALID")
 
@@ -146,7 +146,7 @@ def _convolve_everywhere(devices: Devices) -> list[dict[str, Any]]:
 def _all_reduce(devices: Devices) -> dict[str, Any]:
     expected = float(sum(range(1, devices.replicas + 1)))
 
-    @tf.function
+    @graph_function
     def total() -> tf.Tensor:
         def contribute() -> tf.Tensor:
             context = tf.distribute.get_replica_context()

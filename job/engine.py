@@ -20,7 +20,7 @@ from keras.src.optimizers.base_optimizer import BaseOptimizer
 from job.augment import resample_by_gather, resample_by_op
 from job.checkpoint import Arrays
 from job.dataset import Dataset
-from job.devices import Devices
+from job.devices import Devices, graph_function
 from job.history import Progress
 from job.network import training_network
 from job.recipe import Recipe
@@ -91,11 +91,11 @@ class Engine:
         self._data = ResidentImages(devices, dataset.train_images, dataset.train_labels)
         compilation = devices.compilation
         self._resample = resample_by_gather if compilation.elementwise else resample_by_op
-        self._prepare = tf.function(self._prepare_rows, jit_compile=compilation.elementwise)
-        self._gradients = tf.function(self._compute_gradients, jit_compile=compilation.network)
-        self._update = tf.function(self._apply_gradients, jit_compile=compilation.elementwise)
+        self._prepare = graph_function(self._prepare_rows, jit_compile=compilation.elementwise)
+        self._gradients = graph_function(self._compute_gradients, jit_compile=compilation.network)
+        self._update = graph_function(self._apply_gradients, jit_compile=compilation.elementwise)
         self._compiled_span = (
-            tf.function(self._replica_span, jit_compile=True) if compilation.loops else None
+            graph_function(self._replica_span, jit_compile=True) if compilation.loops else None
         )
 
         self.original = recipe.build_model(plan.seed, self._classes)
@@ -215,14 +215,14 @@ class Engine:
             target.assign(keras.ops.convert_to_numpy(source))
         return self.original
 
-    @tf.function
+    @graph_function
     def _draw(self, epoch: tf.Tensor) -> tf.Tensor:
         plan = self.plan
         return self.recipe.draw_augmentation(
             plan.seed, epoch, plan.steps_per_epoch, plan.global_batch_size
         )
 
-    @tf.function
+    @graph_function
     def _span(
         self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor, told: tf.Tensor
     ) -> tf.Tensor:
@@ -252,19 +252,23 @@ class Engine:
         steps = batches.shape[0]
         unrolled = steps - steps % STEPS_UNROLLED
 
-        def run(step: tf.Tensor) -> None:
-            self._strategy.run(self._replica_step, (batches[step], draws[step], first_step + step))
+        def run(first: tf.Tensor, count: int) -> tf.Tensor:
+            for step in (first + offset for offset in range(count)):
+                arguments = (batches[step], draws[step], first_step + step)
+                self._strategy.run(self._replica_step, arguments)
+            return first + count
 
-        for first in tf.range(0, unrolled, STEPS_UNROLLED):
-            for offset in range(STEPS_UNROLLED):
-                run(first + offset)
-        for step in tf.range(unrolled, steps):
-            run(step)
+        tf.while_loop(lambda step: step < unrolled, lambda step: run(step, STEPS_UNROLLED), [0])
+        tf.while_loop(lambda step: step < steps, lambda step: run(step, 1), [unrolled])
 
     def _replica_span(self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor) -> None:
         """A span's steps on the only replica."""
-        for step in tf.range(batches.shape[0]):
+
+        def run(step: tf.Tensor) -> tf.Tensor:
             self._replica_step(batches[step], draws[step], first_step + step)
+            return step + 1
+
+        tf.while_loop(lambda step: step < batches.shape[0], run, [0])
 
     def _reset_sums(self, told: tf.Tensor) -> None:
         self._sums.assign(tf.one_hot(2 + self.workers.spec.index, 2 + self.workers.count) * told)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from job.devices import Devices
+from job.devices import Devices, graph_function
 from job.predictions import confusion_matrix
 from job.recipe import Recipe
 from job.resident import ResidentImages
@@ -88,10 +88,10 @@ class Evaluator:
         self._labels = labels
         self._rows = min(ROWS_PER_REPLICA, -(-len(images) // self._replicas))
         compilation = devices.compilation
-        self._score = tf.function(self._score_rows, jit_compile=compilation.network)
+        self._score = graph_function(self._score_rows, jit_compile=compilation.network)
         self._loop: Any = self._replica_loop
         if compilation.loops:
-            self._loop = tf.function(self._loop, jit_compile=True)
+            self._loop = graph_function(self._loop, jit_compile=True)
 
     def __call__(self) -> Evaluation:
         """Evaluate all examples."""
@@ -107,7 +107,7 @@ class Evaluator:
         confusion = confusion_matrix(self._labels, probabilities)
         return Evaluation(float(loss) / self._data.examples, confusion), probabilities
 
-    @tf.function
+    @graph_function
     def _evaluate(self) -> tuple[tf.Tensor, tf.Tensor]:
         """The sum of the losses, and [examples, classes] probabilities; on every worker all."""
         loss, rows = self._strategy.run(self._replica_share)
@@ -134,10 +134,16 @@ class Evaluator:
         shape = [self._rows, self._model.output_shape[-1]]
         loss = tf.constant(0.0)
         parts = tf.TensorArray(tf.float32, -(-self._data.examples // together), element_shape=shape)
-        for part in tf.range(parts.size()):
+
+        def score_part(
+            part: tf.Tensor, loss: tf.Tensor, parts: tf.TensorArray
+        ) -> tuple[tf.Tensor, tf.Tensor, tf.TensorArray]:
             part_loss, rows = self._replica_part(tf.cast(part, tf.int64) * together)
-            loss += part_loss
-            parts = parts.write(part, rows)
+            return part + 1, loss + part_loss, parts.write(part, rows)
+
+        _, loss, parts = tf.while_loop(
+            lambda part, *_: part < parts.size(), score_part, [0, loss, parts]
+        )
         return loss, parts.stack()
 
     def _replica_part(self, start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -49,6 +49,8 @@ class Recipe:
         augment: Applies it to a batch.
         evaluation_views: Test images are evaluated as the mean probability over these views,
             each a function of [batch, height, width, channels] float32 images, 0 to 1.
+
+    The last three become graphs without AutoGraph: on tensors they use TensorFlow's control flow.
     """
 
     name: str

@@ -43,13 +43,16 @@ def read(path: Path) -> Any:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, cifar10_dir: Path) -> Path:
     """An output folder of a bfloat16 run on two replicas."""
-    folder = tmp_path_factory.mktemp("trained")
+    folder, temporary = tmp_path_factory.mktemp("trained"), tmp_path_factory.mktemp("temporary")
     command = [sys.executable, "-m", "job", "train", *SMALL, "--devices", "cpu:2"]
     # On a busy machine two epochs may take longer than the default time between two checkpoints.
     options = f"--precision bfloat16 --checkpoint-every 3600 --data-dir {cifar10_dir}".split()
     options += ["--output-dir", str(folder)]
-    result = subprocess.run([*command, *options], capture_output=True, text=True)
+    environ = {**os.environ, "TMPDIR": str(temporary)}
+    result = subprocess.run([*command, *options], capture_output=True, text=True, env=environ)
     assert result.returncode == 0, result.stderr
+    # A node's temporary folder is everybody's, and in the image it is memory.
+    assert list(temporary.iterdir()) == []
     (folder / "stdout").write_text(result.stdout)
     (folder / "stderr").write_text(result.stderr)
     return folder
