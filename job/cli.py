@@ -33,7 +33,7 @@ from job.options import (
 from job.preemption import StopRequest
 
 _MODEL_FILE = click.Path(path_type=Path, dir_okay=False)
-_PNG_FILE = click.Path(path_type=Path, dir_okay=False)
+_PNG_FILE = OwnPictureType(dir_okay=False)
 
 
 @click.group(context_settings={"max_content_width": 100})
@@ -162,9 +162,9 @@ def report(stop: StopRequest, /, log_format: log.LogFormat, output_dir: Path) ->
 @option("--json", is_flag=True, help="Write JSON lines.")
 @option(
     "--png",
-    type=OwnPictureType(dir_okay=False),
+    type=_PNG_FILE,
     help="Also draw the first 100 images with their classes, into a new file or over an earlier "
-    "picture of this command, never over another file.",
+    "such picture, never over another file.",
 )
 @devices_option
 @require_gpus_option
@@ -199,7 +199,12 @@ def predict(stop: StopRequest, /, images: tuple[str, ...], **options: Any) -> No
 @cli.command()
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True)
 @option("--json", is_flag=True, help="Write one JSON object instead of tables.")
-@option("--png", type=_PNG_FILE, help="Also draw the runs' curves and accuracies.")
+@option(
+    "--png",
+    type=_PNG_FILE,
+    help="Also draw the runs' curves and accuracies, into a new file or over an earlier such "
+    "picture.",
+)
 def compare(folders: tuple[str, ...], **options: Any) -> None:
     """Compare runs by their output folders, or folders of such: means, deviations, the best.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from job.config import UserError
 from job.output import OutputDir
+from job.own_picture import mark_as_own
 from job.runs import SETTINGS, Run, read_run, run_folders
 from job.terminal import printable
 
@@ -229,3 +230,4 @@ def save_picture(png: Path, comparison: Comparison) -> None:
 
     with OutputDir(png.parent).replacing(png.name) as temporary:
         plots.save_comparison(temporary, comparison.groups)
+        mark_as_own(temporary)

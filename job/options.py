@@ -59,7 +59,7 @@ class _TextfileType(_PathType):
 
 
 class OwnPictureType(click.Path):
-    """A picture to draw, over nothing but what the same command drew earlier."""
+    """A picture to draw, over nothing but what such an option drew earlier."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(str(super().convert(value, param, ctx)))
@@ -69,8 +69,8 @@ class OwnPictureType(click.Path):
             self.fail(f"cannot read {printable(str(path))}: {error.strerror}.", param, ctx)
         if not is_free:
             self.fail(
-                f"received {printable(str(path))}, which this command did not draw, expected a new "
-                f"name or an earlier picture of it; name another file.",
+                f"received {printable(str(path))}, which this program did not draw by this option, "
+                f"expected a new name or an earlier such picture; name another file.",
                 param,
                 ctx,
             )

@@ -1,4 +1,4 @@
-"""Pictures that a command drew, told from files of others, so that it replaces nothing else."""
+"""Pictures that ``--png`` drew, told from other files, so that it replaces nothing else."""
 
 import struct
 import zlib
@@ -6,7 +6,7 @@ from pathlib import Path
 
 # Signature and header, which come first in every PNG file; comments may follow.
 _HEAD_BYTES = 33
-_COMMENT = b"Comment\0cifar10-job predict --png"
+_COMMENT = b"Comment\0cifar10-job --png"
 _MARK = b"tEXt" + _COMMENT
 _CHUNK = struct.pack(">I", len(_COMMENT)) + _MARK + struct.pack(">I", zlib.crc32(_MARK))
 

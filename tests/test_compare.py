@@ -172,7 +172,16 @@ def test_the_picture_is_drawn_and_a_bad_place_for_it_refused(sweep: Path) -> Non
     assert invoke(sweep, "--png", sweep / "runs.png").exit_code == 0
     with Image.open(sweep / "runs.png") as picture:
         assert picture.format == "PNG"
+    assert invoke(sweep, "--png", sweep / "runs.png").exit_code == 0  # again, over its own
     for name in ("runs.jpg", "nowhere/runs.png"):
         result = invoke(sweep, "--png", sweep / name)
         assert isinstance(result.exception, UserError), name
         assert result.stdout == ""
+
+
+def test_no_file_but_an_earlier_such_picture_is_replaced(sweep: Path) -> None:
+    (sweep / "mine.png").write_text("mine")
+    result = invoke(sweep, "--png", sweep / "mine.png")
+    assert result.exit_code == 2
+    assert "expected a new name or an earlier such picture" in " ".join(result.output.split())
+    assert (sweep / "mine.png").read_text() == "mine"

@@ -15,7 +15,7 @@ def test_a_marked_picture_is_known_and_keeps_its_pixels(tmp_path: Path) -> None:
     assert is_own(path)
     with Image.open(path) as picture:
         np.testing.assert_array_equal(np.asarray(picture), pixels)
-        assert picture.info["Comment"] == "cifar10-job predict --png"
+        assert picture.info["Comment"] == "cifar10-job --png"
 
 
 def test_what_is_no_file_is_not_known(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_a_picture_never_replaces_what_the_command_did_not_draw(
     if isinstance(content, str):
         content = (photos / content).read_bytes()
     Path("mine.png").write_bytes(content)
-    assert "received mine.png, which this command did not draw" in refusal_of(
+    assert "received mine.png, which this program did not draw" in refusal_of(
         "photos/0.png", "--png", "mine.png"
     )
     assert Path("mine.png").read_bytes() == content
