@@ -29,6 +29,7 @@ from job.options import (
     stall_timeout_option,
     train_config,
     training_options,
+    warn_of_misspelt_variables,
 )
 from job.preemption import StopRequest
 
@@ -71,6 +72,7 @@ def train(
     A run that was stopped or killed goes on where its last checkpoint was; a finished one is done.
     """
     log.configure(log_format)
+    warn_of_misspelt_variables(train, os.environ)
     run_config = train_config(options)
     from job.attempt import open_attempt
     from job.cluster import cluster_spec
@@ -121,6 +123,7 @@ def train(
 def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) -> None:
     """Evaluate the model of an output folder again, and draw its pictures and report again."""
     log.configure(log_format)
+    warn_of_misspelt_variables(evaluate, os.environ)
     run_config = train_config(options)
     from job.attempt import hold_output_dir
     from job.folders import require_model

@@ -4,6 +4,7 @@ import ctypes
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,8 @@ def check_promised_gpus(promise: Promise, visible: int, required: int) -> None:
     if visible < promise.count:
         raise GpuMissingError(
             f"{promise.source} promises {promise.count} GPUs, TensorFlow sees {visible}{_why()}; "
-            f"run 'python -m job doctor', or ask for --devices cpu:1 to train without a GPU"
+            f"run '{sys.executable} -m job doctor' there, or ask for --devices cpu:1 to train "
+            f"without a GPU"
         )
 
 

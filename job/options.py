@@ -1,8 +1,10 @@
 """The options of the command line, each of them also an environment variable."""
 
+import difflib
+import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +85,35 @@ def option(name: str, **settings: Any) -> Callable[[Any], Any]:
     return click.option(name, envvar=variable, show_envvar=True, show_default=True, **settings)
 
 
+def warn_of_misspelt_variables(command: click.Command, environ: Mapping[str, str]) -> None:
+    """Warn of variables that are almost options of a command; those it has are read by `click`.
+
+    Other names with this prefix are not for this program: schedulers have such, too.
+    """
+    known = [str(parameter.envvar) for parameter in command.params if parameter.envvar]
+    for name in sorted(environ.keys() - {*known}):
+        short = name.removeprefix("JOB_")
+        options = [one.removeprefix("JOB_") for one in known]
+        close = difflib.get_close_matches(short, options, n=1, cutoff=_ALIKE)
+        if name != short and close:
+            log.event(
+                "misspelt_variable",
+                logging.WARNING,
+                variable=name,
+                option=f"JOB_{close[0]}",
+                message=f"the environment variable {printable(name)} is no option and is ignored; "
+                f"did you mean JOB_{close[0]}?",
+            )
+
+
 # Whether a folder can be read is found out where it is, with advice for that folder.
 FOLDER = _PathType(path_type=Path, readable=False)
 _POSITIVE = click.IntRange(min=1)
 _POSITIVE_FLOAT = _PositiveFloatType(min=0, min_open=True)
 _WEEK_SECONDS = 604_800.0
+# BATCH is like enough to BATCH_SIZE, as are all of a letter too few; SERVICE_HOST, as Kubernetes may
+# add it, is not like enough to DEVICES.
+_ALIKE = 0.65
 
 output_dir_option = option(
     "--output-dir", type=FOLDER, default="output", help="Folder that receives the artifacts."

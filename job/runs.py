@@ -73,15 +73,16 @@ def run_folders(folders: Iterable[str]) -> list[str]:
     """Find the folders of runs, each once.
 
     Args:
-        folders: Output folders, and folders that have such in them, as a sweep leaves them.
+        folders: Output folders, and folders that have such in them, as a sweep leaves them. One may
+            be both, where a sweep has followed a single run.
 
     Returns:
         The output folders; one that holds no run, nor has any in it, as it was given.
     """
     found: dict[str, str] = {}
     for folder in folders:
-        inside = [] if _holds_run(folder) else _runs_in(folder)
-        for path in inside or [folder]:
+        itself = [folder] if _holds_run(folder) else []
+        for path in [*itself, *_runs_in(folder)] or [folder]:
             found.setdefault(os.path.realpath(path), path)
     return list(found.values())
 

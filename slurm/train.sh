@@ -57,13 +57,15 @@ trap 'terminated=yes; say "told to end (SIGTERM)"; pass_on' TERM
 set_up_site() {
   local site=${SITE_SETUP:-slurm/site.sh}
   if [[ -e $site ]]; then
-    local ours
-    trap 'say "error: $site has ended the script; mend it"' EXIT
-    ours=$(trap -p EXIT)
+    local ours here=$PWD options
+    trap 'say "error: $site has ended the script; have it say return instead of exit"; exit 2' EXIT
+    ours=$(trap -p EXIT) options=$(set +o)
     set +u # not every site's modules know it
     # shellcheck source=/dev/null
     source "$site" || say "warning: $site ended with exit code $?"
-    set -u
+    # What it set for itself, such as -e, would end this script at the first signal.
+    eval "$options"
+    cd -- "$here" || exit
     [[ $(trap -p EXIT) != "$ours" ]] || trap - EXIT
   elif [[ -n ${SITE_SETUP:-} ]]; then
     refuse "SITE_SETUP is $SITE_SETUP, which is not in $PWD; name a file"
@@ -108,7 +110,10 @@ read_settings() {
     case ${argument%%=*} in
       --output-dir) refuse "received --output-dir; say JOB_OUTPUT_DIR=FOLDER sbatch slurm/train.sh" ;;
       --data-dir) refuse "received --data-dir; say JOB_DATA_DIR=FOLDER sbatch slurm/train.sh" ;;
-      --time | --partition | --account | --array | --nodes | --gres | --gpus* | --cpus* | --mem*)
+      -[a-zA-Z]* | --account | --array | --begin | --chdir | --comment | --constraint | --cpus* | \
+        --dependency | --error | --exclude | --exclusive | --export | --gpus* | --gres | --job-name | \
+        --mail-* | --mem* | --no-requeue | --nodelist | --nodes | --ntasks* | --output | --partition | \
+        --qos | --requeue | --reservation | --signal | --test-only | --time*)
         refuse "received ${argument%%=*}, an option of sbatch; say it before slurm/train.sh"
         ;;
       --seed)
@@ -188,6 +193,13 @@ choose_runtime() {
   here=$(hostname)
   python=${PYTHON:-.venv/bin/python}
   runtime=${CONTAINER_RUNTIME:-auto}
+  case ${CONTAINER_IMAGE:-} in
+    *://*) ;;
+    *.sqsh | *.sif)
+      [[ -e $CONTAINER_IMAGE ]] || refuse "CONTAINER_IMAGE is $CONTAINER_IMAGE, which is not on $here" \
+        "in $PWD; name a file that is on every node"
+      ;;
+  esac
   case $runtime in
     auto)
       for runtime in pyxis apptainer podman docker none; do
@@ -195,6 +207,7 @@ choose_runtime() {
       done
       [[ -z ${CONTAINER_IMAGE:-} ]] || refuse "nothing on $here runs the image $CONTAINER_IMAGE:" \
         "expected pyxis for a .sqsh, Apptainer for a .sif, any of them, podman or docker for a name"
+      [[ ! -L $python && ! -e $python ]] || refuse_python
       refuse "received neither an image nor $python in $PWD; submit at the top of the checkout or with" \
         "--chdir=CHECKOUT, after make install LOCK=gpu, or set CONTAINER_IMAGE (slurm/README.md)"
       ;;
@@ -202,8 +215,7 @@ choose_runtime() {
       [[ -z ${CONTAINER_IMAGE:-} ]] || refuse "CONTAINER_RUNTIME is none and CONTAINER_IMAGE" \
         "$CONTAINER_IMAGE; unset one"
       image=''
-      is_here none || refuse "there is no $python in $PWD; submit at the top of the checkout or with" \
-        "--chdir=CHECKOUT, after make install LOCK=gpu, or set PYTHON"
+      is_here none || refuse_python
       ;;
     pyxis | apptainer | podman | docker)
       is_here "$runtime" || refuse "CONTAINER_RUNTIME is $runtime, which $here does not have; load its" \
@@ -213,6 +225,14 @@ choose_runtime() {
       ;;
     *) refuse "CONTAINER_RUNTIME is $runtime, expected auto, pyxis, apptainer, podman, docker or none" ;;
   esac
+}
+
+refuse_python() {
+  [[ ! -L $python && ! -e $python ]] || refuse "$PWD has $python, which $(id -un) cannot run on $here:" \
+    "it leads to $(realpath -m -- "$python"); say make install LOCK=gpu with a Python that the nodes" \
+    "have too, or set PYTHON"
+  refuse "there is no $python in $PWD; submit at the top of the checkout or with" \
+    "--chdir=CHECKOUT, after make install LOCK=gpu, or set PYTHON"
 }
 
 # Sets step to the command that trains, with the arguments of `train`.
@@ -466,12 +486,15 @@ weigh_endings() {
         weight=0 # after another ending it is srun's doing
         ((heaviest)) || weight=2 killed=yes
         ;;
-      *) weight=$((ending > 128 ? 2 : 3)) ;;
+      *) if is_signal "$ending"; then weight=2; else weight=3; fi ;;
     esac
     if ((weight > heaviest)); then heaviest=$weight code=$ending; fi
   done < "$endings"
   rm -f -- "$endings"
 }
+
+# Whether an exit code tells of a signal. Apptainer and srun end with 255 where they fail themselves.
+is_signal() { (($1 > 128 && $1 <= 128 + 64)); }
 
 # Ends this script, and with it the job unless that is requeued.
 finish() {
@@ -506,12 +529,12 @@ finish() {
     requeue preemption "$MAX_REQUEUES" "preempted" scontrol requeue Incomplete "$job"
   elif [[ -n $time_is_up ]]; then
     requeue time "$MAX_REQUEUES" "stopped for the time limit" scontrol requeue Incomplete "$job"
-  elif [[ -n $worker_lost ]] && ((code == 75 || code > 128)); then
+  elif [[ -n $worker_lost ]] && { ((code == 75)) || is_signal "$code"; }; then
     requeue worker "$MAX_LOST_WORKERS" "a worker was lost or missing (exit code $code)" \
       scontrol requeue Incomplete "$job"
   elif ((code == 75)); then
     say "exit code 75, not requeued: it was not Slurm's time limit that stopped it; $AGAIN"
-  elif ((code > 128)); then
+  elif is_signal "$code"; then
     requeue defect 1 "killed by signal $((code - 128))" scontrol requeue Incomplete "$job"
   else
     say "exit code $code of srun or $runtime, not requeued: see the error above"
@@ -535,7 +558,9 @@ persist() { "$@" || { sleep 5 && "$@"; } || { sleep 10 && "$@"; }; }
 requeue() {
   local cause=$1 limit=$2 reason=$3 of_cause in_all
   of_cause=$(grep -c -s "^$cause " "$record") in_all=$(grep -c -s . "$record")
-  if ((of_cause >= limit || in_all >= MAX_REQUEUES)); then
+  if [[ $(field Requeue) == 0 ]]; then
+    say "$reason, not requeued: the job was submitted with --no-requeue; $AGAIN"
+  elif ((of_cause >= limit || in_all >= MAX_REQUEUES)); then
     say "$reason, not requeued: the job has requeued itself ${in_all:-0} times (at most $MAX_REQUEUES)," \
       "${of_cause:-0} times for this cause (at most $limit); see the error above, if any, or $AGAIN"
   elif ! echo "$cause in attempt $attempt" >> "$record"; then

@@ -119,6 +119,19 @@ def test_a_bad_environment_variable_is_named(run_job: RunJob) -> None:
     assert "JOB_EPOCHS" in result.stderr
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_misspelt_environment_variable_is_warned_of(run_job: RunJob, command: str) -> None:
+    # The last two are Kubernetes'.
+    names = ("JOB_SEEDS", "JOB_DATA_DIR", "JOB_COMPLETION_INDEX", "JOB_SERVICE_HOST")
+    # Where neither finds anything to do.
+    no_folder = ("--output-dir", "/dev/null/a", "--log-format", "text")
+    result = run_job(command, *no_folder, env=dict.fromkeys(names, "3"))
+    warning = (
+        "the environment variable JOB_SEEDS is no option and is ignored; did you mean JOB_SEED?"
+    )
+    assert [line.partition("warning: ")[2] for line in result.stdout.splitlines()] == [warning]
+
+
 def completions(*words: str) -> list[str]:
     script = (
         "import sys\nfrom job.cli import cli\n"

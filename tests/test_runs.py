@@ -9,14 +9,14 @@ from job.runs import read_run, run_folders
 from tests.run_folders import change, climb, make_sweep_run
 
 
-def test_folders_are_found_once_and_a_run_holds_no_others(tmp_path: Path) -> None:
+def test_folders_are_found_once(tmp_path: Path) -> None:
     for name in ("a", "b"):
         make_sweep_run(tmp_path / name, climb(0.5))
     folders = [str(tmp_path / "a"), str(tmp_path), str(tmp_path / "b" / "..")]
     assert sorted(Path(folder).name for folder in run_folders(folders)) == ["a", "b"]
-    (tmp_path / "a" / "nested").mkdir()
-    (tmp_path / "a" / "nested" / "run.json").touch()
-    assert run_folders([str(tmp_path / "a")]) == [str(tmp_path / "a")]
+    # As where the tasks of an array have followed a single job.
+    nested = make_sweep_run(tmp_path / "a" / "seed-7", climb(0.5))
+    assert run_folders([str(tmp_path / "a")]) == [str(tmp_path / "a"), str(nested)]
     assert run_folders([str(tmp_path / "nowhere")]) == [str(tmp_path / "nowhere")]
 
 

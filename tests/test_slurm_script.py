@@ -65,7 +65,7 @@ class Node:
     """A node that runs the script, with nothing on its PATH but what is put there.
 
     Attributes:
-        folder: Where the job was submitted.
+        folder: Where the job was submitted, with the images a.sif and a.sqsh in it.
         env: Of the job.
     """
 
@@ -88,6 +88,8 @@ class Node:
         }
         self.srun_ends_with(0)
         self.slurm_says()
+        for name in ("a.sif", "a.sqsh"):
+            (self.folder / name).touch()
 
     def put(self, name: str, script: str) -> None:
         (self._bin / name).write_text(script)
@@ -361,7 +363,7 @@ def test_auto_takes_the_first_runtime_that_has_an_image(node: Node) -> None:
         ("pyxis", "images/a.sqsh", "{folder}/images/a.sqsh"),
         ("apptainer", "example.com/team/a:1", "docker://example.com/team/a:1"),
         ("apptainer", "oras://example.com/team/a:1", "oras://example.com/team/a:1"),
-        ("apptainer", "/images/a.sif", "/images/a.sif"),
+        ("apptainer", "{folder}/images/a.sif", "{folder}/images/a.sif"),
         ("apptainer", "/images/unpacked", "/images/unpacked"),
         ("podman", "example.com/team/a:1", "example.com/team/a:1"),
         ("docker", "docker://example.com/team/a:1", "example.com/team/a:1"),
@@ -374,7 +376,11 @@ def test_an_image_is_spelt_as_the_runtime_wants_it(
         node.install_pyxis()
     else:
         node.install(runtime)
-    result = node.run(CONTAINER_RUNTIME=runtime, CONTAINER_IMAGE=given)
+    (node.folder / "images").mkdir()
+    for name in ("a.sif", "a.sqsh"):
+        (node.folder / "images" / name).touch()
+    image = given.format(folder=node.folder)
+    result = node.run(CONTAINER_RUNTIME=runtime, CONTAINER_IMAGE=image)
     assert runtime_of(result) == f"{runtime} {expected.format(folder=node.folder)}"
 
 
@@ -382,8 +388,8 @@ def test_auto_leaves_an_images_file_to_the_runtime_that_reads_it(node: Node) -> 
     node.install("podman")
     node.install("apptainer")
     node.install_pyxis()
-    assert runtime_of(node.run(CONTAINER_IMAGE="/a.sif")) == "apptainer /a.sif"
-    assert runtime_of(node.run(CONTAINER_IMAGE="/a.sqsh")) == "pyxis /a.sqsh"
+    for runtime, image in (("apptainer", "a.sif"), ("pyxis", "a.sqsh")):
+        assert runtime_of(node.run(CONTAINER_IMAGE=image)) == f"{runtime} {node.folder}/{image}"
 
 
 REFUSED = [
@@ -418,6 +424,9 @@ REFUSED = [
         (),
         "nothing on .* runs the image a.sqsh: expected pyxis for a .sqsh",
     ),
+    ({"CONTAINER_IMAGE": "lost.sif"}, (), "CONTAINER_IMAGE is lost.sif, which is not on .* in /"),
+    ({}, ("-t", "30"), "received -t, an option of sbatch; say it before slurm/train.sh"),
+    ({}, ("--output=a.log",), "received --output, an option of sbatch; say it before"),
     ({"SITE_SETUP": "lost.sh"}, (), "SITE_SETUP is lost.sh, which is not in"),
 ]
 
@@ -447,12 +456,24 @@ def test_without_image_and_environment_it_says_where_to_submit(node: Node) -> No
     assert result.returncode == 2
     assert "received neither an image nor .venv/bin/python in" in result.stderr
     assert "--chdir=CHECKOUT" in result.stderr
-    assert list(node.folder.iterdir()) == []
+    assert {path.name for path in node.folder.iterdir()} == {"a.sif", "a.sqsh"}
+
+
+@pytest.mark.parametrize("runtime", ["auto", "none"])
+def test_an_interpreter_that_the_node_cannot_run_is_named(node: Node, runtime: str) -> None:
+    """As where the Python that made .venv is on the login node alone."""
+    python = node.folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to("/opt/login-node/python3.12")
+    result = node.run(CONTAINER_RUNTIME=runtime)
+    assert result.returncode == 2
+    assert ".venv/bin/python, which" in result.stderr
+    assert "it leads to /opt/login-node/python3.12" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("script", "message"),
-    [("exit 1\n", "error: .*site.sh has ended the script"), ("false\n", "ended with exit code 1")],
+    [("exit 0\n", "error: .*site.sh has ended the script"), ("false\n", "ended with exit code 1")],
 )
 def test_what_goes_wrong_in_a_sites_file_is_told(node: Node, script: str, message: str) -> None:
     (node.folder / "site.sh").write_text(script)
@@ -462,6 +483,7 @@ def test_what_goes_wrong_in_a_sites_file_is_told(node: Node, script: str, messag
     has_ended = script.startswith("exit")
     assert ("is done" in result.stderr) != has_ended
     assert ("ended the script" in result.stderr) == has_ended
+    assert result.returncode == (2 if has_ended else 0)
 
 
 def test_a_step_of_another_job_is_refused_and_a_short_limit_warned_of(node: Node) -> None:
@@ -485,6 +507,17 @@ def test_a_sites_file_is_sourced_first(node: Node) -> None:
     result = node.run()
     assert runtime_of(result).startswith("podman")
     assert "/tmp:/data" in node.told("srun")
+
+
+def test_what_a_sites_file_sets_for_itself_is_taken_back(node: Node) -> None:
+    """With its -e the script would end at the signal, and the job would not be requeued."""
+    (node.folder / "slurm").mkdir()
+    (node.folder / "slurm" / "site.sh").write_text("set -efu +o pipefail\ncd /\n")
+    node.install("podman")
+    node.srun_sends("USR1")
+    result = node.run()
+    assert node.requests() == ["requeue Incomplete 41"], result.stderr
+    assert f"output {node.folder}/output/slurm" in result.stderr
 
 
 def test_a_task_of_an_array_has_its_seed_and_its_folder(node: Node) -> None:
@@ -610,7 +643,8 @@ def test_a_job_that_is_ending_is_not_requeued(node: Node, code: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "message"), [(75, "it was not Slurm's time limit"), (125, "of srun or")]
+    ("code", "message"),
+    [(75, "it was not Slurm's time limit"), (125, "of srun or"), (255, "of srun or")],
 )
 def test_what_is_nobodys_fault_is_not_requeued(node: Node, code: int, message: str) -> None:
     node.install("podman")
@@ -666,6 +700,15 @@ def test_a_requeue_that_slurm_refuses_is_tried_again_and_reported(node: Node) ->
     assert result.returncode == 1
     assert node.requests() == ["requeue Incomplete 41"] * 3
     assert "could not requeue by scontrol requeue Incomplete 41; submit it again" in result.stderr
+
+
+def test_a_job_that_must_not_be_requeued_is_not(node: Node) -> None:
+    node.install("podman")
+    node.srun_sends("USR1")
+    node.slurm_says(more="BatchFlag=1 TimeLimit=01:00:00 Requeue=0")
+    result = node.run()
+    assert "the job was submitted with --no-requeue; submit it again" in result.stderr
+    assert node.requests() == []
 
 
 def test_without_an_answer_of_slurm_the_exit_code_stands(node: Node) -> None:
@@ -776,7 +819,7 @@ def test_apptainer_on_two_nodes_lets_in_the_variables_of_each_task(
 ) -> None:
     node.install(command)
     node.srun_runs_two_tasks_of(command)
-    result = node.run("--epochs", "2", CONTAINER_IMAGE="/a.sif", **TWO_NODES)
+    result = node.run("--epochs", "2", CONTAINER_IMAGE="a.sif", **TWO_NODES)
     assert result.returncode == 0, result.stderr
     assert node.told("srun")[: len(SRUN_TWO)] == SRUN_TWO
     prefix = f"{command.upper()}ENV_"
@@ -784,7 +827,7 @@ def test_apptainer_on_two_nodes_lets_in_the_variables_of_each_task(
         assert node.told(f"{command}-{rank}") == [
             *("exec", "--nv", "--cleanenv", "--no-home", "--pwd", "/app"),
             *("--bind", f"{node.folder}/output/slurm:/output"),
-            *("--bind", f"{node.folder}/data:/data", "/a.sif"),
+            *("--bind", f"{node.folder}/data:/data", f"{node.folder}/a.sif"),
             *TRAIN,
         ]
         environment = node.environment(f"{command}-{rank}")
@@ -887,6 +930,7 @@ def exited(*codes: int) -> list[str]:
         (exited(75, 139), 139, 139),
         (exited(134, 139), 139, 134),
         (exited(75, 127), 127, 127),
+        (exited(139, 255), 255, 255),
         (exited(139, 127), 139, 127),
         (exited(75, 75), 75, 75),
         (exited(2), 0, 2),
