@@ -111,8 +111,7 @@ FOLDER = _PathType(path_type=Path, readable=False)
 _POSITIVE = click.IntRange(min=1)
 _POSITIVE_FLOAT = _PositiveFloatType(min=0, min_open=True)
 _WEEK_SECONDS = 604_800.0
-# BATCH is like enough to BATCH_SIZE, as are all of a letter too few; SERVICE_HOST, as Kubernetes may
-# add it, is not like enough to DEVICES.
+# BATCH is like enough to BATCH_SIZE; SERVICE_HOST, which Kubernetes may add, is not to DEVICES.
 _ALIKE = 0.65
 
 output_dir_option = option(

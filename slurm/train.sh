@@ -51,20 +51,30 @@ refuse() {
 time_is_up='' terminated='' step_pid='' worker_lost='' without_gpu=''
 # srun ends its step on TERM without a grace, but passes USR1 on, which asks the program for the same.
 pass_on() { [[ -z $step_pid ]] || kill -USR1 "$step_pid" 2> /dev/null; }
-trap 'time_is_up=yes; say "the time limit is near (SIGUSR1)"; pass_on' USR1
-trap 'terminated=yes; say "told to end (SIGTERM)"; pass_on' TERM
+listen_to_signals() {
+  trap 'time_is_up=yes; say "the time limit is near (SIGUSR1)"; pass_on' USR1
+  trap 'terminated=yes; say "told to end (SIGTERM)"; pass_on' TERM
+}
+
+# sbatch within a job hands that job's variables on, and Slurm replaces some of them only. srun would take
+# the others for options: GPUs that this job does not have, processors of another one.
+forget_outer_job() {
+  unset SLURM_GPUS SLURM_GPUS_PER_{NODE,SOCKET,TASK} SLURM_{CPUS,MEM,NTASKS}_PER_GPU SLURM_MEM_PER_CPU
+  unset SLURM_TRES_PER_TASK "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" "${!SLURM_STEP_@}"
+}
 
 set_up_site() {
   local site=${SITE_SETUP:-slurm/site.sh}
   if [[ -e $site ]]; then
-    local ours here=$PWD options
+    local ours here=$PWD options IFS=$' \t\n'
     trap 'say "error: $site has ended the script; have it say return instead of exit"; exit 2' EXIT
     ours=$(trap -p EXIT) options=$(set +o)
     set +u # not every site's modules know it
     # shellcheck source=/dev/null
     source "$site" || say "warning: $site ended with exit code $?"
-    # What it set for itself, such as -e, would end this script at the first signal.
+    # With its -e this script would end at the first signal.
     eval "$options"
+    listen_to_signals
     cd -- "$here" || exit
     [[ $(trap -p EXIT) != "$ours" ]] || trap - EXIT
   elif [[ -n ${SITE_SETUP:-} ]]; then
@@ -80,24 +90,20 @@ identify_job() {
     command -v "$command" > /dev/null || refuse "there is no $command on $(hostname); load Slurm's" \
       "module in slurm/site.sh"
   done
-  # sbatch within a job hands that job's variables on, and Slurm replaces some of them only.
   job=$SLURM_JOB_ID
-  if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
-    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # a task's own id may mean the whole array
+  answer=$(ask_for "$job" | grep "^JobId=$job ") # which may be the number of a whole array
+  if [[ $answer == *" ArrayTaskId="* ]]; then
+    SLURM_ARRAY_JOB_ID=$(field ArrayJobId) SLURM_ARRAY_TASK_ID=$(field ArrayTaskId)
+    export SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID
+  elif [[ -n $answer ]]; then
+    unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID # of a task that has submitted this job
   fi
-  answer=$(ask_for "$job")
-  if [[ -n $answer && $answer != "JobId=$SLURM_JOB_ID "* ]]; then
-    unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID
-    job=$SLURM_JOB_ID
-    answer=$(ask_for "$job")
-  fi
+  [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   [[ $(field BatchFlag) != 0 ]] || refuse "started by srun or salloc; say sbatch slurm/train.sh"
   [[ $(field TimeLimit) != 00:0[0-4]:* ]] || say "warning: the time limit is $(field TimeLimit)," \
     "expected 5 minutes at least: Slurm may tell the job to stop before it has got anything done"
   attempt=$(field Restarts) || attempt=${SLURM_RESTART_COUNT:-0}
   export SLURM_RESTART_COUNT=$attempt
-  unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU # srun refuses them beside --mem
-  unset "${!SLURM_STEP_@}" # of a step that called sbatch
   nodes=${SLURM_JOB_NUM_NODES:-1}
 }
 
@@ -242,8 +248,9 @@ build_step() {
   # The first task, which alone writes the output folder, on this node; and none waits for one that failed.
   ((nodes == 1)) || step+=(--ntasks-per-node=1 --distribution=block --kill-on-bad-exit=1)
   ((nodes == 1)) || bypass_proxy
-  # srun does not take this over from sbatch.
+  # srun does not take these over from sbatch, or not as --exclusive and --gres have changed them.
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || step+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
+  [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || step+=("--gpus-per-node=$SLURM_GPUS_ON_NODE")
   if [[ $runtime == none ]]; then
     "$python" -c "$CHECK" || refuse "$python has not all that job/ in $PWD needs; submit at the top of" \
       "the checkout, when make install LOCK=gpu is done"
@@ -264,12 +271,10 @@ build_step() {
   local names arguments
   mapfile -t names < <(compgen -e | grep -E -i -x \
     '(job|slurm|slurmd|tf|nccl)_.*|(https?|no|all)_proxy|pythonnousersite|mplconfigdir|keras_home|tz')
-  if ((nodes > 1)); then
-    # By which the tasks find each other; srun sets them in each task.
-    names+=(SLURM_STEP_NUM_TASKS SLURM_STEP_NODELIST SLURM_STEP_TASKS_PER_NODE)
-    names+=(SLURM_PROCID SLURM_NODEID SLURM_LOCALID)
-    mapfile -t names < <(printf '%s\n' "${names[@]}" | sort -u)
-  fi
+  # By which the tasks find each other; srun sets them in each task.
+  names+=(SLURM_STEP_NUM_TASKS SLURM_STEP_NODELIST SLURM_STEP_TASKS_PER_NODE)
+  names+=(SLURM_PROCID SLURM_NODEID SLURM_LOCALID)
+  mapfile -t names < <(printf '%s\n' "${names[@]}" | sort -u)
   read -r -d '' -a arguments <<< "${CONTAINER_ARGS:-}"
   case $runtime in
     pyxis) add_pyxis "$@" ;;
@@ -306,7 +311,7 @@ add_apptainer() {
   local command=apptainer
   command -v apptainer > /dev/null || command=singularity
   names+=(CUDA_VISIBLE_DEVICES)
-  if ((nodes == 1)); then name_for_apptainer "$command"; else in_each_task "$command"; fi
+  in_each_task "$command"
   step+=(
     "$command" exec --nv --cleanenv --no-home --pwd /app
     --bind "$output:/output" --bind "$data:/data"
@@ -315,6 +320,7 @@ add_apptainer() {
 }
 
 # Exports the variables in names under the names by which Apptainer lets them in.
+# shellcheck disable=SC2329 # each task calls it
 name_for_apptainer() {
   local name
   for name in "${names[@]}"; do
@@ -334,29 +340,25 @@ add_docker() {
   add_engine "$@"
 }
 
-# podman or docker, given only the job's GPUs, which they number anew inside.
+# podman or docker, which each task gives the job's GPUs alone.
 add_engine() {
-  local name gpus=() variables=()
+  local name variables=()
   for name in "${names[@]}"; do variables+=(--env "$name"); done
-  if ((nodes == 1)); then
-    choose_gpus "$runtime"
-  else
-    in_each_task "$runtime"
-    # In which the nodes' names and addresses hold. A runtime takes one network.
-    [[ " ${arguments[*]}" == *" --net"* ]] || options+=(--network host)
-  fi
+  # In which the nodes' names and addresses hold. A runtime takes one network.
+  ((nodes == 1)) || [[ " ${arguments[*]} " == *" --net"@(|work)[=\ ]* ]] || options+=(--network host)
+  in_each_task "$runtime"
   step+=(
     "$runtime" run --rm --label "slurm-job=$SLURM_JOB_ID" --user "$(id -u):$(id -g)"
     --security-opt label=disable --shm-size 1g
     --volume "$output:/output" --volume "$data:/data"
-    "${variables[@]}" "${options[@]}" "${gpus[@]}" "${arguments[@]}" "$image" train "$@"
+    "${variables[@]}" "${options[@]}" "${arguments[@]}" "$image" train "$@"
   )
 }
 
-# Sets gpus to the options of podman or docker for the job's GPUs.
+# Sets gpus to the options of podman or docker for the task's GPUs, which they number anew inside.
+# shellcheck disable=SC2329 # each task calls it
 choose_gpus() {
   local gpu list
-  gpus=()
   if [[ $1 == podman ]]; then
     for gpu in $(job_gpus); do gpus+=(--device "nvidia.com/gpu=$gpu"); done
     return
@@ -371,6 +373,7 @@ choose_gpus() {
 
 # Prints the job's GPUs, one a line, for runtimes that Slurm does not confine. Slurm's numbers follow the
 # device nodes and theirs the bus, so UUIDs are better, where they can be known to be the job's.
+# shellcheck disable=SC2329 # each task calls it
 job_gpus() {
   local uuids
   [[ -n ${SLURM_JOB_GPUS:-} ]] || return
@@ -387,12 +390,12 @@ job_gpus() {
 # variables and GPUs are of the task and its node. This file is not on every node.
 in_each_task() {
   step+=(
-    bash -c "$(declare -f become name_for_apptainer choose_gpus job_gpus); become \"\$@\""
+    bash -c "$(declare -f become name_for_apptainer choose_gpus job_gpus run_engine); become \"\$@\""
     "$1" "$output" "$data" "${names[*]}"
   )
 }
 
-# In a task: becomes the command of a container runtime.
+# In a task: becomes the command of a container runtime, or runs it.
 # shellcheck disable=SC2329 # each task calls it
 become() {
   local runtime=$0 gpus=() names
@@ -403,11 +406,32 @@ become() {
     podman | docker)
       export SLURM_JOB_GPUS=${SLURM_STEP_GPUS:-} # has come along from the first node
       choose_gpus "$runtime"
-      set -- "$1" "$2" "${gpus[@]}" "${@:3}"
+      run_engine "${gpus[@]}" "${@:3}"
       ;;
-    *) name_for_apptainer "$runtime" ;;
+    *)
+      name_for_apptainer "$runtime"
+      exec "$@"
+      ;;
   esac
-  exec "$@"
+}
+
+# In a task: podman or docker to the container's end. What Slurm sends to all processes of a step does not
+# always get through them: podman passes it on by a process that it hits, too. So this tells the container.
+# shellcheck disable=SC2329 # each task calls it
+run_engine() {
+  local name=cifar10-job-$SLURM_JOB_ID-$$ told=''
+  trap 'told=yes' INT TERM USR1
+  "$runtime" run --name "$name" "$@" &
+  while kill -0 $! 2> /dev/null; do
+    if [[ -z $told ]]; then
+      wait $!
+    elif "$runtime" kill --signal USR1 "$name" &> /dev/null; then
+      told=''
+    else
+      sleep 1 # it is not there yet, or this was hit
+    fi
+  done
+  wait $!
 }
 
 # Runs the step to its end, whatever signals come meanwhile, and sets code.
@@ -500,6 +524,7 @@ is_signal() { (($1 > 128 && $1 <= 128 + 64)); }
 finish() {
   local answer state restarts preempted
   [[ $runtime == none ]] || rm -rf -- "$MPLCONFIGDIR"
+  [[ $runtime != @(podman|docker) ]] || end_containers
   answer=$(ask_for "$job")
   # First of all: where this node was taken for dead and the job goes on elsewhere, srun breaks off, and
   # its exit code says nothing of the training.
@@ -523,24 +548,30 @@ finish() {
   elif ((code == 3)); then
     replace_nodes
   elif ((code == 1)); then
-    requeue defect 1 "exit code 1" scontrol requeue Incomplete "$job"
+    requeue defect 1 "exit code 1"
   elif [[ $preempted != None ]]; then
     # Slurm requeues what it preempts, unless it ends before its grace time does.
-    requeue preemption "$MAX_REQUEUES" "preempted" scontrol requeue Incomplete "$job"
-  elif [[ -n $time_is_up ]]; then
-    requeue time "$MAX_REQUEUES" "stopped for the time limit" scontrol requeue Incomplete "$job"
+    requeue preemption "$MAX_REQUEUES" "preempted"
+  elif [[ -n $time_is_up ]] && ((code == 75 || code == 128 + 10)); then # SIGUSR1, before it was heard
+    requeue time "$MAX_REQUEUES" "stopped for the time limit"
   elif [[ -n $worker_lost ]] && { ((code == 75)) || is_signal "$code"; }; then
-    requeue worker "$MAX_LOST_WORKERS" "a worker was lost or missing (exit code $code)" \
-      scontrol requeue Incomplete "$job"
+    requeue worker "$MAX_LOST_WORKERS" "a worker was lost or missing (exit code $code)"
   elif ((code == 75)); then
     say "exit code 75, not requeued: it was not Slurm's time limit that stopped it; $AGAIN"
   elif is_signal "$code"; then
-    requeue defect 1 "killed by signal $((code - 128))" scontrol requeue Incomplete "$job"
+    requeue defect 1 "killed by signal $((code - 128))"
   else
     say "exit code $code of srun or $runtime, not requeued: see the error above"
   fi
   rm -f -- "$record"
   exit "$code"
+}
+
+# Ends what podman or docker leave on this node when they are killed.
+end_containers() {
+  local containers
+  mapfile -t containers < <("$runtime" ps --quiet --filter "label=slurm-job=$SLURM_JOB_ID")
+  ((${#containers[@]} == 0)) || "$runtime" kill "${containers[@]}" > /dev/null
 }
 
 # Prints what Slurm says of a job, in one line.
@@ -552,11 +583,12 @@ field() { [[ $answer =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
 # Slurm's controller may be restarting.
 persist() { "$@" || { sleep 5 && "$@"; } || { sleep 10 && "$@"; }; }
 
-# Requeues the job by a command, at most so many times for one cause and MAX_REQUEUES in all, and ends this
-# script. Returns where that is not to be or fails. Incomplete keeps Slurm from requeueing a job that
-# somebody has cancelled meanwhile.
+# Requeues the job, by a command if one is named, at most so many times for one cause and MAX_REQUEUES in
+# all, and ends this script. Returns where that is not to be or fails. Incomplete keeps Slurm from requeueing
+# a job that somebody has cancelled meanwhile.
 requeue() {
   local cause=$1 limit=$2 reason=$3 of_cause in_all
+  (($# > 3)) || set -- "$@" scontrol requeue Incomplete "$job"
   of_cause=$(grep -c -s "^$cause " "$record") in_all=$(grep -c -s . "$record")
   if [[ $(field Requeue) == 0 ]]; then
     say "$reason, not requeued: the job was submitted with --no-requeue; $AGAIN"
@@ -613,6 +645,8 @@ hold_and_exclude() {
   fi
 }
 
+listen_to_signals
+forget_outer_job
 set_up_site
 identify_job
 read_settings "$@"

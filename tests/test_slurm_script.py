@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,10 @@ exit {code}
 SCONTROL = """#!/bin/bash
 echo "$*" >> {folder}/scontrol.told
 case $* in
-  *"show job 7_0"*) echo "JobId=6 JobName=outer JobState=RUNNING Reason=None Restarts=3" ;;
-  *"show job"*) echo "JobId={job} JobName=cifar10 JobState={state} Restarts={restarts} {more}" \
+  *"show job {silent}"*) exit 1 ;;
+  *"show job"*)
+    printf '%s' "{others}"
+    echo "JobId={job} JobName=cifar10 JobState={state} Restarts={restarts} {more}" \
     "{preempted} ReqNodeList={required} ExcNodeList={excluded} NodeList=n7" ;;
   *"show hostnames"*) tr , '\\n' <<< "$3" ;;
   *"{failing}"*) exit 1 ;;
@@ -35,25 +38,29 @@ esac
 """
 
 
-# A step that ends with 75 when it gets SIGUSR1, and meanwhile sends its signals to the script.
+# A step that ends with its code when it gets SIGUSR1, and sends its signals to the script before.
 SIGNALLED_SRUN = """#!/bin/bash
 test "$*" != --help || exit
 trap 'told=yes' USR1 # and not before the last signal is sent
 for name in {signals}; do kill -s $name $PPID; done
 for _ in {{1..100}}; do
-  test -z "$told" || exit 75
+  test -z "$told" || exit {code}
   {sleep} 0.1
 done
 """
 
-# Runs the command of two tasks, one after the other, as on two nodes with different GPUs.
-TWO_TASKS = """#!/bin/bash
+# Runs a command for each task, one after the other, as on so many nodes with different GPUs.
+TASKS = """#!/bin/bash
 test "$*" != --help || exit
 printf '%s\\n' "$@" > {folder}/srun.told
-while [[ $1 == --* ]]; do shift; done
-export SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NODELIST=n[7-8] SLURM_STEP_TASKS_PER_NODE="1(x2)"
+count=0
+while [[ $1 == --* ]]; do
+  [[ $1 != --ntasks=* ]] || count=${{1#*=}}
+  shift
+done
+export SLURM_STEP_NUM_TASKS=$count SLURM_STEP_NODELIST=n[7-8] SLURM_STEP_TASKS_PER_NODE="1(x$count)"
 gpus=({gpus})
-for rank in 0 1; do
+for ((rank = 0; rank < count; rank++)); do
   export SLURM_PROCID=$rank SLURM_NODEID=$rank SLURM_LOCALID=0 SLURM_STEP_GPUS=${{gpus[rank]}}
   "$@" || exit
   for file in told env; do mv {folder}/{name}.$file {folder}/{name}-$rank.$file; done
@@ -102,13 +109,14 @@ class Node:
     def srun_ends_with(self, code: int, helping: str = "") -> None:
         self.put("srun", STAND_IN.format(folder=self._bin, name="srun", code=code, help=helping))
 
-    def srun_sends(self, signals: str) -> None:
+    def srun_sends(self, signals: str, code: int = 75) -> None:
+        """Have the script get these signals, and srun end at the SIGUSR1 that it passes on."""
         sleep = shutil.which("sleep")
-        self.put("srun", SIGNALLED_SRUN.format(signals=signals, sleep=sleep))
+        self.put("srun", SIGNALLED_SRUN.format(signals=signals, sleep=sleep, code=code))
 
-    def srun_runs_two_tasks_of(self, name: str, gpus: str = "") -> None:
-        """Have told and environment of a runtime for each task, under its name and -0 and -1."""
-        self.put("srun", TWO_TASKS.format(folder=self._bin, name=name, gpus=gpus))
+    def srun_runs_tasks_of(self, name: str, gpus: str = "") -> None:
+        """Have told and environment of a runtime for each task, under its name and -0, -1…"""
+        self.put("srun", TASKS.format(folder=self._bin, name=name, gpus=gpus))
 
     def srun_says(self, *lines: str, code: int) -> None:
         """Have srun end with a code, and its standard error say what is told."""
@@ -129,6 +137,8 @@ class Node:
         then: str = "",
         more: str = "BatchFlag=1 TimeLimit=01:00:00",
         failing: str = "nothing",
+        silent: str = "of another",
+        others: str = "",
     ) -> None:
         self.put(
             "scontrol",
@@ -143,6 +153,8 @@ class Node:
                 more=more,
                 then=f"[[ $1 != requeue ]] || {then}" if then else "",
                 failing=failing,
+                silent=silent,
+                others=others,
             ),
         )
 
@@ -185,7 +197,7 @@ TWO_GPUS = {
     "LD_LIBRARY_PATH": "/opt/modules/lib",
     "SECRET": "not for the container",
 }
-SRUN = ["--nodes=1", "--ntasks=1", "--export=ALL", "--cpus-per-task=4"]
+SRUN = ["--nodes=1", "--ntasks=1", "--export=ALL", "--cpus-per-task=4", "--gpus-per-node=2"]
 TRAIN = ["python", "-m", "job", "train", "--epochs", "2"]
 # Of those in TWO_GPUS and Node.env, those that the program is to see, and the script's own.
 NAMES = [
@@ -194,12 +206,20 @@ NAMES = [
     *("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES"),
     *("SLURM_JOB_PARTITION", "SLURM_RESTART_COUNT"),
 ]
+# What srun sets in each task.
+OF_A_TASK = [
+    *("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"),
+    *("SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID"),
+]
+NAMES = sorted([*NAMES, *OF_A_TASK])
 
 
 def test_pyxis_is_told_image_mounts_and_variables(node: Node) -> None:
     node.install_pyxis()
     image = {"CONTAINER_IMAGE": "registry.example.com:5000/team/cifar10-job:0.1.0"}
-    result = node.run("--epochs", "2", CONTAINER_ARGS="--container-writable", **TWO_GPUS, **image)
+    of_the_host = {"LD_PRELOAD": "", "PYTHONHOME": "/opt/python"}
+    arguments = {"CONTAINER_ARGS": "--container-writable", **of_the_host}
+    result = node.run("--epochs", "2", **arguments, **TWO_GPUS, **image)
     assert result.returncode == 0, result.stderr
     told = node.told("srun")
     (names,) = (word for word in told if word.startswith("--container-env="))
@@ -220,18 +240,20 @@ def test_pyxis_is_told_image_mounts_and_variables(node: Node) -> None:
         *TRAIN,
     ]
     assert node.environment()["JOB_OUTPUT_DIR"] == "/output"
-    assert "LD_LIBRARY_PATH" not in node.environment()
+    of_the_host = {"LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME"}
+    assert not of_the_host & node.environment().keys()
 
 
 @pytest.mark.parametrize("command", ["apptainer", "singularity"])
 def test_apptainer_is_told_image_mounts_and_variables(node: Node, command: str) -> None:
     node.install(command)
+    node.srun_runs_tasks_of(command)
     (node.folder / "cifar10-job.sif").touch()
     result = node.run("--epochs", "2", CONTAINER_ARGS="--bind /scratch", **TWO_GPUS)
     assert result.returncode == 0, result.stderr
-    assert node.told("srun") == [
-        *SRUN,
-        *(command, "exec", "--nv", "--cleanenv", "--no-home", "--pwd", "/app"),
+    assert node.told("srun")[: len(SRUN)] == SRUN
+    assert node.told(f"{command}-0") == [
+        *("exec", "--nv", "--cleanenv", "--no-home", "--pwd", "/app"),
         *("--bind", f"{node.folder}/output/slurm:/output", "--bind", f"{node.folder}/data:/data"),
         *("--bind", "/scratch", f"{node.folder}/cifar10-job.sif"),
         *TRAIN,
@@ -239,7 +261,7 @@ def test_apptainer_is_told_image_mounts_and_variables(node: Node, command: str) 
     prefix = f"{command.upper()}ENV_"
     passed = {
         name.removeprefix(prefix): value
-        for name, value in node.environment().items()
+        for name, value in node.environment(f"{command}-0").items()
         if name.startswith(prefix)
     }
     assert sorted(passed) == sorted([*NAMES, "CUDA_VISIBLE_DEVICES"])
@@ -248,33 +270,85 @@ def test_apptainer_is_told_image_mounts_and_variables(node: Node, command: str) 
     assert passed["JOB_REQUIRE_GPUS"] == "0"  # Slurm's promise stands
 
 
+def named_container(told: list[str]) -> list[str]:
+    """What podman or docker were told after `run` and a name for the container."""
+    assert told[:2] == ["run", "--name"]
+    assert re.fullmatch(r"cifar10-job-41-\d+", told[2])
+    return told[3:]
+
+
 @pytest.mark.parametrize("command", ["podman", "docker"])
-def test_engines_are_told_image_user_mounts_and_the_jobs_own_gpus(node: Node, command: str) -> None:
+def test_engines_are_told_image_user_mounts_and_the_steps_own_gpus(
+    node: Node, command: str
+) -> None:
     node.install(command)
+    node.srun_runs_tasks_of(command, gpus="0,3")
     result = node.run("--epochs", "2", CONTAINER_ARGS="--network host", **TWO_GPUS)
     assert result.returncode == 0, result.stderr
-    told = node.told("srun")
+    assert node.told("srun")[: len(SRUN)] == SRUN
+    told = named_container(node.told(f"{command}-0"))
     variables = [word for option, word in itertools.pairwise(told) if option == "--env"]
     # The job's GPUs have other numbers in a container that sees no others.
-    assert sorted(variables) == NAMES
-    user = f"{os.getuid()}:{os.getgid()}"
-    if command == "podman":
-        of_engine = ["--userns", "keep-id"] if os.getuid() else []
-        of_engine += ["--device", "nvidia.com/gpu=0", "--device", "nvidia.com/gpu=3"]
-    else:
-        groups = subprocess.run(["id", "-G"], capture_output=True, text=True).stdout.split()
-        of_engine = [word for group in groups for word in ("--group-add", group)]
-        of_engine += ["--gpus", '"device=0,3"']
+    assert variables == NAMES
     assert told == [
-        *SRUN,
-        *(command, "run", "--rm", "--label", "slurm-job=41", "--user", user),
+        *gpu_options(command, "0,3"),
+        *("--rm", "--label", "slurm-job=41", "--user", f"{os.getuid()}:{os.getgid()}"),
         *("--security-opt", "label=disable", "--shm-size", "1g"),
         *("--volume", f"{node.folder}/output/slurm:/output"),
         *("--volume", f"{node.folder}/data:/data"),
         *(word for name in variables for word in ("--env", name)),
-        *of_engine,
+        *user_options(command),
         *("--network", "host", f"cifar10-job:{__version__}", "train", "--epochs", "2"),
     ]
+
+
+def gpu_options(command: str, gpus: str) -> list[str]:
+    if command == "docker":
+        return ["--gpus", f'"device={gpus}"']
+    return [word for gpu in gpus.split(",") for word in ("--device", f"nvidia.com/gpu={gpu}")]
+
+
+def user_options(command: str) -> list[str]:
+    if command == "podman":
+        return ["--userns", "keep-id"] if os.getuid() else []
+    groups = subprocess.run(["id", "-G"], capture_output=True, text=True).stdout.split()
+    return [word for group in groups for word in ("--group-add", group)]
+
+
+def test_a_container_gets_the_variables_that_say_how_to_compute_and_connect(node: Node) -> None:
+    node.install("docker")
+    node.srun_runs_tasks_of("docker")
+    theirs = ("TF_CPP_MIN_LOG_LEVEL", "NCCL_DEBUG", "https_proxy", "HTTP_PROXY", "no_proxy", "TZ")
+    node.run(JOB_REQUIRE_GPUS="2", SECRET="no", **dict.fromkeys((*theirs, "ALL_PROXY"), "x"))
+    told = node.told("docker-0")
+    variables = {word for option, word in itertools.pairwise(told) if option == "--env"}
+    assert {*theirs, "ALL_PROXY", "JOB_REQUIRE_GPUS"} <= variables
+    assert "SECRET" not in variables
+    assert node.environment("docker-0")["JOB_REQUIRE_GPUS"] == "2"
+
+
+def test_podman_keeps_an_ordinary_users_own_id() -> None:
+    if os.getuid():
+        pytest.skip("covered by the other tests, as this user is an ordinary one")
+    with tempfile.TemporaryDirectory() as folder:
+        node = Node(Path(folder))
+        node.install("podman")
+        for path in (Path(folder), *Path(folder).rglob("*")):
+            path.chmod(0o777)
+        node.srun_runs_tasks_of("podman")
+        user = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+        result = subprocess.run(
+            [*user, "bash", "-s"],
+            input=SCRIPT.read_text(),  # which that user need not be able to read
+            cwd=node.folder,
+            env={**node.env, "PATH": f"{node.env['PATH']}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        told = node.told("podman-0")
+        assert told[told.index("--userns") + 1] == "keep-id"
+        assert told[told.index("--user") + 1] == "65534:65534"
 
 
 def test_without_a_container_the_interpreter_is_told_folders(node: Node) -> None:
@@ -305,27 +379,25 @@ UUIDS = "GPU-8f6c\nGPU-21ab\n"
 def test_gpus_have_the_names_that_mean_the_same_outside_of_slurm(
     node: Node, visible: str, smi: str, expected: str
 ) -> None:
-    node.install("podman")
-    node.install("docker")
     node.put("nvidia-smi", f"#!/bin/bash\nprintf '{smi}'\n")
     gpus = TWO_GPUS | {"CUDA_VISIBLE_DEVICES": visible}
-    node.run(CONTAINER_RUNTIME="podman", **gpus)
-    devices = [
-        word for option, word in itertools.pairwise(node.told("srun")) if option == "--device"
-    ]
-    assert devices == [f"nvidia.com/gpu={name}" for name in expected.split(",")]
-    node.run(CONTAINER_RUNTIME="docker", **gpus)
-    assert f'"device={expected}"' in node.told("srun")
+    for command in ("podman", "docker"):
+        node.install(command)
+        node.srun_runs_tasks_of(command, gpus="0,3")
+        node.run(CONTAINER_RUNTIME=command, **gpus)
+        options = gpu_options(command, expected)
+        assert named_container(node.told(f"{command}-0"))[: len(options)] == options
 
 
 def test_without_gpus_no_container_gets_any(node: Node) -> None:
-    node.install("podman")
-    node.install("docker")
-    node.run(CONTAINER_RUNTIME="podman")
-    assert "--device" not in node.told("srun")
-    node.run(CONTAINER_RUNTIME="docker")
-    assert "--gpus" not in node.told("srun")
-    assert "NVIDIA_VISIBLE_DEVICES=void" in node.told("srun")
+    for command in ("podman", "docker"):
+        node.install(command)
+        node.srun_runs_tasks_of(command)
+        node.run(CONTAINER_RUNTIME=command)
+        assert not [word for word in node.told("srun") if word.startswith("--gpus")]
+    assert "--device" not in node.told("podman-0")
+    assert "--gpus" not in node.told("docker-0")
+    assert "NVIDIA_VISIBLE_DEVICES=void" in node.told("docker-0")
 
 
 def runtime_of(result: subprocess.CompletedProcess[str]) -> str:
@@ -392,6 +464,7 @@ def test_auto_leaves_an_images_file_to_the_runtime_that_reads_it(node: Node) -> 
         assert runtime_of(node.run(CONTAINER_IMAGE=image)) == f"{runtime} {node.folder}/{image}"
 
 
+TASK_7_OF_40 = "BatchFlag=1 TimeLimit=01:00:00 ArrayJobId=40 ArrayTaskId=7"
 REFUSED = [
     ({"SLURM_JOB_ID": ""}, (), "not started by Slurm; say sbatch slurm/train.sh"),
     ({"MAX_REQUEUES": "ten"}, (), "MAX_REQUEUES is ten, expected a number"),
@@ -405,8 +478,8 @@ REFUSED = [
         "there is no python9 in .*; submit at",
     ),
     ({}, ("--data-dir=a",), "received --data-dir; say JOB_DATA_DIR"),
-    ({"SLURM_ARRAY_TASK_ID": "3"}, ("--seed=1",), "received --seed in an array"),
-    ({"SLURM_ARRAY_TASK_ID": "3", "JOB_SEED": "1"}, (), "JOB_SEED is 1 in an array, .*; unset it"),
+    ({}, ("--seed=1",), "received --seed in an array"),
+    ({"JOB_SEED": "1"}, (), "JOB_SEED is 1 in an array, .*; unset it"),
     ({"JOB_OUTPUT_DIR": "/proc/a"}, (), "cannot make the folder /proc/a; set JOB_OUTPUT_DIR"),
     ({"JOB_DATA_DIR": "a:b"}, (), "expected neither colon nor comma"),
     ({"JOB_DATA_DIR": "a b", "CONTAINER_IMAGE": "a.sqsh"}, (), "expected letters, .* for pyxis"),
@@ -438,6 +511,8 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     node.install("podman")
     if "for pyxis" in message:
         node.install_pyxis()
+    if "in an array" in message:
+        node.slurm_says(more=TASK_7_OF_40)
     result = node.run(*arguments, **env)
     assert result.returncode == 2
     assert re.search(f"slurm/train.sh: error: .*{message}", result.stderr), result.stderr
@@ -522,12 +597,40 @@ def test_what_a_sites_file_sets_for_itself_is_taken_back(node: Node) -> None:
 
 def test_a_task_of_an_array_has_its_seed_and_its_folder(node: Node) -> None:
     node.install("podman")
-    array = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "7"}
-    assert node.run(**array).returncode == 0
+    # Where 41 is the number of the whole array, too, or its variables are those of another array.
+    node.slurm_says(more=TASK_7_OF_40, others="JobId=39 ArrayTaskId=6 Restarts=9\n")
+    for variables in ({}, {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}):
+        assert node.run(**variables).returncode == 0
+        environment = node.environment()
+        assert environment["JOB_SEED"] == environment["SLURM_ARRAY_TASK_ID"] == "7"
+        assert environment["SLURM_ARRAY_JOB_ID"] == "40"
+        assert environment["SLURM_RESTART_COUNT"] == "0"
+        assert f"{node.folder}/output/slurm/seed-7:/output" in node.told("srun")
+    assert node.told("scontrol")[-1] == "--oneliner show job 40_7"
+
+
+def test_where_slurm_is_silent_the_variables_tell_a_task(node: Node) -> None:
+    node.install("podman")
+    node.slurm_says(silent="41")
+    node.run(SLURM_ARRAY_JOB_ID="40", SLURM_ARRAY_TASK_ID="7")
     assert node.environment()["JOB_SEED"] == "7"
-    assert f"{node.folder}/output/slurm/seed-7:/output" in node.told("srun")
-    # Of the task alone: 41 may be the number of the whole array.
-    assert node.told("scontrol") == ["--oneliner show job 40_7"] * 2
+
+
+OUTER = (
+    *("SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_SOCKET", "SLURM_GPUS_PER_TASK"),
+    *("SLURM_CPUS_PER_GPU", "SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU", "SLURM_NTASKS_PER_GPU"),
+    *("SLURM_TRES_PER_TASK", "SLURM_CPU_BIND", "SLURM_CPU_BIND_LIST", "SLURM_MEM_BIND"),
+)
+
+
+def test_options_of_a_job_from_within_which_it_was_submitted_are_not_its_own(node: Node) -> None:
+    """srun would take them for its own, and then refuse them or bind to that job's processors."""
+    node.install("podman")
+    (node.folder / "site.sh").write_text("export SLURM_CPU_BIND=none\n")
+    node.run(SITE_SETUP="site.sh", **dict.fromkeys(OUTER, "2"), **TWO_GPUS)
+    environment = node.environment()
+    assert {*OUTER} & environment.keys() == {"SLURM_CPU_BIND"}
+    assert environment["SLURM_CPU_BIND"] == "none"
 
 
 def test_variables_of_a_job_from_within_which_it_was_submitted_do_not_count(node: Node) -> None:
@@ -587,6 +690,34 @@ def test_a_missing_gpu_adds_its_node_to_those_excluded(node: Node) -> None:
         "release 41",
     ]
     assert record(node).read_text() == "gpu in attempt 0\n"
+
+
+@pytest.mark.parametrize(("before", "goes_on"), [(2, True), (3, False)])
+def test_nodes_are_excluded_three_times_at_most(node: Node, before: int, goes_on: bool) -> None:
+    node.install("podman")
+    node.srun_ends_with(3)
+    node.slurm_says(restarts=before)
+    record(node).parent.mkdir(parents=True)
+    record(node).write_text("".join(f"gpu in attempt {n}\n" for n in range(before)))
+    result = node.run(**TWO_GPUS)
+    assert ("release 41" in node.requests()) == goes_on
+    assert ("3 times for this cause (at most 3)" in result.stderr) != goes_on
+
+
+def test_a_node_is_not_taken_for_another_whose_name_begins_like_it(node: Node) -> None:
+    node.install("podman")
+    node.srun_ends_with(3)
+    node.put("sinfo", '#!/bin/bash\n[[ "$*" != *--partition=main* ]] || printf "n7\\nn77\\n"\n')
+    assert "a GPU is missing on node n7; requeueing" in node.run(**TWO_GPUS).stderr
+
+
+def test_a_job_that_cannot_be_held_is_left_alone(node: Node) -> None:
+    node.install("podman")
+    node.srun_ends_with(3)
+    node.slurm_says(failing="requeuehold")
+    result = node.run(**TWO_GPUS)
+    assert "could not requeue by hold_and_exclude" in result.stderr
+    assert not any("update" in line or "release" in line for line in node.requests())
 
 
 def test_a_job_that_has_asked_for_no_gpu_misses_none(node: Node) -> None:
@@ -680,16 +811,70 @@ def test_a_signal_is_passed_on_and_waited_for(
     assert node.requests() == requests
 
 
+@pytest.mark.parametrize(
+    ("code", "message", "cause"),
+    [
+        (0, "job 41 is done", None),
+        (1, "exit code 1; requeueing", "defect"),
+        (2, "exit code 2, not requeued", None),
+        (3, "a GPU is missing on node n7; requeueing", "gpu"),
+        (127, "of srun or podman, not requeued", None),
+        (137, "killed by signal 9; requeueing", "defect"),
+        (138, "stopped for the time limit; requeueing", "time"),  # before it has heard of SIGUSR1
+    ],
+)
+def test_a_fault_near_the_time_limit_is_that_fault(
+    node: Node, code: int, message: str, cause: str | None
+) -> None:
+    node.install("podman")
+    node.srun_sends("USR1", code)
+    result = node.run(**TWO_GPUS)
+    assert result.returncode == code
+    assert message in result.stderr
+    assert record(node).exists() == bool(cause)
+    assert not cause or record(node).read_text() == f"{cause} in attempt 0\n"
+
+
 def test_what_is_preempted_is_requeued_unless_it_is_done(node: Node) -> None:
     """Slurm does so only with what its grace time has not been enough for."""
     node.install("podman")
     node.slurm_says(preempted="PreemptTime=2026-01-31T12:00:00")
     assert node.run().returncode == 0
     assert node.requests() == []
-    node.srun_ends_with(75)
+    node.srun_sends("TERM")
     result = node.run()
     assert "preempted; requeueing (1 of at most 50)" in result.stderr
     assert node.requests() == ["requeue Incomplete 41"]
+
+
+def test_a_requeue_that_cannot_be_counted_is_left_alone(node: Node) -> None:
+    """Else a full disk would have the job requeued for ever."""
+    node.install("podman")
+    record(node).mkdir(parents=True)
+    node.srun_ends_with(1)
+    node.slurm_says(restarts=1)
+    result = node.run()
+    assert ".slurm-41 cannot be written; submit it again" in result.stderr
+    assert node.requests() == []
+
+
+def test_the_script_outlives_the_requeue_that_ends_it(node: Node) -> None:
+    """Slurm sends SIGTERM while the request is on its way, after which its answer counts."""
+    node.install("podman")
+    node.srun_ends_with(1)
+    node.slurm_says(then="kill -s TERM $PPID")
+    result = node.run()
+    assert result.returncode == 1
+    assert "told to end" not in result.stderr
+
+
+def test_the_count_of_a_job_that_is_done_is_taken_away(node: Node) -> None:
+    node.install("podman")
+    record(node).parent.mkdir(parents=True)
+    record(node).write_text("time in attempt 0\n")
+    node.slurm_says(restarts=1)
+    assert node.run().returncode == 0
+    assert not record(node).exists()
 
 
 def test_a_requeue_that_slurm_refuses_is_tried_again_and_reported(node: Node) -> None:
@@ -755,14 +940,11 @@ TWO_NODES = {
     "SLURM_PROCID": "0",
     "SLURM_NODEID": "0",
 }
-OF_A_TASK = [
-    *("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"),
-    *("SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID"),
-]
-TWO_NAMES = sorted([*NAMES, "SLURM_JOB_NODELIST", *OF_A_TASK, "no_proxy"])
+TWO_NAMES = sorted([*NAMES, "SLURM_JOB_NODELIST", "no_proxy"])
 SRUN_TWO = [
     *("--nodes=2", "--ntasks=2", "--export=ALL"),
-    *("--ntasks-per-node=1", "--distribution=block", "--kill-on-bad-exit=1", "--cpus-per-task=4"),
+    *("--ntasks-per-node=1", "--distribution=block", "--kill-on-bad-exit=1"),
+    *("--cpus-per-task=4", "--gpus-per-node=2"),
 ]
 
 
@@ -818,7 +1000,7 @@ def test_apptainer_on_two_nodes_lets_in_the_variables_of_each_task(
     node: Node, command: str
 ) -> None:
     node.install(command)
-    node.srun_runs_two_tasks_of(command)
+    node.srun_runs_tasks_of(command)
     result = node.run("--epochs", "2", CONTAINER_IMAGE="a.sif", **TWO_NODES)
     assert result.returncode == 0, result.stderr
     assert node.told("srun")[: len(SRUN_TWO)] == SRUN_TWO
@@ -846,28 +1028,20 @@ def test_engines_on_two_nodes_are_told_the_gpus_of_each_and_to_use_its_network(
     node: Node, command: str
 ) -> None:
     node.install(command)
-    node.srun_runs_two_tasks_of(command, gpus="0,3 1,2")
+    node.srun_runs_tasks_of(command, gpus="0,3 1,2")
     result = node.run("--epochs", "2", CONTAINER_ARGS="--pids-limit 99", **TWO_NODES)
     assert result.returncode == 0, result.stderr
     assert node.told("srun")[: len(SRUN_TWO)] == SRUN_TWO
-    for rank, gpus in (("0", ("0", "3")), ("1", ("1", "2"))):
+    for rank, gpus in (("0", "0,3"), ("1", "1,2")):
         told = node.told(f"{command}-{rank}")
-        if command == "podman":
-            devices = [f"nvidia.com/gpu={gpu}" for gpu in gpus]
-            of_node = [word for device in devices for word in ("--device", device)]
-            options = ["--userns", "keep-id"] if os.getuid() else []
-        else:
-            of_node = ["--gpus", f'"device={",".join(gpus)}"']
-            groups = subprocess.run(["id", "-G"], capture_output=True, text=True).stdout.split()
-            options = [word for group in groups for word in ("--group-add", group)]
-        assert told == [
-            *("run", *of_node, "--rm", "--label", "slurm-job=41"),
-            *("--user", f"{os.getuid()}:{os.getgid()}"),
+        assert named_container(told) == [
+            *gpu_options(command, gpus),
+            *("--rm", "--label", "slurm-job=41", "--user", f"{os.getuid()}:{os.getgid()}"),
             *("--security-opt", "label=disable", "--shm-size", "1g"),
             *("--volume", f"{node.folder}/output/slurm:/output"),
             *("--volume", f"{node.folder}/data:/data"),
             *(word for name in TWO_NAMES for word in ("--env", name)),
-            *(*options, "--network", "host", "--pids-limit", "99"),
+            *(*user_options(command), "--network", "host", "--pids-limit", "99"),
             *(f"cifar10-job:{__version__}", "train", "--epochs", "2"),
         ]
         environment = node.environment(f"{command}-{rank}")
@@ -877,7 +1051,7 @@ def test_engines_on_two_nodes_are_told_the_gpus_of_each_and_to_use_its_network(
 @pytest.mark.parametrize("option", ["--network=rdma", "--net rdma"])
 def test_a_network_of_the_users_own_takes_the_place_of_the_hosts(node: Node, option: str) -> None:
     node.install("podman")
-    node.srun_runs_two_tasks_of("podman")
+    node.srun_runs_tasks_of("podman")
     assert node.run(CONTAINER_ARGS=option, **TWO_NODES).returncode == 0
     told = node.told("podman-1")
     assert [word for word in told if word.startswith("--net")] == option.split()[:1]
@@ -888,26 +1062,82 @@ def test_a_network_of_the_users_own_takes_the_place_of_the_hosts(node: Node, opt
 def test_each_node_of_several_gets_the_folders_that_a_container_mounts(node: Node) -> None:
     """Those of one need not be the other's."""
     node.install("podman")
-    node.srun_runs_two_tasks_of("podman")
+    node.srun_runs_tasks_of("podman")
     podman = Path(node.env["PATH"]) / "podman"
-    stand_in = podman.read_text().replace("exit 0", "test $1 != run || rm -r data")
+    stand_in = podman.read_text().replace("exit 0", "test $1 != run || rm -r data; exit 0")
     podman.write_text(stand_in)
     result = node.run(**TWO_NODES)
     assert result.returncode == 0, result.stderr
 
 
-def test_a_task_becomes_its_runtime_and_so_gets_its_signals(node: Node) -> None:
-    node.put("podman", "#!/bin/bash\ntest $1 = image || echo podman is $$ of $PPID\n")
+def test_a_task_becomes_apptainer_and_so_gets_its_signals(node: Node) -> None:
+    node.put("apptainer", "#!/bin/bash\necho apptainer is $$ of $PPID\n")
     node.put(
         "srun",
         "#!/bin/bash\ntest $1 != --help || exit\n"
         'while [[ $1 == --* ]]; do shift; done\n"$@" &\necho task $! of $$\nwait\n',
     )
-    result = node.run(**TWO_NODES)
-    task, podman = (re.search(rf"{word} (\d+ of \d+)", result.stdout) for word in ("task", "is"))
+    result = node.run(CONTAINER_IMAGE="a.sif")
+    task, runtime = (re.search(rf"{word} (\d+ of \d+)", result.stdout) for word in ("task", "is"))
     assert task
-    assert podman
-    assert task[1] == podman[1]
+    assert runtime
+    assert task[1] == runtime[1]
+
+
+# podman whose container ends with 75 at the second attempt to signal it, and not by signals to
+# podman itself.
+SIGNALLED_PODMAN = """#!/bin/bash
+case $1 in
+  run)
+    trap '' TERM USR1
+    echo "$3" > {folder}/name
+    for _ in {{1..100}}; do
+      test ! -e {folder}/signalled || exit 75
+      {sleep} 0.1
+    done
+    ;;
+  kill)
+    echo "$*" >> {folder}/podman.told
+    test -e {folder}/tried && > {folder}/signalled || {{ > {folder}/tried; exit 1; }}
+    ;;
+esac
+"""
+# A step that gets a signal as Slurm sends it, as soon as its container is there.
+SIGNALLED_TASK = """#!/bin/bash
+test "$*" != --help || exit
+while [[ $1 == --* ]]; do shift; done
+"$@" &
+until test -s {folder}/name; do {sleep} 0.1; done
+kill -s {signal} $!
+while kill -0 $! 2> /dev/null; do wait $!; done
+wait $!
+"""
+
+
+@pytest.mark.parametrize("signal", ["USR1", "TERM"])
+def test_a_container_gets_the_signal_that_podman_itself_does_not_pass_on(
+    node: Node, signal: str
+) -> None:
+    folder, sleep = node.env["PATH"], shutil.which("sleep")
+    node.put("podman", SIGNALLED_PODMAN.format(folder=folder, sleep=sleep))
+    node.put("srun", SIGNALLED_TASK.format(folder=folder, sleep=sleep, signal=signal))
+    result = node.run()
+    assert result.returncode == 75, result.stderr
+    name = (Path(folder) / "name").read_text().strip()
+    assert node.told("podman") == [f"kill --signal USR1 {name}"] * 2
+
+
+@pytest.mark.parametrize("command", ["podman", "docker"])
+def test_a_container_that_its_client_has_left_behind_is_ended(node: Node, command: str) -> None:
+    told = Path(node.env["PATH"]) / f"{command}.told"
+    node.put(
+        command,
+        f'#!/bin/bash\n[[ $1 == image ]] || echo "$*" >> {told}\n[[ $1 != ps ]] || echo a1 b2\n',
+    )
+    node.srun_ends_with(137)
+    node.run()
+    ask = "ps --quiet --filter label=slurm-job=41"
+    assert node.told(command) == [ask, "kill a1 b2"]
 
 
 EXITED = "srun: error: {}: Exited with exit code {}"

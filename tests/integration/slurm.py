@@ -33,11 +33,14 @@ TOOLS = ("slurmctld", "slurmd", "sbatch", "munged")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
 # A requeued job waits until its credentials have expired: two minutes by default, five seconds at
-# least. KillWait is the default.
+# least. KillWait is the default. The first job's number keeps the jobs of two clusters apart, since
+# podman has the containers of both in one list.
 SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={controller}
 SlurmctldPort={port}
+FirstJobId={port}
+JobRequeue=0
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -67,6 +70,7 @@ PreemptMode=REQUEUE
 PartitionName=gpu Nodes=ALL Default=YES PriorityTier=1 PreemptMode=OFF
 PartitionName=urgent Nodes=ALL PriorityTier=10
 PartitionName=preemptible Nodes=ALL PriorityTier=1 GraceTime=60
+PartitionName=graceless Nodes=ALL PriorityTier=1
 """
 CONTROLLER = "n0"
 """Host of the controller, where the nodes are hosts of their own."""

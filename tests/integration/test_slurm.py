@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import textwrap
 from collections.abc import Iterator
@@ -71,6 +72,10 @@ def test_the_script_leaves_every_artifact_and_one_readable_log(
     assert log.splitlines()[-1].endswith(f"slurm/train.sh: job {undisturbed} is done")
     (attempt,) = attempts(reference)
     assert (attempt["run_id"], attempt["outcome"]) == (f"slurm job {undisturbed}", "done")
+    asked_for = ("JobName", "TimeLimit", "CPUs/Task", "MinMemoryNode", "TresPerNode", "Requeue")
+    assert [cluster.fields(undisturbed)[name] for name in asked_for] == [
+        *("cifar10", "01:00:00", "4", "16G", "gres:gpu:1", "1")
+    ]
 
 
 def test_at_its_time_limit_the_job_requeues_itself_to_the_same_bits(
@@ -159,10 +164,18 @@ def test_a_job_cancelled_right_after_its_time_was_up_stays_cancelled(
     assert cluster.fields(job)["Restarts"] == "0"
 
 
-def test_a_preempted_job_goes_on_even_if_it_ends_before_its_grace_time(
-    cluster: Cluster, reference: Path, output: Path
+@pytest.mark.parametrize(
+    ("partition", "message"),
+    [
+        # It ends before its grace time does, after which Slurm would requeue it.
+        ("preemptible", "preempted; requeueing (1 of at most 50)"),
+        ("graceless", "is over; Slurm has requeued the job as attempt 1"),
+    ],
+)
+def test_a_preempted_job_goes_on_to_the_same_bits(
+    cluster: Cluster, reference: Path, output: Path, partition: str, message: str
 ) -> None:
-    job = submit(cluster, output, "--partition=preemptible", "--nodelist=n1", "--exclusive")
+    job = submit(cluster, output, f"--partition={partition}", "--nodelist=n1", "--exclusive")
     cluster.wait_for_log(job, CHECKPOINT)
     with halted(trainer(output)):
         urgent = cluster.submit(
@@ -171,7 +184,8 @@ def test_a_preempted_job_goes_on_even_if_it_ends_before_its_grace_time(
         # Slurm wakes what it ends, so PreemptTime may be gone before one has asked for it.
         cluster.wait_for_log(job, "CANCELLED AT")
     assert cluster.wait(urgent, job) == "COMPLETED"
-    assert "preempted; requeueing" in cluster.log(job)
+    assert message in cluster.log(job)
+    assert [one["outcome"] for one in attempts(output)] == ["stopped", "done"]
     assert compare(reference, output) == []
 
 
@@ -242,6 +256,7 @@ def test_a_job_whose_node_is_lost_is_taken_over_on_the_other(
                 "--nodelist=n2", *longer, JOB_OUTPUT_DIR=str(left_alone), **ON_CPU
             )
             wait_until(lambda: cluster.fields(job)["Restarts"] == "1", 90)
+            saved = max(path.name.split("-")[2] for path in (lost / "checkpoints").iterdir())
         assert cluster.wait(other, job) == "COMPLETED", cluster.log(job)
     finally:
         cluster.start_node("n1")
@@ -250,7 +265,8 @@ def test_a_job_whose_node_is_lost_is_taken_over_on_the_other(
     old, new = attempts(lost)
     assert old["outcome"] == "stopped"
     assert f"a newer attempt of slurm job {job} on host" in old["reason"]
-    assert new["first_step"] == old["last_step"] > 0
+    # What Slurm took for dead has gone on, and what it wrote then is not lost.
+    assert new["first_step"] == old["last_step"] > int(saved)
     assert (
         f"attempt 0 of job {job} is over; Slurm has requeued the job as attempt 1"
         in cluster.log(job)
@@ -261,7 +277,7 @@ def test_a_job_whose_node_is_lost_is_taken_over_on_the_other(
 
 STUB = """#!/bin/sh
 test "$1" != -c || exit 0
-echo "the stub ends with $CODE"
+echo "the stub ends with $CODE, on the GPUs $CUDA_VISIBLE_DEVICES"
 exit $CODE
 """
 
@@ -292,9 +308,36 @@ def test_a_defect_is_tried_once_more(ordinary: Cluster, code: str) -> None:
     assert ordinary.fields(job)["Restarts"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("option", "gpus"), [("--exclusive", "0,1,2,3"), ("--gres=gpu:3", "0,1,2"), ("--mem=1G", "0")]
+)
+def test_the_training_gets_every_gpu_that_the_job_has(
+    ordinary: Cluster, option: str, gpus: str
+) -> None:
+    job = ordinary.submit(option, "slurm/train.sh", CODE="0")
+    assert ordinary.wait(job) == "COMPLETED"
+    assert f"on the GPUs {gpus}\n" in ordinary.log(job)
+
+
+def test_a_job_cancelled_while_it_requeues_itself_stays_cancelled(ordinary: Cluster) -> None:
+    scontrol = ordinary.checkout / "slow" / "scontrol"
+    scontrol.parent.mkdir()
+    real = shutil.which("scontrol")
+    scontrol.write_text(
+        f'#!/bin/sh\n[ "$1" != requeue ] || scancel "$SLURM_JOB_ID"\nexec {real} "$@"\n'
+    )
+    scontrol.chmod(0o755)
+    path = f"{scontrol.parent}:{ordinary.env['PATH']}"
+    job = ordinary.submit("slurm/train.sh", CODE="1", PATH=path)
+    assert ordinary.wait(job) == "CANCELLED"
+    assert "requeueing (1 of" in ordinary.log(job)
+    assert ordinary.fields(job)["Restarts"] == "0"
+
+
 def test_a_job_submitted_from_within_another_leaves_that_alone(ordinary: Cluster) -> None:
     inner = "sbatch --parsable slurm/train.sh > inner; until test -e end; do sleep 0.2; done"
-    outer = ordinary.submit("--array=5", "--wrap", inner, CODE="1")
+    # With GPUs, which are not the inner job's.
+    outer = ordinary.submit("--array=5", "--gpus=2", "--wrap", inner, CODE="1")
     wait_until(lambda: (ordinary.checkout / "inner").exists(), 30)
     wait_until(lambda: (ordinary.checkout / "inner").read_text() != "", 30)
     job = (ordinary.checkout / "inner").read_text().strip()
@@ -356,6 +399,29 @@ def test_in_podman_the_image_gets_gpu_folders_and_signals(
     assert compare(reference, output) == []
 
 
+@pytest.mark.parametrize("request_to_end", ["scancel", "scontrol requeue"])
+def test_what_slurm_ends_saves_in_podman_too_and_leaves_no_container(
+    cluster: Cluster, image: str, reference: Path, output: Path, request_to_end: str
+) -> None:
+    """Slurm signals podman together with the processes by which that passes signals on."""
+    environ = {"CONTAINER_IMAGE": image, "CONTAINERS_CONF": str(HERE / "containers.conf")}
+    job = submit(cluster, output, "--gpus-per-node=0", **environ)
+    cluster.wait_for_log(job, CHECKPOINT)
+    containers = ("ps", "--quiet", "--filter", f"label=slurm-job={job}")
+    assert podman(*containers).stdout != ""
+    cluster.run(*request_to_end.split(), job)
+    if request_to_end == "scancel":
+        assert cluster.wait(job) == "CANCELLED"
+        wait_until(lambda: podman(*containers).stdout == "", 20)
+        job = submit(cluster, output, "--gpus-per-node=0", **environ)
+    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    assert podman(*containers).stdout == ""
+    first, second = attempts(output)
+    assert (first["outcome"], second["outcome"]) == ("stopped", "done")
+    assert second["first_step"] > 0
+    assert compare(reference, output) == []
+
+
 README = (REPOSITORY / "slurm" / "README.md").read_text()
 
 
@@ -364,7 +430,8 @@ def blocks() -> list[str]:
 
 
 def test_the_documented_submissions_are_accepted(cluster: Cluster) -> None:
-    lines = [line for block in blocks() for line in block.splitlines() if "sbatch " in line]
+    whole = [block.replace("\\\n", " ") for block in blocks()]
+    lines = [line for block in whole for line in block.splitlines() if "sbatch " in line]
     assert len(lines) >= 7
     for line in lines:
         assert "slurm/train.sh" in line
