@@ -343,6 +343,7 @@ def test_a_job_submitted_from_within_another_leaves_that_alone(ordinary: Cluster
     job = (ordinary.checkout / "inner").read_text().strip()
     assert ordinary.wait(job) == "FAILED"
     assert f"job {job}, attempt 1" in ordinary.log(job)
+    assert ordinary.log(job).count("the stub ends with 1, on the GPUs 2") == 2
     assert ordinary.fields(job)["Restarts"] == "1"
     assert ordinary.fields(f"{outer}_5")["Restarts"] == "0"
     assert ordinary.state(f"{outer}_5") == "RUNNING"
