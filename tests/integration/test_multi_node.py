@@ -196,7 +196,7 @@ def test_a_sites_file_may_have_each_node_prepared(
     cluster: Cluster, base: dict[str, str], output: Path
 ) -> None:
     output.mkdir(parents=True)
-    (recipe,) = re.findall(r"^srun .*", README, re.MULTILINE)
+    (recipe,) = re.findall(r"^srun .*mkdir.*", README, re.MULTILINE)
     options, folder = recipe.split(" mkdir -p ")
     assert folder == '"/tmp/cifar10-$SLURM_JOB_ID"'
     site = output / "site.sh"

@@ -439,6 +439,12 @@ def test_the_documented_submissions_are_accepted(cluster: Cluster) -> None:
         cluster.run("bash", "-c", line.replace("sbatch ", "sbatch --test-only "))
 
 
+def test_doctor_tells_what_is_wrong_with_a_node(cluster: Cluster) -> None:
+    (line,) = (line for block in blocks() for line in block.splitlines() if "doctor" in line)
+    found = cluster.run("bash", "-c", f"{line.replace('NODE', 'n2')}; test $? = 3")
+    assert re.search("^Problem .*promises 1 GPUs, TensorFlow sees 0", found, re.MULTILINE), found
+
+
 def test_the_recipe_for_a_nodes_own_disk_trains_without_gpu_on_what_it_copied(
     cluster: Cluster, cifar10_dir: Path, output: Path
 ) -> None:
