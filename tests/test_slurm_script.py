@@ -217,8 +217,9 @@ NAMES = sorted([*NAMES, *OF_A_TASK])
 def test_pyxis_is_told_image_mounts_and_variables(node: Node) -> None:
     node.install_pyxis()
     image = {"CONTAINER_IMAGE": "registry.example.com:5000/team/cifar10-job:0.1.0"}
-    image |= {"CONTAINER_ARGS": "--container-writable", "LD_PRELOAD": "", "PYTHONHOME": "/opt/python"}
-    result = node.run("--epochs", "2", **TWO_GPUS, **image)
+    image["CONTAINER_ARGS"] = "--container-writable"
+    host = {"LD_PRELOAD": "", "PYTHONHOME": "/opt/python"}
+    result = node.run("--epochs", "2", **TWO_GPUS, **image, **host)
     assert result.returncode == 0, result.stderr
     told = node.told("srun")
     (names,) = (word for word in told if word.startswith("--container-env="))
