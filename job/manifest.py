@@ -1,6 +1,7 @@
 """``run.json``: what ran, on what, in which attempts, and how each ended."""
 
 import copy
+import logging
 import os
 import platform
 import socket
@@ -41,7 +42,7 @@ class RunManifest:
     def __init__(self, output: OutputDir, identity: RunIdentity, *, fresh: bool = False) -> None:
         self._output = output
         self._lock = threading.Lock()
-        self._document = earlier_manifest(output.path)
+        self._document = self._read()
         self._fresh = fresh
         self._attempt: dict[str, Any] = {
             "start": log.utc_now(),
@@ -146,6 +147,20 @@ class RunManifest:
                 error = reason if outcome == "failed" else None
                 self._document |= {"end": end, "outcome": outcome, "error": error}
             self._write()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return read_manifest(self._output.path)
+        except DamagedError:
+            path = self._output.path / RUN
+            log.event(
+                "manifest_damaged",
+                logging.WARNING,
+                path=str(path),
+                message=f"{path} is damaged, and what it told of earlier attempts is lost; this "
+                f"attempt writes it anew",
+            )
+            return {}
 
     def _describe(self, config: TrainConfig, details: dict[str, Any]) -> None:
         """Lay the manifest out anew, for the run as this attempt sees it."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from job import output
+from job import log, output
 from job.attempt import Attempt, hold_output_dir, open_attempt
 from job.checkpoint import Checkpoint
 from job.config import StoppedError, TrainConfig, UserError
@@ -117,11 +117,13 @@ def test_a_manifest_that_cannot_be_read_is_not_taken_for_a_missing_one(
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"outcome": "done"}', '{"attempts": 1}'])
 def test_a_damaged_manifest_is_written_anew_and_the_run_goes_on(
-    config: TrainConfig, content: str
+    config: TrainConfig, content: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(config, finish(config))
     (config.output_dir / "run.json").write_text(content)
+    log.configure("text")
     attempt = run(config)
+    assert "run.json is damaged, and what it told of earlier" in capsys.readouterr().out
     assert not attempt.is_finished
     assert attempt.checkpoint is not None
     assert manifest(config)["outcome"] == "done"
