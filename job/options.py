@@ -95,6 +95,7 @@ def warn_of_misspelt_variables(command: click.Command, environ: Mapping[str, str
         short = name.removeprefix("JOB_")
         options = [one.removeprefix("JOB_") for one in known]
         close = difflib.get_close_matches(short, options, n=1, cutoff=_ALIKE)
+        close = close or [option for option in options if option.startswith(f"{short}_")]
         if name != short and close:
             log.event(
                 "misspelt_variable",
@@ -111,8 +112,8 @@ FOLDER = _PathType(path_type=Path, readable=False)
 _POSITIVE = click.IntRange(min=1)
 _POSITIVE_FLOAT = _PositiveFloatType(min=0, min_open=True)
 _WEEK_SECONDS = 604_800.0
-# BATCH is like enough to BATCH_SIZE; SERVICE_HOST, which Kubernetes may add, is not to DEVICES.
-_ALIKE = 0.65
+# So that EPOCH is like EPOCHS, and INPUT_DIR, which may be another program's, is unlike OUTPUT_DIR.
+_ALIKE = 0.8
 
 output_dir_option = option(
     "--output-dir", type=FOLDER, default="output", help="Folder that receives the artifacts."

@@ -63,20 +63,21 @@ forget_outer_job() {
   unset SLURM_TRES_PER_TASK "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" "${!SLURM_STEP_@}"
 }
 
+# Sources the site's file, which sees the variables of this function, so that they have names of their own.
 set_up_site() {
-  local site=${SITE_SETUP:-slurm/site.sh}
-  if [[ -e $site ]]; then
-    local ours here=$PWD options IFS=$' \t\n'
-    trap 'say "error: $site has ended the script; have it say return instead of exit"; exit 2' EXIT
-    ours=$(trap -p EXIT) options=$(set +o)
+  local train_sh_site=${SITE_SETUP:-slurm/site.sh} train_sh_folder=$PWD train_sh_trap train_sh_options
+  local IFS=$' \t\n'
+  if [[ -e $train_sh_site ]]; then
+    trap 'say "error: $train_sh_site has ended the script; have it say return instead of exit"; exit 2' EXIT
+    train_sh_trap=$(trap -p EXIT) train_sh_options=$(set +o)
     set +u # not every site's modules know it
     # shellcheck source=/dev/null
-    source "$site" || say "warning: $site ended with exit code $?"
+    source "$train_sh_site" || say "warning: $train_sh_site ended with exit code $?"
     # With its -e this script would end at the first signal.
-    eval "$options"
+    eval "$train_sh_options"
     listen_to_signals
-    cd -- "$here" || exit
-    [[ $(trap -p EXIT) != "$ours" ]] || trap - EXIT
+    [[ $(trap -p EXIT) != "$train_sh_trap" ]] || trap - EXIT
+    cd -- "$train_sh_folder" || refuse "cannot go back to $train_sh_folder after $train_sh_site"
   elif [[ -n ${SITE_SETUP:-} ]]; then
     refuse "SITE_SETUP is $SITE_SETUP, which is not in $PWD; name a file"
   fi
@@ -248,9 +249,10 @@ build_step() {
   # The first task, which alone writes the output folder, on this node; and none waits for one that failed.
   ((nodes == 1)) || step+=(--ntasks-per-node=1 --distribution=block --kill-on-bad-exit=1)
   ((nodes == 1)) || bypass_proxy
-  # srun does not take these over from sbatch, or not as --exclusive and --gres have changed them.
+  # srun does not take this over from sbatch.
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || step+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
-  [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || step+=("--gpus-per-node=$SLURM_GPUS_ON_NODE")
+  # Of a node that is the job's alone (--exclusive) it would take as many as were asked for.
+  ((nodes > 1)) || [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || step+=("--gpus=$SLURM_GPUS_ON_NODE")
   if [[ $runtime == none ]]; then
     "$python" -c "$CHECK" || refuse "$python has not all that job/ in $PWD needs; submit at the top of" \
       "the checkout, when make install LOCK=gpu is done"
@@ -416,20 +418,16 @@ become() {
 }
 
 # In a task: podman or docker to the container's end. What Slurm sends to all processes of a step does not
-# always get through them: podman passes it on by a process that it hits, too. So this tells the container.
+# always get through them: podman passes it on by a process that it hits, too. So this tells the container,
+# and again, because one that is just starting is deaf at first.
 # shellcheck disable=SC2329 # each task calls it
 run_engine() {
   local name=cifar10-job-$SLURM_JOB_ID-$$ told=''
   trap 'told=yes' INT TERM USR1
   "$runtime" run --name "$name" "$@" &
   while kill -0 $! 2> /dev/null; do
-    if [[ -z $told ]]; then
-      wait $!
-    elif "$runtime" kill --signal USR1 "$name" &> /dev/null; then
-      told=''
-    else
-      sleep 1 # it is not there yet, or this was hit
-    fi
+    [[ -z $told ]] || "$runtime" kill --signal USR1 "$name" &> /dev/null
+    sleep 1
   done
   wait $!
 }
@@ -524,7 +522,6 @@ is_signal() { (($1 > 128 && $1 <= 128 + 64)); }
 finish() {
   local answer state restarts preempted
   [[ $runtime == none ]] || rm -rf -- "$MPLCONFIGDIR"
-  [[ $runtime != @(podman|docker) ]] || end_containers
   answer=$(ask_for "$job")
   # First of all: where this node was taken for dead and the job goes on elsewhere, srun breaks off, and
   # its exit code says nothing of the training.
@@ -535,6 +532,8 @@ finish() {
     say "attempt $attempt of job $job is over; Slurm has requeued the job as attempt $restarts"
     exit "$code"
   fi
+  # Not before, since on a node that was taken for dead the training is to go on until it is replaced.
+  [[ $runtime != @(podman|docker) ]] || end_containers
   state=$(field JobState)
   preempted=$(field PreemptTime) || preempted=None # without preemption there is no such field
   if ((code == 0)); then
@@ -567,11 +566,11 @@ finish() {
   exit "$code"
 }
 
-# Ends what podman or docker leave on this node when they are killed.
+# Ends what podman or docker leave on this node when they are killed, with a checkpoint.
 end_containers() {
   local containers
   mapfile -t containers < <("$runtime" ps --quiet --filter "label=slurm-job=$SLURM_JOB_ID")
-  ((${#containers[@]} == 0)) || "$runtime" kill "${containers[@]}" > /dev/null
+  ((${#containers[@]} == 0)) || "$runtime" stop --time 20 "${containers[@]}" > /dev/null
 }
 
 # Prints what Slurm says of a job, in one line.

@@ -121,15 +121,17 @@ def test_a_bad_environment_variable_is_named(run_job: RunJob) -> None:
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_a_misspelt_environment_variable_is_warned_of(run_job: RunJob, command: str) -> None:
-    # The last two are Kubernetes'.
-    names = ("JOB_SEEDS", "JOB_DATA_DIR", "JOB_COMPLETION_INDEX", "JOB_SERVICE_HOST")
+    misspelt = {"JOB_DATA": "JOB_DATA_DIR", "JOB_SEEDS": "JOB_SEED"}
+    # Kubernetes', Jenkins', or of another program.
+    others = "COMPLETION_INDEX SERVICE_HOST NAME URL STATE TMP_DIR INPUT_DIR TIME_LIMIT TIMEOUT"
+    names = ("JOB_DATA_DIR", *misspelt, *(f"JOB_{name}" for name in others.split()))
     # Where neither finds anything to do.
     no_folder = ("--output-dir", "/dev/null/a", "--log-format", "text")
     result = run_job(command, *no_folder, env=dict.fromkeys(names, "3"))
-    warning = (
-        "the environment variable JOB_SEEDS is no option and is ignored; did you mean JOB_SEED?"
-    )
-    assert [line.partition("warning: ")[2] for line in result.stdout.splitlines()] == [warning]
+    assert [line.partition("warning: ")[2] for line in result.stdout.splitlines()] == [
+        f"the environment variable {name} is no option and is ignored; did you mean {option}?"
+        for name, option in misspelt.items()
+    ]
 
 
 def completions(*words: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A Slurm cluster on this machine: a controller and two nodes, n1 and n2, with four GPUs each.
+"""A Slurm cluster on this machine: a controller and two nodes, n1 and n2, each with 2 + 2 GPUs.
 
 Or there are three, n3 too, which are hosts of their own. The GPUs are device nodes with nothing
 behind them, and processors and memory of the nodes are only said to be there, so that the script is
@@ -74,7 +74,7 @@ PartitionName=graceless Nodes=ALL PriorityTier=1
 """
 CONTROLLER = "n0"
 """Host of the controller, where the nodes are hosts of their own."""
-NODE = "CPUs=8 RealMemory=65536 Gres=gpu:4"
+NODE = "CPUs=8 RealMemory=65536 Gres=gpu:a:2,gpu:b:2"
 
 
 def require_slurm() -> None:
@@ -139,7 +139,10 @@ class Cluster:
     def start(self) -> None:
         folder = self.folder
         (folder / "slurm.conf").write_text(self._configuration())
-        (folder / "gres.conf").write_text(f"NodeName=n[1-3] Name=gpu File={folder}/gpu[0-3]\n")
+        (folder / "gres.conf").write_text(
+            f"NodeName=n[1-3] Name=gpu Type=a File={folder}/gpu[0-1]\n"
+            f"NodeName=n[1-3] Name=gpu Type=b File={folder}/gpu[2-3]\n"
+        )
         (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
         for number in range(4):
             os.mknod(folder / f"gpu{number}", 0o020666, os.makedev(1, 3))  # as /dev/null

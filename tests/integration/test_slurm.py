@@ -309,7 +309,13 @@ def test_a_defect_is_tried_once_more(ordinary: Cluster, code: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "gpus"), [("--exclusive", "0,1,2,3"), ("--gres=gpu:3", "0,1,2"), ("--mem=1G", "0")]
+    ("option", "gpus"),
+    [
+        ("--exclusive", "0,1,2,3"),
+        ("--gres=gpu:3", "0,1,2"),
+        ("--gpus-per-node=a:1,b:2", "0,2,3"),
+        ("--mem=1G", "0"),
+    ],
 )
 def test_the_training_gets_every_gpu_that_the_job_has(
     ordinary: Cluster, option: str, gpus: str
@@ -421,6 +427,21 @@ def test_what_slurm_ends_saves_in_podman_too_and_leaves_no_container(
     assert (first["outcome"], second["outcome"]) == ("stopped", "done")
     assert second["first_step"] > 0
     assert compare(reference, output) == []
+
+
+def test_a_container_that_is_only_starting_is_ended_too(
+    cluster: Cluster, image: str, output: Path
+) -> None:
+    """Its Python has not set its handlers yet, and the first process is deaf without."""
+    environ = {"CONTAINER_IMAGE": image, "CONTAINERS_CONF": str(HERE / "containers.conf")}
+    job = submit(cluster, output, "--gpus-per-node=0", **environ)
+    containers = ("ps", "--quiet", "--filter", f"label=slurm-job={job}")
+    wait_until(lambda: podman(*containers).stdout != "", 60)
+    cluster.run("scancel", job)
+    assert cluster.wait(job) == "CANCELLED"
+    assert podman(*containers).stdout == ""
+    assert "cifar10-job: stopped: SIGUSR1" in cluster.log(job)
+    assert CHECKPOINT not in cluster.log(job)
 
 
 README = (REPOSITORY / "slurm" / "README.md").read_text()
