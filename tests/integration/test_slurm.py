@@ -440,7 +440,8 @@ def test_a_container_that_is_only_starting_is_ended_too(
     cluster.run("scancel", job)
     assert cluster.wait(job) == "CANCELLED"
     assert podman(*containers).stdout == ""
-    assert "cifar10-job: stopped: SIGUSR1" in cluster.log(job)
+    # podman may be too late for its last words, but not for its exit code.
+    assert "Exited with exit code 75" in cluster.log(job), cluster.log(job)
     assert CHECKPOINT not in cluster.log(job)
 
 
