@@ -214,7 +214,7 @@ choose_runtime() {
       done
       [[ -z ${CONTAINER_IMAGE:-} ]] || refuse "nothing on $here runs the image $CONTAINER_IMAGE:" \
         "expected pyxis for a .sqsh, Apptainer for a .sif, any of them, podman or docker for a name"
-      [[ ! -L $python && ! -e $python ]] || refuse_python
+      refuse_python_of_elsewhere
       refuse "received neither an image nor $python in $PWD; submit at the top of the checkout or with" \
         "--chdir=CHECKOUT, after make install LOCK=gpu, or set CONTAINER_IMAGE (slurm/README.md)"
       ;;
@@ -222,7 +222,10 @@ choose_runtime() {
       [[ -z ${CONTAINER_IMAGE:-} ]] || refuse "CONTAINER_RUNTIME is none and CONTAINER_IMAGE" \
         "$CONTAINER_IMAGE; unset one"
       image=''
-      is_here none || refuse_python
+      is_here none && return
+      refuse_python_of_elsewhere
+      refuse "there is no $python in $PWD; submit at the top of the checkout or with" \
+        "--chdir=CHECKOUT, after make install LOCK=gpu, or set PYTHON"
       ;;
     pyxis | apptainer | podman | docker)
       is_here "$runtime" || refuse "CONTAINER_RUNTIME is $runtime, which $here does not have; load its" \
@@ -234,12 +237,11 @@ choose_runtime() {
   esac
 }
 
-refuse_python() {
+# Refuses an interpreter that is there and cannot run here.
+refuse_python_of_elsewhere() {
   [[ ! -L $python && ! -e $python ]] || refuse "$PWD has $python, which $(id -un) cannot run on $here:" \
     "it leads to $(realpath -m -- "$python"); say make install LOCK=gpu with a Python that the nodes" \
     "have too, or set PYTHON"
-  refuse "there is no $python in $PWD; submit at the top of the checkout or with" \
-    "--chdir=CHECKOUT, after make install LOCK=gpu, or set PYTHON"
 }
 
 # Sets step to the command that trains, with the arguments of `train`.
