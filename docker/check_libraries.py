@@ -7,12 +7,13 @@ import ctypes
 import subprocess
 import sys
 
-from job.startup import load_tensorflow
+from job.commands.cli import load_tensorflow
 
 load_tensorflow()
 
-import job.train  # noqa: E402, F401 (every package that training needs)
-from job.gpus import CUDA_LIBRARIES, DRIVER_LIBRARY, cuda_libraries, xla_tools  # noqa: E402
+import job.training.train  # noqa: E402, F401 (every package that training needs)
+
+from job.cluster.gpus import CUDA_LIBRARIES, DRIVER_LIBRARY, cuda_libraries, xla_tools  # noqa: E402
 
 
 def unknown_to_the_loader() -> list[str]:

@@ -4,13 +4,13 @@ import contextlib
 import os
 import sys
 
-from job.preemption import listen_to_signals
+from job.run.stop import listen_to_signals
 
 
 def run() -> None:
     """Run the program; signals first, so that none finds it unprepared while it loads."""
     stop = listen_to_signals()
-    from job.program import main
+    from job.commands.cli import main
 
     try:
         main(stop)

@@ -39,7 +39,7 @@ set +o posix # in which bash forgets a step's exit code once it was asked for
 readonly IMAGE=cifar10-job:0.1.0
 readonly MAX_EXCLUSIONS=3
 readonly MAX_LOST_WORKERS=5
-readonly CHECK='import job.cli, importlib.util, sys; sys.exit(not importlib.util.find_spec("tensorflow"))'
+readonly CHECK='import job.commands.cli, importlib.util, sys; sys.exit(not importlib.util.find_spec("tensorflow"))'
 readonly AGAIN="submit it again to go on from the last checkpoint"
 
 say() { echo "$(date '+%F %T') slurm/train.sh: $*" >&2; }

@@ -10,29 +10,30 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from job.startup import load_tensorflow
+from job.commands.cli import load_tensorflow
 
 load_tensorflow()
 
-import keras  # noqa: E402
-import tensorflow as tf  # noqa: E402 (its start-up messages are held back above)
+import keras
+import numpy as np
+import tensorflow as tf
 
-from job import classic, synthetic  # noqa: E402
-from job.cluster import ALONE, ClusterSpec  # noqa: E402
-from job.dataset import Dataset  # noqa: E402
-from job.devices import Compilation, Devices  # noqa: E402
-from job.model_file import save_model  # noqa: E402
-from job.output import EVALUATION, MODEL, OutputDir, sha256_of  # noqa: E402
-from job.placement import Placement  # noqa: E402
-from job.workers import Workers  # noqa: E402
-from tests.run_folders import climb, make_sweep_run, make_whole_run  # noqa: E402
+from job.cluster import Device
+from job.cluster.devices import Compilation, Devices
+from job.cluster.scheduler import ALONE, ClusterSpec
+from job.cluster.workers import Workers
+from job.data import Dataset, synthetic
+from job.recipes import classic
+from job.run.folder import EVALUATION, MODEL, OutputDir, sha256_of
+from job.run.record import ClassRecord, EvaluationRecord, encode
+from job.training.saved_model import save_model
+from tests.run_folders import climb, make_sweep_run, make_whole_run
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("JOB_TEST_SHARED", REPOSITORY.parent / "shared"))
@@ -85,16 +86,13 @@ def make_devices() -> MakeDevices:
         replicas: int = 1, precision: str = "float32", compilation: Compilation | None = None
     ) -> Devices:
         names = tuple(f"CPU:{index}" for index in range(replicas))
-        placement = Placement(
+        return Devices(
             strategy=strategy_over(replicas),
             kind="cpu",
-            descriptions=tuple({"name": name} for name in names),
+            descriptions=tuple(map(Device, names)),
             computes_bfloat16=False,
             local_names=names,
             workers=Workers(ALONE),
-        )
-        return Devices(
-            placement,
             precision="bfloat16" if precision == "bfloat16" else "float32",
             jit="auto",
             compilation=compilation or Compilation(network=False, elementwise=True),
@@ -131,17 +129,17 @@ def model_output(tmp_path: Path, model: keras.Model) -> OutputDir:
     output = OutputDir(folder)
     save_model(model, output, MODEL)
     digest = sha256_of(folder / MODEL)
-    output.write_json(EVALUATION, {"classes": dict.fromkeys(CLASS_NAMES), "model_sha256": digest})
+    evaluation = EvaluationRecord(
+        loss=1.0,
+        accuracy=1.0,
+        examples=10,
+        classes=dict.fromkeys(CLASS_NAMES, ClassRecord(1.0, 1.0, 1)),
+        confusion_matrix=np.eye(10, dtype=int).tolist(),
+        model=MODEL,
+        model_sha256=digest,
+    )
+    output.write_bytes(EVALUATION, encode(evaluation))
     return output
-
-
-def stand_in_for_devices_and_data(
-    monkeypatch: pytest.MonkeyPatch, modules: Iterable[ModuleType], devices: Devices, data: Dataset
-) -> None:
-    """Stand in for the devices, which a process sets up once, and the full data set."""
-    for module in modules:
-        monkeypatch.setattr(module, "open_promised_devices", lambda *arguments: devices)
-        monkeypatch.setattr(module, "load_dataset", lambda config: data)
 
 
 def free_ports(count: int) -> list[int]:

@@ -4,42 +4,40 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from job.cluster import RunIdentity
-from job.config import DataConfig, TrainConfig
-from job.evaluate import Evaluation
-from job.history import History
-from job.manifest import RunManifest
-from job.output import OutputDir
-from job.predictions import Predictions, confusion_matrix, most_confident_mistakes
+from job.cluster import Device
+from job.cluster.scheduler import RunIdentity
+from job.config import TrainConfig
+from job.run.checkpoint import History
+from job.run.folder import OutputDir
+from job.run.manifest import RunManifest
+from job.run.predictions import Predictions, confusion_matrix, most_confident_mistakes
+from job.run.record import DataRecord, EpochRecord, Outcome, TrainingRecord, encode
+from job.training.evaluate import Evaluation
 
 EXAMPLES = 200
-DATA = {
-    "name": "cifar10",
-    "fingerprint": "ab" * 32,
-    "test_fingerprint": "cd" * 32,
-    "train_examples": 2560,
-}
-DETAILS = {
-    "devices": [{"name": "CPU:0", "model": "a processor", "memory_gib": 23.5}],
-    "replicas": 1,
-    "threads": 2,
-    "precision": "float32",
-    "xla": False,
-    "deterministic": True,
-    "data": DATA,
-    "recipe_fingerprint": "ef" * 32,
-}
+DATA = DataRecord("cifar10", "ab" * 32, "cd" * 32, train_examples=2560)
+TRAINING = TrainingRecord(
+    devices=[Device("CPU:0", "a processor", 23.5)],
+    replicas=1,
+    threads=2,
+    precision="float32",
+    xla=False,
+    deterministic=True,
+    data=DATA,
+    recipe_fingerprint="ef" * 32,
+)
 
 
-def lines(epochs: int) -> list[dict[str, Any]]:
+def lines(epochs: int) -> list[EpochRecord]:
     return [
-        {
+        EpochRecord(
             **{"epoch": n, "step": 10 * n, "loss": 2 / n, "accuracy": 0.5 - 0.2 / n},
             **{"val_loss": 1.9 / n, "val_accuracy": 0.6 - 0.3 / n, "learning_rate": 1e-3},
             **{"seconds": 5.0, "images_per_second": 500.0 + n, "elapsed_seconds": 6.0 * n},
-        }
+        )
         for n in range(1, epochs + 1)
     ]
 
@@ -47,7 +45,7 @@ def lines(epochs: int) -> list[dict[str, Any]]:
 def make_run(
     folder: Path,
     config: TrainConfig | None = None,
-    ends: tuple[tuple[str, str | None], ...] = (("done", None),),
+    ends: tuple[tuple[Outcome, str | None], ...] = (("done", None),),
     epochs: int = 3,
 ) -> OutputDir:
     """Leave in a folder what the attempts at a run leave, each 15 steps further than the last."""
@@ -57,11 +55,10 @@ def make_run(
     for number, (outcome, reason) in enumerate(ends):
         manifest = RunManifest(output, RunIdentity(None))
         manifest.begin(config)
-        manifest.start_training(config, DETAILS, 15 * number, [])
+        manifest.start_training(config, TRAINING, 15 * number, [])
         manifest.progress(15 * number + 15, None, 9.0 * (number + 1))
         manifest.finish(outcome, reason)
-    text = "".join(json.dumps(line) + "\n" for line in lines(epochs))
-    output.write_text("metrics.jsonl", text)
+    History(lines(epochs)).write_metrics(output)
     return output
 
 
@@ -81,13 +78,15 @@ def add_evaluation(output: OutputDir, names: tuple[str, ...] = ("cat", "dog", "e
         *(images(3), np.arange(3, dtype=np.int32), images(3, 5)),
     ).save(output)
     evaluation = Evaluation(1.25, confusion_matrix(labels, probabilities))
-    output.write_json("evaluation.json", evaluation.document(names))
+    record = evaluation.record(names, "cifar10_model.h5", "0" * 64)
+    output.write_bytes("evaluation.json", encode(record, indent=True))
 
 
 def make_whole_run(folder: Path) -> OutputDir:
     """A finished run with everything, stopped twice on its way."""
-    ends = (("stopped", "SIGTERM"), ("failed", "a broken GPU"), ("done", None))
-    output = make_run(folder, ends=ends)
+    output = make_run(
+        folder, ends=(("stopped", "SIGTERM"), ("failed", "a broken GPU"), ("done", None))
+    )
     add_evaluation(output)
     return output
 
@@ -99,30 +98,31 @@ def make_sweep_run(
     folder: Path,
     accuracies: list[float],
     saved: float = 0.5,
-    outcome: str = "done",
+    outcome: Outcome = "done",
     dataset: str = "cifar10",
-    details: dict[str, Any] | None = None,
+    training: TrainingRecord = TRAINING,
     **options: Any,
 ) -> Path:
     """Leave what a run of a sweep leaves, with these validation accuracies, one an epoch."""
     folder.mkdir(parents=True)
     output = OutputDir(folder)
-    config = TrainConfig(folder, DataConfig(dataset), epochs=SWEEP_EPOCHS, **options)
+    config = TrainConfig(folder, dataset=dataset, epochs=SWEEP_EPOCHS, **options)
     epochs = [
-        line | {"val_accuracy": accuracy}
+        msgspec.structs.replace(line, val_accuracy=accuracy)
         for line, accuracy in zip(lines(len(accuracies)), accuracies, strict=True)
     ]
     history = History(epochs)
     manifest = RunManifest(output, RunIdentity(None))
     manifest.begin(config)
-    manifest.start_training(config, DETAILS | (details or {}), 0, [])
+    manifest.start_training(config, training, 0, [])
     manifest.progress(len(accuracies), history.best, 10.0 * config.seed)
     manifest.finish(outcome)
     history.write_metrics(output)
     if outcome == "done":
         right = round(100 * saved)
         confusion = np.array([[right, 100 - right], [0, 0]])
-        output.write_json("evaluation.json", Evaluation(1.0, confusion).document(("cat", "dog")))
+        evaluation = Evaluation(1.0, confusion).record(("cat", "dog"), "cifar10_model.h5", "0" * 64)
+        output.write_bytes("evaluation.json", encode(evaluation))
     return folder
 
 

@@ -12,8 +12,8 @@ import yaml
 from kubernetes_validate.utils import all_versions
 
 from job import __version__
-from job.cli import train
-from job.cluster import ALONE, ClusterSpec, RunIdentity, cluster_spec, run_identity
+from job.cluster.scheduler import ALONE, ClusterSpec, RunIdentity, cluster_spec, run_identity
+from job.commands.cli import train
 from job.config import UserError
 from tests.conftest import REPOSITORY
 from tests.manifests import (

@@ -22,7 +22,7 @@ from PIL import Image
 
 from job import log
 from job.config import DataConfig, TrainConfig
-from job.dataset import load_dataset
+from job.data import load_dataset
 
 SIDES = ("evaluation", "prediction")
 PASSES = 4
@@ -71,22 +71,21 @@ def _run_side(data_dir: Path, pngs: str, side: str) -> dict[str, float]:
 
 def _measure(data_dir: Path, folder: str, side: str) -> dict[str, float]:
     """Images per second of a side in this process: the first pass, and the fastest later."""
-    from job.startup import load_tensorflow
+    from job.commands.cli import load_tensorflow
 
     load_tensorflow()
-    from job import classic
-    from job.classifier import Classifier, Predictor
-    from job.devices import open_promised_devices
-    from job.evaluate import ROWS_PER_REPLICA, Evaluator
-    from job.images import find_images
-    from job.predict import json_line, predict_batches
+    from job.cluster.devices import open_promised_devices
+    from job.commands.predict import Classifier, Predictor, json_line, predict_batches
+    from job.data.image_files import find_images
+    from job.recipes import classic
+    from job.training.evaluate import ROWS_PER_REPLICA, Evaluator
 
     dataset = load_dataset(DataConfig(data_dir=data_dir))
     devices = open_promised_devices(TrainConfig())
     with devices.strategy.scope():
         model = classic.build_model(42, len(dataset.class_names))
     evaluate = Evaluator(model, classic.RECIPE, devices, dataset.test_images, dataset.test_labels)
-    classifier = Classifier(model, dataset.class_names, classic.RECIPE.evaluation_views)
+    classifier = Classifier(model, dataset.class_names, classic.RECIPE.tta_views)
     predictor = Predictor(classifier, devices, ROWS_PER_REPLICA)
 
     def predict() -> None:

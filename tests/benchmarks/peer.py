@@ -77,7 +77,7 @@ def _read(folder: Path, names: list[str]) -> tuple[npt.NDArray[np.uint8], npt.ND
 
 
 def affine_maps(unit: Any, ops: Any) -> list[Any]:
-    """`job.augment.draw_parameters` and `affine_transforms`, in any framework.
+    """`job.recipes._augment.draw_parameters` and `affine_transforms`, in any framework.
 
     Args:
         unit: [7, ...] uniform from 0 to 1, an array of the framework's.

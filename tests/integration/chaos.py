@@ -27,8 +27,8 @@ import h5py
 import numpy as np
 
 from job.config import UserError
-from job.predictions import Predictions
-from job.preemption import SIGNALS
+from job.run.predictions import Predictions
+from job.run.stop import SIGNALS
 
 REPOSITORY = Path(__file__).parents[2]
 # Of operations on files, with how many of them an attempt has at least while it is worth to hit.

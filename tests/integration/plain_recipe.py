@@ -7,14 +7,15 @@ goes, and within 60 steps that grows to 4e-4 between one replica and two, also i
 
 import dataclasses
 
-from job.startup import load_tensorflow
+from job.commands.cli import load_tensorflow
 
 load_tensorflow()
 
-import keras  # noqa: E402
+import keras
 
-from job import classic, saved_model, train  # noqa: E402
-from job.__main__ import run  # noqa: E402
+from job.__main__ import run
+from job.recipes import classic
+from job.training import saved_model, train
 
 
 def build_model(seed: int, classes: int) -> keras.Model:

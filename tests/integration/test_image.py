@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from job import __version__
-from job.manifest import versions
+from job.run.manifest import versions
 from tests.conftest import REPOSITORY
 from tests.integration.containers import REVISION, build_image, podman, shell
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from job.output import MODEL
+from job.run.folder import MODEL
 from tests.conftest import REPOSITORY, RunJob, StartJob
 from tests.test_decode import broken_files
 

@@ -13,7 +13,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from job.output import REPORT_PICTURES
+from job.run.folder import REPORT_PICTURES
 from tests.conftest import Job, RunJob
 from tests.integration.chaos import examine_visible
 

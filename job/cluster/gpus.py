@@ -1,0 +1,197 @@
+"""The GPUs that this process should have, those that TensorFlow can use, and why not more."""
+
+import ctypes
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import tensorflow as tf
+
+from job.cluster import Device
+from job.config import GpuMissingError, UserError
+
+DRIVER_LIBRARY = "libcuda.so.1"
+"""Comes with the driver of the host; a container has it if it was given a GPU."""
+
+# What TensorFlow 2.21, built for CUDA 12.5 and cuDNN 9, opens at start-up.
+CUDA_LIBRARIES = (
+    DRIVER_LIBRARY,
+    "libcudart.so.12",
+    "libcublas.so.12",
+    "libcublasLt.so.12",
+    "libcufft.so.11",
+    "libcusolver.so.11",
+    "libcusparse.so.12",
+    "libcudnn.so.9",
+    "libnccl.so.2",
+)
+"""File names of the shared libraries that TensorFlow needs for GPUs."""
+
+
+@dataclass(frozen=True)
+class ExpectedGpus:
+    """How many GPUs this process should have, by which part of its environment."""
+
+    count: int
+    source: str
+
+
+def expected_gpus(environ: Mapping[str, str], dev: Path = Path("/dev")) -> ExpectedGpus:
+    """Find out how many GPUs the machine or scheduler gives to this process.
+
+    ``CUDA_VISIBLE_DEVICES`` speaks for the process and so comes first, then Slurm's count for the
+    node, then the device nodes. ``NVIDIA_VISIBLE_DEVICES`` is no sign: CUDA images set it to
+    "all" even without a GPU.
+
+    Args:
+        environ: Environment variables.
+        dev: The folder of device nodes.
+
+    Raises:
+        UserError: If Slurm's variable is not a number.
+    """
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        # CUDA ignores everything from the first invalid entry on.
+        entries = [entry.strip() for entry in visible.split(",")]
+        valid = 0
+        while valid < len(entries) and re.fullmatch(r"\d+|GPU-.+|MIG-.+", entries[valid]):
+            valid += 1
+        if valid:
+            return ExpectedGpus(valid, f"CUDA_VISIBLE_DEVICES={visible}")
+    slurm = environ.get("SLURM_GPUS_ON_NODE")
+    if slurm:
+        if not slurm.isdecimal():
+            raise UserError(
+                f"SLURM_GPUS_ON_NODE received {slurm!r}, expected a number; unset or correct it"
+            )
+        if int(slurm):
+            return ExpectedGpus(int(slurm), f"SLURM_GPUS_ON_NODE={slurm}")
+    if visible is not None:
+        return ExpectedGpus(0, f"CUDA_VISIBLE_DEVICES={visible!r} hides all GPUs")
+    nodes = [node.name for node in dev.glob("nvidia*") if re.fullmatch(r"nvidia\d+", node.name)]
+    return ExpectedGpus(len(nodes), f"{len(nodes)} device nodes {dev}/nvidia*")
+
+
+def check_expected_gpus(expected: ExpectedGpus, visible: int, required: int) -> None:
+    """Refuse to train without the GPUs that are expected or required.
+
+    Args:
+        expected: What the environment gives.
+        visible: GPUs that TensorFlow sees.
+        required: What ``--require-gpus`` asks for.
+
+    Raises:
+        GpuMissingError: If fewer are visible.
+    """
+    if visible < required:
+        raise GpuMissingError(
+            f"--require-gpus expected {required} GPU(s), TensorFlow sees {visible}{_why()}; give "
+            f"the job its GPUs, or lower --require-gpus, which an image sets by JOB_REQUIRE_GPUS "
+            f"(0 permits the CPU)"
+        )
+    if visible < expected.count:
+        raise GpuMissingError(
+            f"{expected.source} promises {expected.count} GPUs, TensorFlow sees {visible}{_why()}; "
+            f"run '{sys.executable} -m job doctor' there, or ask for --devices cpu:1 to train "
+            f"without a GPU"
+        )
+
+
+def _why() -> str:
+    missing = [library.name for library in cuda_libraries() if library.path is None]
+    if DRIVER_LIBRARY in missing:
+        # Without the driver the others tell nothing.
+        return (
+            f" (cannot find {DRIVER_LIBRARY}: this machine has no NVIDIA driver, or the container "
+            f"was started without --gpus or an nvidia.com/gpu limit)"
+        )
+    return f" (cannot find {', '.join(missing)})" if missing else ""
+
+
+@dataclass(frozen=True)
+class CudaPart:
+    """A file of CUDA that TensorFlow needs before it can use a GPU.
+
+    Attributes:
+        name: Its file name.
+        path: Where it is: a path, or the name of a library that the system's loader finds; None
+            where it is not found or cannot be loaded.
+    """
+
+    name: str
+    path: str | None
+
+
+def cuda_libraries() -> list[CudaPart]:
+    """Look for the libraries that this build of TensorFlow needs for GPUs.
+
+    They come from the driver and the system, or from the ``nvidia-*`` wheels, which TensorFlow
+    finds beside itself without the system's loader knowing them.
+    """
+    site_packages = Path(tf.__file__).parent.parent
+    found = []
+    for name in CUDA_LIBRARIES:
+        wheels = sorted(site_packages.glob(f"nvidia/*/lib/{name}"))
+        path: str | None = str(wheels[0]) if wheels else name
+        try:
+            ctypes.CDLL(str(path))
+        except OSError:
+            path = None
+        found.append(CudaPart(name, path))
+    return found
+
+
+def xla_tools() -> list[CudaPart]:
+    """Look for what XLA compiles with: the assembler ptxas and the bitcode library libdevice.
+
+    As XLA does: in the folder of ``--xla_gpu_cuda_data_dir``, then in /usr/local/cuda and in the
+    wheel beside TensorFlow, and for ptxas on the PATH before these two.
+    """
+    flag = re.search(r"--xla_gpu_cuda_data_dir=(\S+)", os.environ.get("XLA_FLAGS", ""))
+    chosen = [Path(flag[1])] if flag else []
+    usual = [Path("/usr/local/cuda"), Path(tf.__file__).parent.parent / "nvidia" / "cuda_nvcc"]
+    folders = [str(root / "bin") for root in chosen]
+    folders += [os.environ.get("PATH", ""), *(str(root / "bin") for root in usual)]
+    search_path = os.pathsep.join(folders)
+    bitcode = [root / "nvvm" / "libdevice" / "libdevice.10.bc" for root in (*chosen, *usual)]
+    return [
+        CudaPart("ptxas", shutil.which("ptxas", path=search_path)),
+        CudaPart("libdevice.10.bc", next((str(path) for path in bitcode if path.exists()), None)),
+    ]
+
+
+def visible_gpus() -> list[tf.config.PhysicalDevice]:
+    """The GPUs that TensorFlow can use."""
+    return list(tf.config.list_physical_devices("GPU"))
+
+
+def describe_gpu(gpu: tf.config.PhysicalDevice) -> Device:
+    """A GPU's name, model, memory and compute capability."""
+    details = tf.config.experimental.get_device_details(gpu)
+    name = gpu.name.removeprefix("/physical_device:")
+    return Device(
+        name,
+        details.get("device_name", "unknown"),
+        _gpu_memory_gib(int(name.rpartition(":")[2])),
+        tuple(details.get("compute_capability", ())),
+    )
+
+
+def _gpu_memory_gib(ordinal: int) -> float | None:
+    """A visible GPU's whole memory as the driver tells it; None where it does not."""
+    device, size = ctypes.c_int(), ctypes.c_size_t()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    failed = (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), ordinal)
+        or driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+    )
+    return None if failed else round(size.value / 2**30, 1)

@@ -1,0 +1,340 @@
+"""What the scheduler's environment says about a run: its workers and its identity.
+
+The only module that reads these variables. Standard library only: pure functions over a mapping.
+"""
+
+import hashlib
+import ipaddress
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from job.config import UserError
+
+_HOSTS = 65536  # as many as Slurm knows in one list
+_NODE_NUMBER = re.compile(r"[0-9]{1,18}")
+_NODES = r"(?:[^\s,\[\]]|\[[0-9][0-9,-]*\])+"
+_NODELIST = re.compile(rf"{_NODES}(?:,{_NODES})*")
+
+
+def expand_nodelist(text: str) -> list[str]:
+    """List the nodes that Slurm's short form names, such as ``n[1-3,07-09],login``.
+
+    Args:
+        text: What ``SLURM_STEP_NODELIST`` holds. The order is kept, as ranks follow it, and so are
+            leading zeros.
+
+    Raises:
+        ValueError: If the text is no such list.
+    """
+    if not _NODELIST.fullmatch(text):
+        raise ValueError(f"received {text!r}, expected nodes such as n1,n[2-4,07-09]")
+    hosts: list[str] = []
+    for nodes in re.findall(_NODES, text):
+        # Text outside brackets, and inside of them at the odd places.
+        parts = re.split(r"\[([^]]*)\]", nodes)
+        choices = [_expand_ranges(p) if i % 2 else [p] for i, p in enumerate(parts)]
+        room = _HOSTS - len(hosts)
+        found = ["".join(p) for p in itertools.islice(itertools.product(*choices), room + 1)]
+        if len(found) > room:
+            raise ValueError(f"received {text!r}, expected {_HOSTS} nodes at most")
+        hosts += found
+    return hosts
+
+
+def _expand_ranges(text: str) -> list[str]:
+    """List the numbers of ``1-3,07-09``, with their zeros."""
+    numbers: list[str] = []
+    for part in text.split(","):
+        bounds = part.split("-")
+        if len(bounds) > 2 or not all(_NODE_NUMBER.fullmatch(bound) for bound in bounds):
+            raise ValueError(f"received {part!r} in [{text}], expected a number or a range")
+        first, last = int(bounds[0]), int(bounds[-1])
+        if not first <= last < first + _HOSTS:
+            raise ValueError(
+                f"received the range {part} in [{text}], expected the lower end first and {_HOSTS} "
+                f"nodes at most"
+            )
+        numbers += [str(number).zfill(len(bounds[0])) for number in range(first, last + 1)]
+    return numbers
+
+
+TASKS_PER_NODE = 16
+"""Processes of a run on one node at most; so many ports are kept for each job."""
+
+_FIRST_PORT = 12000
+_PORT_BLOCKS = 1250  # up to 31999, below the ports that Linux gives to outgoing connections
+
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_ADDRESS = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*|\[([0-9A-Fa-f:.]+)\]):([0-9]{1,5})")
+_TASKS = re.compile(r"([1-9][0-9]{0,5})(?:\(x([1-9][0-9]{0,5})\))?")
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """The workers of a run, and which of them this process is.
+
+    Attributes:
+        workers: Addresses "host:port" in the order of the ranks; one where it trains alone.
+        index: This process's rank, from 0.
+    """
+
+    workers: tuple[str, ...]
+    index: int
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.index == 0
+
+    @property
+    def count(self) -> int:
+        """Workers of the run."""
+        return len(self.workers)
+
+    def name(self, rank: int) -> str:
+        """What messages call a worker."""
+        return f"worker {rank} ({self.workers[rank]})"
+
+
+ALONE = ClusterSpec(("localhost:0",), 0)
+"""Of a process that trains without others."""
+
+
+def cluster_spec(environ: Mapping[str, str]) -> ClusterSpec:
+    """Find out which workers the run has, from the first of these that tells.
+
+    Args:
+        environ: Environment variables. ``TF_CONFIG`` is TensorFlow's own description of a cluster.
+            srun sets ``SLURM_STEP_NUM_TASKS`` and the like for each task of a step. A Kubernetes
+            manifest passes ``KUBERNETES_JOB_COMPLETIONS``, ``…_NAME``, ``…_SERVICE`` and ``…_UID``,
+            and Kubernetes adds ``JOB_COMPLETION_INDEX``; an Indexed Job without the first of them
+            has Pods that train alone.
+
+    Raises:
+        UserError: If a variable is missing or malformed, or contradicts another.
+    """
+    if environ.get("TF_CONFIG", "").strip():
+        return _from_tf_config(environ["TF_CONFIG"])
+    if environ.get("SLURM_STEP_NUM_TASKS"):
+        return _from_slurm_step(environ)
+    if environ.get("KUBERNETES_JOB_COMPLETIONS"):
+        return _from_indexed_job(environ)
+    return ALONE
+
+
+def _from_tf_config(text: str) -> ClusterSpec:
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"TF_CONFIG is no JSON ({error}), expected "
+            '{"cluster": {"worker": ["host:port", …]}, "task": {"type": "worker", "index": 0}}; '
+            "mend it, or unset TF_CONFIG to train without it"
+        ) from error
+    parts = config if isinstance(config, dict) else {}
+    cluster, task = parts.get("cluster"), parts.get("task")
+    if not isinstance(cluster, dict):
+        raise _refused("cluster", cluster, 'an object such as {"worker": ["host:port", …]}')
+    if not isinstance(task, dict):
+        raise _refused("task", task, 'an object such as {"type": "worker", "index": 0}')
+    chief, others = _chief_and_workers(cluster)
+    kind, index = task.get("type"), str(task.get("index"))
+    if kind not in ("chief", "worker"):
+        raise _refused("task.type", kind, '"worker" or "chief": this job has no others')
+    count = len(chief if kind == "chief" else others)
+    if not _NUMBER.fullmatch(index) or int(index) >= count:
+        expected = f"a number from 0, less than the {count} addresses of cluster.{kind}"
+        raise _refused("task.index", task.get("index"), expected)
+    rank = int(index) if kind == "chief" else len(chief) + int(index)
+    return ClusterSpec((*chief, *others), rank)
+
+
+def _chief_and_workers(cluster: dict[str, Any]) -> tuple[list[str], list[str]]:
+    for kind, addresses in cluster.items():
+        if not isinstance(addresses, list):
+            raise _refused(f"cluster.{kind}", addresses, 'a list such as ["host:port", …]')
+        if addresses and kind not in ("chief", "worker"):
+            raise _refused(f"cluster.{kind}", addresses, "none: this job has workers and a chief")
+    chief, others = cluster.get("chief", []), cluster.get("worker", [])
+    if len(chief) > 1:
+        raise _refused("cluster.chief", chief, "one address")
+    if not chief and not others:
+        raise _refused("cluster", cluster, '"worker" with an address "host:port" for each')
+    known: set[str] = set()
+    for kind, addresses in (("chief", chief), ("worker", others)):
+        for rank, address in enumerate(addresses):
+            part = f"cluster.{kind}[{rank}]"
+            if not _is_address(address):
+                raise _refused(part, address, '"host:port" with a port from 1 to 65535')
+            if address in known:
+                raise _refused(part, address, "an address of its own; another worker has this one")
+            known.add(address)
+    return chief, others
+
+
+def _refused(part: str, received: Any, expected: str) -> UserError:
+    text = json.dumps(received, ensure_ascii=False)
+    return UserError(
+        f"TF_CONFIG: {part} is {text}, expected {expected}; mend it, or unset TF_CONFIG to train "
+        f"without it"
+    )
+
+
+def _is_address(address: Any) -> bool:
+    match = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
+    if match is None or not 1 <= int(match[3]) <= 65535:
+        return False
+    if match[2] is None:
+        return True
+    try:
+        ipaddress.IPv6Address(match[2])
+    except ValueError:
+        return False
+    return True
+
+
+def _from_slurm_step(environ: Mapping[str, str]) -> ClusterSpec:
+    advice = "start it by srun, and hand Slurm's variables on to a container"
+    total = _number(environ, "SLURM_STEP_NUM_TASKS", advice)
+    if total <= 1:
+        return ALONE
+    rank, node, place, job = (
+        _number(environ, name, advice)
+        for name in ("SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID", "SLURM_JOB_ID")
+    )
+    nodelist = _text(environ, "SLURM_STEP_NODELIST", advice)
+    layout = _text(environ, "SLURM_STEP_TASKS_PER_NODE", advice)
+    try:
+        hosts = expand_nodelist(nodelist)
+    except ValueError as error:
+        raise UserError(f"SLURM_STEP_NODELIST: {error}; {advice}") from error
+    tasks = _expand_tasks(layout, advice)
+    if len(hosts) != len(tasks) or len(set(hosts)) != len(hosts):
+        raise UserError(
+            f"SLURM_STEP_NODELIST {nodelist} has {len(set(hosts))} different nodes, expected "
+            f"{len(tasks)} of them, as SLURM_STEP_TASKS_PER_NODE is {layout}; {advice}"
+        )
+    if sum(tasks) != total:
+        raise UserError(
+            f"SLURM_STEP_TASKS_PER_NODE {layout} makes {sum(tasks)} tasks, expected {total}, as "
+            f"SLURM_STEP_NUM_TASKS says; {advice}"
+        )
+    # The block distribution: the tasks of a node have neighbouring ranks.
+    places = [(n, local) for n, count in enumerate(tasks) for local in range(count)]
+    if rank >= total or places[rank] != (node, place):
+        expected = "SLURM_NODEID {} and SLURM_LOCALID {}".format(*places[min(rank, total - 1)])
+        raise UserError(
+            f"SLURM_PROCID {rank}, SLURM_NODEID {node} and SLURM_LOCALID {place} contradict "
+            f"SLURM_STEP_TASKS_PER_NODE {layout}, expected ranks below {total} and for this one "
+            f"{expected}; say srun --distribution=block"
+        )
+    return ClusterSpec(tuple(f"{hosts[n]}:{_port(job, local)}" for n, local in places), rank)
+
+
+def _expand_tasks(text: str, advice: str) -> list[int]:
+    """List the tasks of each node that ``2(x3),1`` stands for."""
+    tasks: list[int] = []
+    for part in text.split(","):
+        match = _TASKS.fullmatch(part)
+        if match is None:
+            raise UserError(
+                f"SLURM_STEP_TASKS_PER_NODE received {text!r}, expected tasks such as 2(x3),1; "
+                f"{advice}"
+            )
+        tasks += [int(match[1])] * int(match[2] or 1)
+    if max(tasks) > TASKS_PER_NODE:
+        raise UserError(
+            f"SLURM_STEP_TASKS_PER_NODE is {text}, expected {TASKS_PER_NODE} tasks a node at most; "
+            f"say srun --ntasks-per-node=1, as one task takes all GPUs of its node"
+        )
+    return tasks
+
+
+def _from_indexed_job(environ: Mapping[str, str]) -> ClusterSpec:
+    advice = "set it in the Pod template, as k8s/multi-node.yaml does"
+    count = _number(environ, "KUBERNETES_JOB_COMPLETIONS", advice, least=1)
+    if count == 1:
+        return ALONE
+    index = _number(environ, "JOB_COMPLETION_INDEX", "give the Job completionMode: Indexed")
+    job, service, uid = (
+        _text(environ, f"KUBERNETES_JOB_{name}", advice) for name in ("NAME", "SERVICE", "UID")
+    )
+    if index >= count:
+        raise UserError(
+            f"JOB_COMPLETION_INDEX is {index}, expected less than KUBERNETES_JOB_COMPLETIONS "
+            f"{count}; give the Job as many completions as that variable says"
+        )
+    # Another Job of that name has other ports, so that its last Pods meet none of these.
+    port = _port(int.from_bytes(hashlib.sha256(uid.encode()).digest()), 0)
+    return ClusterSpec(tuple(f"{job}-{rank}.{service}:{port}" for rank in range(count)), index)
+
+
+def _port(key: int, place: int) -> int:
+    """The port of a node's process, among those that the key of a job keeps for it."""
+    return _FIRST_PORT + TASKS_PER_NODE * (key % _PORT_BLOCKS) + place
+
+
+def _text(environ: Mapping[str, str], name: str, advice: str) -> str:
+    value = environ.get(name, "")
+    if not value:
+        raise UserError(f"{name} is not set, expected it beside the other variables; {advice}")
+    return value
+
+
+def _number(environ: Mapping[str, str], name: str, advice: str, least: int = 0) -> int:
+    value = _text(environ, name, advice)
+    if not _NUMBER.fullmatch(value) or int(value) < least:
+        raise UserError(f"{name} is {value!r}, expected a whole number from {least}; {advice}")
+    return int(value)
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Which run an attempt belongs to.
+
+    Attributes:
+        name: The same for all attempts of a run and for no other; None where nothing tells.
+        attempt: Number of the attempt, higher for later ones, as far as the scheduler counts them.
+    """
+
+    name: str | None
+    attempt: int = 0
+
+    def replaces(self, name: str | None, attempt: int) -> bool:
+        """Whether this is the same run as another and no earlier attempt of it."""
+        return self.name is not None and self.name == name and self.attempt >= attempt
+
+
+NO_RUN = RunIdentity(None)
+"""Of a process that no other one replaces, and that replaces no other."""
+
+
+def run_identity(environ: Mapping[str, str], run_id: str | None) -> RunIdentity:
+    """Find out which run this process is an attempt of.
+
+    Args:
+        environ: Environment variables. Slurm sets ``SLURM_JOB_ID``, ``SLURM_RESTART_COUNT`` and in
+            arrays ``SLURM_ARRAY_JOB_ID`` and ``SLURM_ARRAY_TASK_ID``; a Kubernetes manifest passes
+            the Job's UID as ``KUBERNETES_JOB_UID``, and Kubernetes adds ``JOB_COMPLETION_INDEX`` in
+            Indexed Jobs. Where ``KUBERNETES_JOB_COMPLETIONS`` tells that the Pods of one are the
+            workers of one run, the index names none.
+        run_id: The user's ``--run-id``, which comes first.
+    """
+    if run_id:
+        return RunIdentity(f"run {run_id}")
+    slurm_job = environ.get("SLURM_JOB_ID")
+    if slurm_job:
+        restarts = environ.get("SLURM_RESTART_COUNT", "")
+        task = environ.get("SLURM_ARRAY_TASK_ID")
+        job = f"{environ.get('SLURM_ARRAY_JOB_ID', slurm_job)}_{task}" if task else slurm_job
+        return RunIdentity(f"slurm job {job}", int(restarts) if restarts.isdecimal() else 0)
+    kubernetes_job = environ.get("KUBERNETES_JOB_UID")
+    if kubernetes_job:
+        one_run = environ.get("KUBERNETES_JOB_COMPLETIONS")
+        index = None if one_run else environ.get("JOB_COMPLETION_INDEX")
+        return RunIdentity(f"kubernetes job {kubernetes_job}" + (f"/{index}" if index else ""))
+    return NO_RUN

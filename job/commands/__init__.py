@@ -1,0 +1,1 @@
+"""What a person types. No other package imports it."""

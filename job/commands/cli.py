@@ -1,0 +1,367 @@
+"""The command line: each command parses its options, builds one configuration and makes one call.
+
+TensorFlow is imported inside the commands that need it, so that ``--help`` answers at once.
+"""
+
+import contextlib
+import faulthandler
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import click
+
+from job import __version__, log
+from job.commands.options import (
+    MODEL_FILE,
+    PNG_FILE,
+    config_options,
+    log_format_option,
+    option,
+    output_dir_argument,
+    require_writable_folder,
+    warn_of_misspelt_variables,
+)
+from job.commands.terminal import DownloadBar, EpochBar, printable
+from job.config import ExitCode, JobError, TrainConfig
+from job.run.stop import StopRequest
+
+
+@click.group(context_settings={"max_content_width": 100})
+@click.version_option(__version__, prog_name="cifar10-job")
+def cli() -> None:
+    """Train CIFAR-10 data-parallel on every visible GPU, as a batch job.
+
+    Every option is also an environment variable. Exit codes: 0 done, 1 a defect, 2 you must change
+    something, 3 a GPU is missing, 75 stopped: the same command goes on.
+    """
+
+
+@cli.command()
+@config_options()
+@option(
+    "--expect-mount",
+    is_flag=True,
+    help="Warn if the output folder is no mounted volume and so is lost with its container.",
+)
+@log_format_option
+@option("--dry-run", is_flag=True, help="Print what would be done, and write nothing.")
+@click.pass_obj
+def train(
+    stop: StopRequest,
+    /,
+    log_format: log.LogFormat,
+    expect_mount: bool,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Train, and leave model, evaluation, prediction picture and report in the output folder.
+
+    A run that was stopped or killed goes on where its last checkpoint was; a finished one is done.
+    """
+    log.configure(log_format)
+    warn_of_misspelt_variables(train, os.environ)
+    config = TrainConfig(**options)
+    from job.cluster.scheduler import cluster_spec
+    from job.run.folder import warn_unless_mounted
+
+    spec = cluster_spec(os.environ)
+    if expect_mount and spec.is_chief:
+        warn_unless_mounted(config.output_dir)
+    if dry_run:
+        load_tensorflow()
+        from job.commands.dry_run import print_dry_run
+
+        print_dry_run(config, stop)
+        return
+    with _bars(enabled=spec.is_chief, stop=stop) as (download_bar, epoch_bar):
+        if spec.count > 1:
+            log.configure(log_format, worker=spec.index)
+            load_tensorflow()
+            from job.data import load_dataset
+            from job.training.train import train_as_worker
+
+            load = partial(load_dataset, bar=download_bar)
+            train_as_worker(config, spec, stop, load, [epoch_bar])
+        else:
+            _train_alone(config, stop, download_bar, epoch_bar)
+
+
+@contextlib.contextmanager
+def _bars(*, enabled: bool, stop: StopRequest) -> Iterator[tuple[DownloadBar, EpochBar]]:
+    """Progress bars, which disappear whatever ends the process."""
+    enabled = enabled and not log.is_json()
+    with (
+        DownloadBar(enabled=enabled) as download_bar,
+        EpochBar(enabled=enabled) as epoch_bar,
+        stop.on_exit(epoch_bar.erase),
+    ):
+        yield download_bar, epoch_bar
+
+
+def _train_alone(
+    config: TrainConfig, stop: StopRequest, download_bar: DownloadBar, epoch_bar: EpochBar
+) -> None:
+    from job.run.attempt import open_attempt
+
+    with open_attempt(config, stop) as attempt:
+        if attempt.is_finished:
+            if config.metrics_textfile:
+                from job.training.prometheus import write_finished
+
+                write_finished(config, attempt)
+            return
+        load_tensorflow()
+        from job.cluster.devices import open_devices
+        from job.data import load_dataset
+        from job.training.train import make_watchdog, run_attempt
+
+        load = partial(load_dataset, bar=download_bar)
+        watchdog = make_watchdog(config, stop)
+        run_attempt(config, attempt, open_devices, load, watchdog, [epoch_bar])
+
+
+@cli.command()
+@config_options(
+    *("output_dir", "data_dir", "dataset", "cifar10_url", "seed", "recipe"),
+    *("devices", "require_gpus", "stall_timeout"),
+    recipe="The recipe that the model was trained with.",
+)
+@log_format_option
+@click.pass_obj
+def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) -> None:
+    """Evaluate the model of an output folder again, and draw its pictures and report again."""
+    log.configure(log_format)
+    warn_of_misspelt_variables(evaluate, os.environ)
+    config = TrainConfig(**options)
+    from job.run.attempt import hold_output_dir
+    from job.run.folder import MODEL, require_model
+
+    require_model(config.output_dir / MODEL)
+    bars = _bars(enabled=True, stop=stop)
+    with hold_output_dir(config.output_dir, stop) as output, bars as (download_bar, _):
+        load_tensorflow()
+        from job.cluster.devices import open_devices
+        from job.data import load_dataset
+        from job.report.page import try_to_write_report
+        from job.training.saved_model import evaluate_output_dir
+        from job.training.train import make_watchdog
+
+        devices, load = open_devices(config), partial(load_dataset, bar=download_bar)
+        evaluate_output_dir(config, output, devices, load, make_watchdog(config, stop))
+        try_to_write_report(output)
+
+
+@cli.command()
+@output_dir_argument
+@log_format_option
+@click.pass_obj
+def report(stop: StopRequest, /, log_format: log.LogFormat, output_dir: Path) -> None:
+    """Draw the report of the run in OUTPUT_DIR again: report.html and the pictures in report/.
+
+    It takes what the folder holds, also of a run that is not finished. OUTPUT_DIR is also the
+    environment variable JOB_OUTPUT_DIR, by default output.
+    """
+    log.configure(log_format)
+    from job.report.page import write_report
+    from job.run.attempt import hold_output_dir
+    from job.run.record import RunRecord
+
+    RunRecord.load(output_dir)  # before a folder is made where there is none
+    with hold_output_dir(output_dir, stop) as output:
+        write_report(output)
+
+
+@cli.command()
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@config_options(
+    *("output_dir", "devices", "require_gpus"),
+    output_dir="Folder of the training whose model predicts; nothing is written there.",
+)
+@option("--model", type=MODEL_FILE, help="Model file, instead of that of --output-dir.")
+@option("--top", type=click.IntRange(min=1), default=3, help="Classes to report of each image.")
+@option("--json", is_flag=True, help="Write JSON lines.")
+@option("--png", type=PNG_FILE, help="Also draw the first 100 images with their classes.")
+@click.pass_obj
+def predict(
+    stop: StopRequest,
+    /,
+    images: tuple[str, ...],
+    model: Path | None,
+    top: int,
+    json: bool,
+    png: Path | None,
+    **options: Any,
+) -> None:
+    """Predict the classes of images: files of any format and size, folders, - for standard input.
+
+    Images that cannot be read are named and counted, and the exit code is then 2.
+    """
+    log.configure("text")  # stdout is for the predictions
+    stop.advice = "run the same command again"
+    config = TrainConfig(**options)
+    from job.data.image_files import find_images, require_no_image
+    from job.run.folder import MODEL, require_model
+
+    path = model or config.output_dir / MODEL
+    require_model(path)
+    files = find_images(images)
+    if png:
+        require_writable_folder(png)
+        require_no_image(png, files)
+    load_tensorflow()
+    from job.cluster.devices import open_devices
+    from job.commands.predict import predict_images
+
+    predict_images(open_devices(config), path, files, top, as_json=json, png=png)
+
+
+@cli.command()
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True)
+@option("--json", is_flag=True, help="Write one JSON object instead of tables.")
+@option("--png", type=PNG_FILE, help="Also draw the runs' curves and accuracies.")
+def compare(folders: tuple[str, ...], json: bool, png: Path | None) -> None:
+    """Compare runs by their output folders, or folders of such: means, deviations, the best.
+
+    Runs that are not finished are told and left out of the means.
+    """
+    log.configure("text")  # stdout is for the comparison
+    if png:
+        require_writable_folder(png)
+    from job.commands.compare import print_comparison
+
+    print_comparison(folders, as_json=json, png=png)
+
+
+@cli.command()
+@config_options("output_dir", "data_dir", "require_gpus")
+@log_format_option
+def doctor(log_format: log.LogFormat, output_dir: Path, data_dir: Path, require_gpus: int) -> None:
+    """Examine this machine: versions, GPUs, a test computation, folders."""
+    log.configure(log_format)
+    startup_lines = load_tensorflow(verbose=True)
+    from job.commands.doctor import print_examination
+
+    folders = [("--output-dir", output_dir), ("--data-dir", data_dir)]
+    sys.exit(print_examination(folders, require_gpus, startup_lines))
+
+
+def main(stop: StopRequest) -> NoReturn:
+    """Run the command line and end the process with one of the job's exit codes.
+
+    Args:
+        stop: Is asked by signals.
+    """
+    # While TensorFlow is imported, descriptor 2 leads elsewhere.
+    stderr = _duplicate_stderr()
+
+    def say_why(exit_code: ExitCode, reason: str) -> None:
+        stopped = exit_code == ExitCode.RUN_AGAIN
+        advice = stop.advice if stopped else "start it again, and report it if it returns"
+        _report(f"{reason}; {advice}", exit_code, stderr)
+
+    with stop.on_exit(say_why):
+        # Until the command says otherwise: its options may be what is wrong.
+        log.configure(log.wanted_format(os.environ.get("JOB_LOG_FORMAT")))
+        try:
+            cli.main(prog_name="cifar10-job", standalone_mode=False, obj=stop)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(ExitCode.USER_ERROR)
+        except click.NoSuchOption as error:
+            of_a_command = error.ctx is not None and error.ctx.command is not cli
+            advice = "" if of_a_command else " Options come after a command: train --epochs 3."
+            _fail(error.format_message() + advice, ExitCode.USER_ERROR, stderr)
+        except click.ClickException as error:
+            _fail(error.format_message(), ExitCode.USER_ERROR, stderr)
+        except JobError as error:
+            _fail(str(error), error.exit_code, stderr)
+        except Exception:
+            trace = traceback.format_exc()
+            with contextlib.suppress(OSError):
+                print(trace, end="", file=stderr, flush=True)
+            problem = "this is a defect of the job: please report the trace above"
+            _fail(problem, ExitCode.DEFECT, stderr)
+    sys.exit(ExitCode.DONE)
+
+
+def _duplicate_stderr() -> TextIO | None:
+    try:
+        return os.fdopen(os.dup(2), "w")
+    except OSError:
+        return None  # it is closed
+
+
+def _fail(message: str, exit_code: ExitCode, stderr: TextIO | None) -> NoReturn:
+    """Report the end of the run in one line and end the process."""
+    _report(message, exit_code, stderr)
+    sys.exit(exit_code)
+
+
+def _report(message: str, exit_code: ExitCode, stderr: TextIO | None) -> None:
+    line = printable(" ".join(message.split()))
+    stopped = exit_code == ExitCode.RUN_AGAIN
+    # The exit code counts, even if whoever read the message has gone.
+    with contextlib.suppress(OSError):
+        text = f"cifar10-job: {'stopped' if stopped else 'error'}: {line}"
+        print(text, file=stderr, flush=True)
+    if log.is_json():
+        name, level = ("stopped", logging.WARNING) if stopped else ("error", logging.ERROR)
+        log.event(name, level, message=line, exit_code=int(exit_code))
+
+
+def load_tensorflow(*, verbose: bool = False) -> list[str]:
+    """Import TensorFlow and look for GPUs, holding back what the native code prints.
+
+    Must run before anything else imports TensorFlow.
+
+    Args:
+        verbose: Whether to ask for all of its messages; otherwise only errors are news. A level
+            that the user sets in TF_CPP_MIN_LOG_LEVEL stays.
+
+    Returns:
+        The lines that went to stderr meanwhile. Where a GPU is not found they say why.
+    """
+    # Native code reads the level once, when it is loaded.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "2")
+    lines: list[str] = []
+    with _captured_stderr(lines):
+        import tensorflow as tf
+
+        tf.config.list_physical_devices()
+        tf.get_logger().setLevel("ERROR")
+        # Keras reports through absl; its advice against HDF5 is not for this job's user.
+        import absl.logging
+
+        absl.logging.set_verbosity(absl.logging.ERROR)
+    return lines
+
+
+@contextlib.contextmanager
+def _captured_stderr(lines: list[str]) -> Iterator[None]:
+    """Collect what is written to file descriptor 2; native code does not use `sys.stderr`."""
+    sys.stderr.flush()
+    original = os.dup(2)
+    # A crash in here must still be seen: its trace goes to the real stderr.
+    faulthandler.enable(original)
+    # In memory: a container may have no temporary folder that it can write.
+    with os.fdopen(os.memfd_create("stderr"), "w+b") as sink:
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            sink.seek(0)
+            os.write(original, sink.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(original, 2)
+            faulthandler.enable(2)
+            os.close(original)
+            sink.seek(0)
+            lines.extend(sink.read().decode(errors="replace").splitlines())

@@ -1,0 +1,521 @@
+"""Several runs side by side: statistics over those of like settings, as tables and a picture."""
+
+import json
+import os
+import statistics
+import string
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from job.commands.terminal import plural, printable, say, write_lines, write_table
+from job.config import TrainConfig, UserError, Value, describe_config, run_options
+from job.report.pictures import PALETTE, SCREEN_DPI, lay_out_epochs, save_png
+from job.run.folder import EVALUATION, METRICS, RUN, OutputDir
+from job.run.record import Manifest, RunRecord
+
+SETTINGS = (
+    *(name for name in run_options(TrainConfig()) if name != "seed"),
+    *("epochs", "precision", "replicas", "data", "recipe_fingerprint"),
+)
+"""What decides a run's result, but for its seed: the options that all of its attempts have in
+common, how far it goes, what it computes in, on how many replicas (each normalizes its own rows of
+a batch), and the first digits of the fingerprints of its data and of what its recipe computes."""
+
+_LAST = 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the folder of a run tells.
+
+    Attributes:
+        folder: Its path.
+        seed: The run's seed.
+        settings: The values of `SETTINGS`.
+        curve: Validation accuracy after each epoch so far, 0 to 1.
+        accuracy: Of the saved model on the test set, 0 to 1; None before the end.
+        loss: Of the saved model; None before the end.
+        elapsed_seconds: Time in training and validation.
+        outcome: As in ``run.json``.
+        problem: Why it cannot be compared; None where it can.
+    """
+
+    folder: str
+    seed: int
+    settings: dict[str, Value]
+    curve: tuple[float, ...]
+    accuracy: float | None
+    loss: float | None
+    elapsed_seconds: float
+    outcome: str
+    problem: str | None
+
+    @property
+    def last(self) -> float | None:
+        """Validation accuracy after the last epoch."""
+        return self.curve[-1] if self.curve else None
+
+    @property
+    def last_mean(self) -> float | None:
+        """Mean validation accuracy of the last five epochs, or of as many as there are."""
+        return statistics.fmean(self.curve[-_LAST:]) if self.curve else None
+
+
+def run_folders(folders: Iterable[str]) -> list[str]:
+    """Find the folders of runs, each once.
+
+    Args:
+        folders: Output folders, and folders that have such in them, as a sweep leaves them. One may
+            be both, where a sweep has followed a single run.
+
+    Returns:
+        The output folders; one that holds no run, nor has any in it, as it was given.
+    """
+    found: dict[str, str] = {}
+    for folder in folders:
+        itself = [folder] if _holds_run(folder) else []
+        for path in [*itself, *_runs_in(folder)] or [folder]:
+            found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
+
+
+def _runs_in(folder: str) -> list[str]:
+    try:
+        names = sorted(os.listdir(folder))  # noqa: PTH208 (a `Path` drops a leading ./)
+    except OSError:
+        return []  # reading it as a run says why
+    return [path for name in names if _holds_run(path := str(Path(folder, name)))]
+
+
+def _holds_run(folder: str) -> bool:
+    return os.path.exists(Path(folder, RUN))  # noqa: PTH110 (no error for a name that cannot be)
+
+
+def read_run(folder: str) -> Run:
+    """Read what a run's folder tells.
+
+    Raises:
+        UserError: If that is too little to say which run it is, or damaged.
+    """
+    if not _holds_run(folder):
+        there = os.path.isdir(folder)  # noqa: PTH112 (no error for a name that cannot be)
+        raise UserError(
+            f"it holds no {RUN}, nor does a folder in it" if there else "there is no such folder"
+        )
+    record = RunRecord.load(Path(folder), with_predictions=False)
+    manifest, evaluation, problem = record.manifest, record.evaluation, _problem(record)
+    if manifest is None:
+        raise UserError(f"its {RUN} is gone")
+    finished = evaluation if problem is None else None
+    return Run(
+        folder=folder,
+        seed=manifest.config.seed,
+        settings=_settings(manifest),
+        curve=tuple(line.val_accuracy for line in record.epochs),
+        accuracy=finished.accuracy if finished else None,
+        loss=finished.loss if finished else None,
+        elapsed_seconds=manifest.elapsed_seconds,
+        outcome=manifest.outcome,
+        problem=problem,
+    )
+
+
+def _settings(manifest: Manifest) -> dict[str, Value]:
+    # Synthetic images are drawn from the seed, which tells runs apart already.
+    synthetic = manifest.config.dataset == "synthetic"
+    fingerprint = manifest.data.fingerprint if manifest.data and not synthetic else None
+    known = {
+        **describe_config(manifest.config),
+        "precision": manifest.precision,
+        "replicas": manifest.replicas,
+        "data": fingerprint and fingerprint[:8],
+        # Earlier versions have none.
+        "recipe_fingerprint": (manifest.recipe_fingerprint or "")[:8] or None,
+    }
+    return {name: known[name] for name in SETTINGS}
+
+
+def _problem(record: RunRecord) -> str | None:
+    """Why a run cannot be compared."""
+    if record.manifest is None:
+        return f"it holds no {RUN}"
+    epochs, expected = len(record.epochs), record.manifest.config.epochs
+    if not record.is_done:
+        return f"{record.manifest.outcome} after {epochs} of {expected} epochs"
+    if epochs != expected:
+        return f"its {METRICS} has {epochs} lines, expected {expected}"
+    return None if record.evaluation else f"it holds no {EVALUATION}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Statistics of one figure over runs.
+
+    Attributes:
+        mean: Arithmetic mean.
+        deviation: Sample standard deviation, with n - 1; None for one run.
+    """
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Summary":
+        """Summarize at least one value."""
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), deviation)
+
+    def document(self) -> dict[str, float | None]:
+        """These statistics as a JSON object."""
+        return {"mean": self.mean, "standard_deviation": self.deviation}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Finished runs that differ in nothing but their seed.
+
+    Attributes:
+        label: Names their settings as far as other runs have other ones.
+        runs: At least one.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def accuracy(self) -> Summary:
+        """Of the saved models."""
+        return Summary.of([run.accuracy for run in self.runs if run.accuracy is not None])
+
+    @property
+    def last_mean(self) -> Summary:
+        """Of the runs' mean validation accuracy in the last five epochs."""
+        return Summary.of([run.last_mean for run in self.runs if run.last_mean is not None])
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Mean time of a run."""
+        return statistics.fmean(run.elapsed_seconds for run in self.runs)
+
+    @property
+    def repeats(self) -> int:
+        """How many runs repeat the seed of another one."""
+        return len(self.runs) - len({run.seed for run in self.runs})
+
+    @property
+    def best(self) -> Run:
+        """The run whose saved model is the most accurate, the first among equals."""
+        return max(self.runs, key=lambda run: run.accuracy or 0.0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs and their groups.
+
+    Attributes:
+        runs: Every run of which it can be told which it is, by settings and seed.
+        groups: The finished ones among them, by settings.
+        varying: Names of the settings that tell them apart.
+        left_out: For each folder whose run is in no group the reason.
+    """
+
+    runs: tuple[Run, ...]
+    groups: tuple[Group, ...]
+    varying: tuple[str, ...]
+    left_out: dict[str, str]
+
+    @property
+    def common(self) -> list[str]:
+        """Names of the settings that are the same in every run."""
+        return [name for name in SETTINGS if len({run.settings[name] for run in self.runs}) == 1]
+
+    def document(self) -> dict[str, Any]:
+        """This comparison as a JSON object; the README documents it."""
+        return {
+            "runs": [_run_document(run) for run in self.runs],
+            "groups": [_group_document(group) for group in self.groups],
+            "left_out": [{"folder": name, "reason": why} for name, why in self.left_out.items()],
+        }
+
+
+def compare_runs(folders: Iterable[str]) -> Comparison:
+    """Read runs, and group those that differ in nothing but their seed.
+
+    Args:
+        folders: Output folders of runs, and folders that have such in them.
+
+    Raises:
+        UserError: If none of them holds a finished run.
+    """
+    runs: list[Run] = []
+    left_out: dict[str, str] = {}
+    for folder in run_folders(folders):
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            left_out[folder] = str(error)
+    left_out |= {run.folder: run.problem for run in runs if run.problem}
+    runs.sort(key=lambda run: (_order(run), run.seed))
+    varying = tuple(name for name in SETTINGS if _tells_apart(runs, name))
+    alike: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        if not run.problem:
+            alike.setdefault(tuple(run.settings.values()), []).append(run)
+    if not alike:
+        reasons = "; ".join(
+            f"{printable(name)}: {printable(why)}" for name, why in left_out.items()
+        )
+        raise UserError(f"received no folder of a finished run ({reasons}); name some")
+    groups = tuple(Group(_label(same[0], varying), tuple(same)) for same in alike.values())
+    return Comparison(tuple(runs), groups, varying, left_out)
+
+
+def _tells_apart(runs: Sequence[Run], name: str) -> bool:
+    """Whether runs differ in a setting.
+
+    Another learning rate, for one, is another recipe's fingerprint too: that one is worth a word
+    only where nothing else tells.
+    """
+    values: dict[tuple[Any, ...], set[Any]] = {}
+    for run in runs:
+        others = [run.settings[other] for other in SETTINGS if other != name]
+        key = tuple(others) if name == "recipe_fingerprint" else ()
+        values.setdefault(key, set()).add(run.settings[name])
+    return any(len(one) > 1 for one in values.values())
+
+
+def _order(run: Run) -> list[tuple[bool, bool, Any]]:
+    # None before numbers before texts.
+    return [(value is not None, isinstance(value, str), value) for value in run.settings.values()]
+
+
+def _label(run: Run, varying: Sequence[str]) -> str:
+    names = [name for name in varying if name != "recipe"]
+    return ", ".join([setting(run, "recipe"), *named(run, names)])
+
+
+def named(run: Run, names: Iterable[str]) -> list[str]:
+    """Settings with their names, in words."""
+    return [f"{title(name)} {value}" for name in names if (value := setting(run, name))]
+
+
+def setting(run: Run, name: str) -> str:
+    """A setting in words; empty where there is none, as synthetic images have no data."""
+    value = run.settings[name]
+    if value is None:
+        return "all" if name == "limit" else ""
+    return printable(str(value))
+
+
+def title(name: str) -> str:
+    """A setting's name in words."""
+    return name.replace("_", " ")
+
+
+def _run_document(run: Run) -> dict[str, Any]:
+    return {
+        "folder": run.folder,
+        "seed": run.seed,
+        **run.settings,
+        "epochs_done": len(run.curve),
+        "val_accuracy": run.last,
+        "val_accuracy_last_five": run.last_mean,
+        "accuracy": run.accuracy,
+        "loss": run.loss,
+        "elapsed_seconds": run.elapsed_seconds,
+        "outcome": run.outcome,
+    }
+
+
+def _group_document(group: Group) -> dict[str, Any]:
+    best = group.best
+    return {
+        **group.runs[0].settings,
+        "runs": len(group.runs),
+        "seeds": [run.seed for run in group.runs],
+        "val_accuracy_last_five": group.last_mean.document(),
+        "accuracy": group.accuracy.document(),
+        "best": {"folder": best.folder, "seed": best.seed, "accuracy": best.accuracy},
+        "elapsed_seconds": group.elapsed_seconds,
+    }
+
+
+def print_comparison(folders: Iterable[str], *, as_json: bool, png: Path | None) -> None:
+    """Compare runs: tables or JSON on stdout, the runs left out on stderr, and a picture.
+
+    Raises:
+        UserError: If none of the folders holds a finished run, or something cannot be written.
+    """
+    comparison = compare_runs(folders)
+    if as_json:
+        write_lines([json.dumps(comparison.document(), indent=2)])
+    else:
+        write_tables(comparison)
+    for folder, reason in comparison.left_out.items():
+        say(f"left out: {printable(folder)}: {printable(reason)}")
+    if png:
+        with OutputDir(png.parent).atomic_write(png.name) as temporary:
+            save_comparison(temporary, comparison.groups)
+
+
+def write_tables(comparison: Comparison) -> None:
+    """Write a table of the runs and one of their groups to stdout.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    varying = comparison.varying
+    common = named(comparison.runs[0], comparison.common)
+    titles = [title(name) for name in varying]
+    write_lines([f"Every run: {', '.join(common)}", ""])
+    write_table(
+        ["run", *titles, "seed", "last", "last five", "model", "loss", "time", "outcome"],
+        [_run_row(run, varying) for run in comparison.runs],
+        left=("run", *titles, "outcome"),
+    )
+    write_lines(["", "Means over the finished runs that differ in nothing but their seed:"])
+    figures = ("last five", "±", "model", "±", "best", "seed", "time")
+    write_table(
+        [*titles, "runs", "seeds", *figures, "best run"],
+        [_group_row(group, varying) for group in comparison.groups],
+        left=(*titles, "best run"),
+    )
+    if any(group.repeats for group in comparison.groups):
+        write_lines(
+            [
+                "",
+                "More runs than seeds: a seed was repeated. Such runs may be equal to the last "
+                "bit, so that ± is less than between seeds.",
+            ]
+        )
+
+
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{fraction:.2%}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.0f} s"
+
+
+def _run_row(run: Run, varying: Sequence[str]) -> list[str]:
+    return [
+        run.folder,
+        *(setting(run, name) for name in varying),
+        str(run.seed),
+        _percent(run.last),
+        _percent(run.last_mean),
+        _percent(run.accuracy),
+        "" if run.loss is None else f"{run.loss:.4f}",
+        _seconds(run.elapsed_seconds),
+        run.outcome if run.outcome == "done" else f"{run.outcome}, {len(run.curve)} epochs",
+    ]
+
+
+def _group_row(group: Group, varying: Sequence[str]) -> list[str]:
+    best, last_mean, accuracy = group.best, group.last_mean, group.accuracy
+    return [
+        *(setting(best, name) for name in varying),
+        str(len(group.runs)),
+        str(len({run.seed for run in group.runs})),
+        _percent(last_mean.mean),
+        _percent(last_mean.deviation),
+        _percent(accuracy.mean),
+        _percent(accuracy.deviation),
+        _percent(best.accuracy),
+        str(best.seed),
+        _seconds(group.elapsed_seconds),
+        best.folder,
+    ]
+
+
+# Line and marker tell groups apart in grey. Seven colours, five lines and six markers repeat
+# together only after 210 groups.
+_LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_LEGEND_COLUMNS = 130
+_BELOW: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 9}
+
+
+def save_comparison(path: Path, groups: Sequence[Group]) -> None:
+    """Draw the validation accuracies of runs by epoch, and those of their saved models.
+
+    Args:
+        path: PNG file to write.
+        groups: At least one; the runs of each have curves of one length.
+    """
+    names = [_letters(number) if len(groups) > 1 else "" for number in range(len(groups))]
+    legend = [_legend_text(*one) for one in zip(names, groups, strict=True)]
+    lines = sum(text.count("\n") + 1 for text in legend)
+    height = max(3.9, 1.6 + 0.5 * len(groups)) + 0.4 + 0.19 * lines
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, height), width_ratios=(1.5, 1), layout="constrained"
+    )
+    handles = []
+    for number, group in enumerate(groups):
+        colour = PALETTE[number % len(PALETTE)]
+        line = _LINES[number % len(_LINES)]
+        marker = _MARKERS[number % len(_MARKERS)]
+        curves = np.array([run.curve for run in group.runs])
+        mean = curves.mean(axis=0)
+        epochs = np.arange(len(mean)) + 1
+        for curve in curves:
+            left.plot(epochs, 100 * curve, color=colour, linewidth=0.8, alpha=0.45)
+        # A curve of a single epoch is nothing but its marker.
+        style: dict[str, Any] = {"linestyle": line, "linewidth": 2.2, "marker": marker}
+        style |= {"markevery": max(1, len(mean) // 8)}
+        handles += left.plot(epochs, 100 * mean, color=colour, **style)
+        _draw_accuracies(right, number, group, colour, marker)
+    left.set_title("Validation accuracy of each run, and the mean")
+    left.set_ylabel("Validation accuracy (%)")
+    lay_out_epochs(left, max(len(group.runs[0].curve) for group in groups))
+    left.grid(alpha=0.3)
+    right.set_title("Saved model of each run")
+    deviates = any(group.accuracy.deviation is not None for group in groups)
+    below = "\nbelow the points: mean ± standard deviation" if deviates else ""
+    right.set_xlabel(f"Test accuracy (%){below}")
+    right.set_yticks(range(len(groups)) if len(groups) > 1 else [])
+    right.set_yticklabels(names if len(groups) > 1 else [], weight="bold")
+    right.margins(x=0.15)  # for the text below a mean
+    right.set_ylim(len(groups) - 0.4, -0.6)
+    right.grid(axis="x", alpha=0.3)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    below_both = figure.legend(
+        handles, legend, loc="outside lower center", fontsize=9, handlelength=4
+    )
+    for text in below_both.get_texts():
+        text.set_parse_math(False)
+    save_png(figure, path, SCREEN_DPI)
+    plt.close(figure)
+
+
+def _letters(number: int) -> str:
+    """Name a group by capital letters: A to Z, then AA, AB and so on."""
+    before, last = divmod(number, len(string.ascii_uppercase))
+    return (_letters(before - 1) if before else "") + string.ascii_uppercase[last]
+
+
+def _legend_text(name: str, group: Group) -> str:
+    text = f"{group.label} ({plural(len(group.runs), 'run')})"
+    return textwrap.fill(
+        f"{name}: {text}" if name else text, _LEGEND_COLUMNS, break_on_hyphens=False
+    )
+
+
+def _draw_accuracies(axis: Axes, row: int, group: Group, colour: str, marker: str) -> None:
+    """Draw runs as points, and below them their mean with the standard deviation."""
+    values = [100 * run.accuracy for run in group.runs if run.accuracy is not None]
+    axis.plot(values, np.full(len(values), row - 0.12), marker, color=colour, alpha=0.6)
+    if group.accuracy.deviation is not None:
+        mean, deviation = 100 * group.accuracy.mean, 100 * group.accuracy.deviation
+        axis.errorbar(mean, row + 0.12, xerr=deviation, fmt="|", color="black", capsize=4, ms=14)
+        text = f"{mean:.2f} ± {deviation:.2f}"
+        axis.annotate(text, (mean, row + 0.12), (0, -9), textcoords="offset points", **_BELOW)

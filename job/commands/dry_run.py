@@ -1,0 +1,220 @@
+"""What a training would do, found out by the training's own rules and without doing it.
+
+Nothing is made, written or downloaded, and the holder of the output folder is not asked for it.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+
+from job import log
+from job.cluster.devices import Devices, open_devices
+from job.cluster.scheduler import cluster_spec, run_identity
+from job.cluster.workers import Workers
+from job.commands.terminal import write_lines
+from job.config import JobError, TrainConfig, Value, describe_config, option_name
+from job.data import get_source, load_dataset, require_limit
+from job.run.attempt import Attempt, inspect_output_dir
+from job.run.folder import OutputDir, prepare_output_dir
+from job.run.lease import read_holder, refusal
+from job.run.stop import StopRequest
+from job.training.prometheus import require_folder
+from job.training.train import make_plan, previous_of
+
+_LABEL_WIDTH = 13
+
+
+@dataclass
+class Preview:
+    """What was found out.
+
+    Attributes:
+        report: A JSON object: the configuration, and for each of output, workers, devices, data and
+            batch an object, missing where a problem came before it.
+        lines: The same for people: pairs of label and text.
+        problems: Why the training would not start.
+        outcome: What the training would do, where there is no problem.
+    """
+
+    report: dict[str, Any] = field(default_factory=dict)
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[JobError] = field(default_factory=list)
+    outcome: str = "nothing stands in the way"
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Go on after the body's problem, if it has one."""
+        try:
+            yield
+        except JobError as error:
+            self.problems.append(error)
+
+    def add(self, key: str, fields: dict[str, Any], *texts: str) -> None:
+        """Add an object to the report, and lines for people."""
+        self.report[key] = fields
+        self.lines += [(key.capitalize(), text) for text in texts]
+
+    def as_text(self) -> str:
+        """What was found out, for a person to read, the most important first."""
+        verdict = [("Problem", str(problem)) for problem in self.problems]
+        verdict = verdict or [("Dry run", f"{self.outcome}; nothing was written")]
+        lines = [*verdict, *self.lines, *_option_lines(self.report["config"])]
+        return "\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in lines)
+
+
+def preview(config: TrainConfig, stop: StopRequest) -> Preview:
+    """Find out what a training with this configuration would do."""
+    found = Preview()
+    found.add("config", describe_config(config))
+    attempt = None
+    with found.collecting():
+        attempt = _preview_output(found, config, stop)
+    if attempt and attempt.is_finished:
+        found.outcome = (
+            "the run is finished: train would say so, do nothing and end with exit code 0; raise "
+            "--epochs to go on with it, start over with --fresh, or name another --output-dir"
+        )
+        return found
+    devices = None
+    with found.collecting():
+        if config.metrics_textfile:
+            require_folder(config.metrics_textfile)
+    with found.collecting():
+        devices = _preview_devices(found, config, attempt)
+    with found.collecting():
+        _preview_data(found, config, devices)
+    return found
+
+
+def _preview_output(found: Preview, config: TrainConfig, stop: StopRequest) -> Attempt:
+    path = config.output_dir
+    prepare_output_dir(path, make=False)
+    identity = run_identity(os.environ, config.run_id)
+    holder = read_holder(path)
+    attempt = inspect_output_dir(config, identity, OutputDir(path), stop)
+    checkpoint = attempt.checkpoint
+    step = checkpoint.step if checkpoint else 0
+    if attempt.is_finished:
+        state, text = "finished", "holds this run, finished"
+    elif attempt.fresh:
+        state, text = "fresh", "would be emptied of the run that it holds, if any; a new run begins"
+    elif checkpoint:
+        state, text = "resume", f"holds this run: it would go on after step {step}"
+    else:
+        state, text = "new", "holds no run to go on with: a new one would begin"
+    held_by = str(holder) if holder else None
+    fields = {"path": str(path), "held_by": held_by, "state": state, "step": step}
+    found.add("output", fields, f"{path}/ {text}", *([f"held by {holder}"] if holder else []))
+    if holder and not identity.replaces(holder.run, holder.attempt):
+        found.problems.append(refusal(path, identity, holder))
+    return attempt
+
+
+def _preview_devices(found: Preview, config: TrainConfig, attempt: Attempt | None) -> Devices:
+    spec = cluster_spec(os.environ)
+    if spec.count > 1:
+        text = f"{spec.count}, of which this is {spec.name(spec.index)}; the others are not asked"
+        found.add("workers", {"addresses": list(spec.workers), "index": spec.index}, text)
+    checkpoint = attempt.checkpoint if attempt else None
+    own = open_devices(config, previous_of(checkpoint) if checkpoint else None)
+    devices = replace(own, workers=Workers(spec))
+    network = "the network, " if devices.compilation.network else ""
+    compiled = f"{network}augmentation and optimizer" if devices.compilation.elementwise else "none"
+    found.add(
+        "devices",
+        {
+            "kind": devices.kind,
+            "replicas": [msgspec.to_builtins(device) for device in devices.descriptions],
+            "precision": devices.precision,
+            "xla": devices.compilation.network,
+            "deterministic": devices.deterministic,
+            "threads": devices.threads,
+        },
+        *(f"{device.name}, {device}" for device in devices.descriptions),
+        f"{devices.precision}; compiled by XLA: {compiled}; "
+        f"{'only deterministic operations' if devices.deterministic else 'not deterministic'}",
+    )
+    devices.rows_per_replica(config.batch_size)
+    return devices
+
+
+def _preview_data(found: Preview, config: TrainConfig, devices: Devices | None) -> None:
+    name, location = config.dataset, get_source(config.dataset).find(config)
+    if location.download:
+        (train, test), shape, classes = location.download, None, None
+        if config.limit is not None:
+            require_limit(config.limit, train, name)
+            train = config.limit
+        text = ", once they are there"
+    else:
+        dataset = load_dataset(config)
+        train, test = len(dataset.train_images), len(dataset.test_images)
+        shape, classes = list(dataset.train_images.shape[1:]), list(dataset.class_names)
+        text = f"; {'x'.join(map(str, shape))}, {len(classes)} classes"
+    found.add(
+        "data",
+        {
+            "name": name,
+            "found": location.description,
+            "download": location.download is not None,
+            "train_examples": train,
+            "test_examples": test,
+            "image_shape": shape,
+            "classes": classes,
+        },
+        f"{name}: {location.description}",
+        f"{train:,} training and {test:,} test images{text}",
+    )
+    plan = make_plan(config, train)
+    if devices is None:
+        return
+    rows = devices.rows_per_replica(plan.global_batch_size)
+    left_out = train - plan.steps_per_epoch * plan.global_batch_size
+    found.add(
+        "batch",
+        {
+            "batch_size": plan.global_batch_size,
+            "rows_per_replica": rows,
+            "steps_per_epoch": plan.steps_per_epoch,
+            "images_left_out": left_out,
+            "epochs": plan.epochs,
+            "total_steps": plan.total_steps,
+        },
+        f"{plan.global_batch_size} images a step = {devices.replicas} replica(s) x {rows}",
+        f"{plan.steps_per_epoch:,} steps an epoch"
+        + (f", {left_out:,} images left out, others each time" if left_out else ""),
+        f"{plan.epochs:,} epochs = {plan.total_steps:,} steps",
+    )
+
+
+def _option_lines(options: dict[str, Value]) -> Iterator[tuple[str, str]]:
+    """Each option that is not at its default, and all others together."""
+    words = {None: "not set", True: "on", False: "off"}
+    usual = describe_config(TrainConfig())
+    defaults = []
+    for name, value in options.items():
+        text = words[value] if value is None or isinstance(value, bool) else str(value)
+        if value == usual[name]:
+            defaults.append(f"{option_name(name)} {text}")
+        else:
+            yield "Config", f"{option_name(name):<20}{text}"
+    yield "Defaults", ", ".join(defaults)
+
+
+def print_dry_run(config: TrainConfig, stop: StopRequest) -> None:
+    """Print what a training with this configuration would do.
+
+    Raises:
+        JobError: The first reason why it would not start, after everything is printed.
+    """
+    found = preview(config, stop)
+    if log.is_json():
+        log.event("dry_run", **found.report, problems=[str(problem) for problem in found.problems])
+    else:
+        write_lines(found.as_text().splitlines())
+    if found.problems:
+        raise found.problems[0]

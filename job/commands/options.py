@@ -1,0 +1,173 @@
+"""The options of the command line, each of them also an environment variable.
+
+Those that describe a run follow from the fields of `TrainConfig`.
+"""
+
+import dataclasses
+import difflib
+import logging
+import math
+import os
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from job import log
+from job.commands.terminal import printable
+from job.config import DeviceRequest, Option, TrainConfig, UserError, option_name
+
+_FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+_TYPES = typing.get_type_hints(TrainConfig)
+# So that EPOCH is like EPOCHS, and INPUT_DIR, which may be another program's, is unlike OUTPUT_DIR.
+_ALIKE = 0.8
+
+
+class _DevicesType(click.ParamType[DeviceRequest]):
+    name = "auto|cpu:N|gpu:N"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> DeviceRequest:
+        try:
+            return DeviceRequest(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _PositiveFloatType(click.FloatRange):
+    """A number above 0; "nan" passes every comparison of the class it extends."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+class _PathType(click.Path):
+    """A path whose name can be written into the run's records.
+
+    Whether a folder can be read is found out where it is used, with advice for that folder.
+    """
+
+    def __init__(self, suffix: str | None = None) -> None:
+        super().__init__(path_type=Path, readable=False, dir_okay=suffix is None)
+        self._suffix = suffix
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(str(super().convert(value, param, ctx)))
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            self.fail(f"received {printable(str(path))}, expected a name in UTF-8.", param, ctx)
+        if self._suffix and path.suffix.lower() != self._suffix:
+            expected = f"expected a name that ends in {self._suffix}"
+            self.fail(f"received {printable(str(path))!r}, {expected}.", param, ctx)
+        return path
+
+
+def option(name: str, *, help: str, **settings: Any) -> Callable[[Any], Any]:  # noqa: A002
+    """An option that is also the environment variable ``JOB_<NAME>``."""
+    variable = f"JOB_{name.removeprefix('--').replace('-', '_').upper()}"
+    return click.option(
+        name, envvar=variable, show_envvar=True, show_default=True, help=help, **settings
+    )
+
+
+def config_options(*names: str, **helps: str) -> Callable[[Any], Any]:
+    """Options for fields of `TrainConfig`, under their names.
+
+    Args:
+        names: The fields; none are all of them.
+        helps: Another help text for fields that mean something else in a command.
+    """
+
+    def decorate(command: Any) -> Any:
+        for name in reversed(names or tuple(_FIELDS)):
+            field = _FIELDS[name]
+            settings: Option = field.metadata["option"]
+            command = option(
+                option_name(name),
+                help=helps.get(name, settings.help),
+                default=field.default,
+                **_kind(_TYPES[name], settings),
+            )(command)
+        return command
+
+    return decorate
+
+
+def _kind(annotation: Any, settings: Option) -> dict[str, Any]:
+    """The settings of click for a field's type; None only tells that there is no default."""
+    kinds = [one for one in typing.get_args(annotation) if one is not type(None)]
+    if typing.get_origin(annotation) is Literal:
+        return {"type": click.Choice(kinds)}
+    if settings.choices:
+        return {"type": click.Choice(settings.choices())}
+    kind = kinds[0] if kinds else annotation
+    if kind is bool:
+        return {"is_flag": True}
+    if kind is int:
+        least, most = settings.minimum, settings.maximum
+        return {
+            "type": click.IntRange(
+                None if least is None else int(least), None if most == math.inf else int(most)
+            )
+        }
+    if kind is float:
+        return {"type": _PositiveFloatType(settings.minimum, settings.maximum, min_open=True)}
+    if kind is Path:
+        return {"type": _PathType(settings.suffix)}
+    return {"type": _DevicesType() if kind is DeviceRequest else kind}
+
+
+PNG_FILE = _PathType(".png")
+MODEL_FILE = click.Path(path_type=Path, dir_okay=False)
+
+output_dir_argument = click.argument(
+    "output_dir", type=_PathType(), envvar="JOB_OUTPUT_DIR", default=Path("output")
+)
+log_format_option = option(
+    "--log-format",
+    type=click.Choice(log.LOG_FORMATS),
+    default="auto",
+    help="auto is text on a terminal and JSON lines elsewhere.",
+)
+
+
+def warn_of_misspelt_variables(command: click.Command, environ: Mapping[str, str]) -> None:
+    """Warn of variables that are almost options of a command; those it has are read by `click`.
+
+    Other names with this prefix are not for this program: schedulers have such, too.
+    """
+    known = [str(parameter.envvar) for parameter in command.params if parameter.envvar]
+    for name in sorted(environ.keys() - {*known}):
+        short = name.removeprefix("JOB_")
+        options = [one.removeprefix("JOB_") for one in known]
+        close = difflib.get_close_matches(short, options, n=1, cutoff=_ALIKE)
+        close = close or [option for option in options if option.startswith(f"{short}_")]
+        if name != short and close:
+            log.event(
+                "misspelt_variable",
+                logging.WARNING,
+                variable=name,
+                option=f"JOB_{close[0]}",
+                message=f"the environment variable {printable(name)} is no option and is ignored; "
+                f"did you mean JOB_{close[0]}?",
+            )
+
+
+def require_writable_folder(png: Path) -> None:
+    """Refuse early if a picture could not be written in the end.
+
+    Raises:
+        UserError: If there is no folder for it.
+    """
+    if not os.access(png.parent, os.W_OK):
+        raise UserError(
+            f"--png received {png}, expected a file in a folder that user {os.getuid()} can write; "
+            f"make {png.parent}, or name another"
+        )

@@ -1,0 +1,306 @@
+"""What a saved model predicts for images: a line for each, and a picture of them."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+from rich.cells import cell_len
+
+from job.cluster.devices import Devices, graph_function
+from job.commands.terminal import padded, plural, printable, say, write_lines
+from job.config import UserError, list_recipes
+from job.data.image_files import MODES, Decoded, ImageFile, ImageShape, decode_batches
+from job.recipes import get_recipe, unchanged
+from job.run.folder import EVALUATION, OutputDir, sha256_of
+from job.run.manifest import earlier_manifest
+from job.run.record import earlier_evaluation
+from job.training.evaluate import ROWS_PER_REPLICA
+from job.training.saved_model import load_model
+
+View = Callable[[tf.Tensor], tf.Tensor]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A saved model and what is known of it.
+
+    Attributes:
+        model: From images [batch, height, width, channels] float32, 0 to 1, to probabilities.
+        class_names: Name of each class.
+        views: The test-time augmentation of its recipe.
+    """
+
+    model: keras.Model
+    class_names: tuple[str, ...]
+    views: tuple[View, ...]
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Height, width and channels of the images that it takes."""
+        _, height, width, channels = self.model.input_shape
+        return height, width, channels
+
+
+class Predictor:
+    """Computes the probabilities of a classifier, in batches of one size that compile once.
+
+    Args:
+        classifier: Its model is in the scope of the devices' strategy.
+        devices: Where to compute.
+        rows: Images a replica and batch.
+    """
+
+    def __init__(self, classifier: Classifier, devices: Devices, rows: int) -> None:
+        self._classifier, self._strategy = classifier, devices.strategy
+        self._shape = (devices.replicas, rows, *classifier.image_shape)
+        self.batch_size = devices.replicas * rows
+        self._network = graph_function(self._probabilities, jit_compile=devices.compilation.network)
+
+    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Compute probabilities.
+
+        Args:
+            images: [images, height, width, channels] uint8, at most `batch_size` of them.
+
+        Returns:
+            [images, classes] float32.
+        """
+        batch = np.zeros((self.batch_size, *self._shape[2:]), np.uint8)
+        batch[: len(images)] = images
+        parts = batch.reshape(self._shape)
+        pixels = self._strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(parts[context.replica_id_in_sync_group])
+        )
+        results = self._strategy.experimental_local_results(self._run(pixels))
+        return np.concatenate([result.numpy() for result in results])[: len(images)]
+
+    @graph_function
+    def _run(self, pixels: tf.Tensor) -> tf.Tensor:
+        return self._strategy.run(self._network, (pixels,))
+
+    def _probabilities(self, pixels: tf.Tensor) -> tf.Tensor:
+        images = tf.cast(pixels, tf.float32) * (1.0 / 255.0)
+        model, views = self._classifier.model, self._classifier.views
+        return tf.add_n([model(view(images), training=False) for view in views]) / len(views)
+
+
+def load_classifier(path: Path, devices: Devices) -> Classifier:
+    """Load a model of this job, with the class names and views that the files beside it tell.
+
+    They are believed only where the evaluation is of this very file.
+
+    Args:
+        path: The model file.
+        devices: Where it is to compute, in float32.
+
+    Raises:
+        UserError: If there is no model of grey or RGB images of one size.
+    """
+    # As the evaluation computes: float32, also where GPUs round it to TF32 by default.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    with devices.strategy.scope():
+        model = load_model(path)
+    _require_images(model, path)
+    evaluation = earlier_evaluation(path.parent)
+    classes = model.output_shape[-1]
+    names = tuple(evaluation.classes) if evaluation else ()
+    if evaluation is None or evaluation.model_sha256 != sha256_of(path) or len(names) != classes:
+        say(f"no {EVALUATION} of this model is beside {path}, so its classes go by numbers")
+        return Classifier(model, tuple(f"class {label}" for label in range(classes)), (unchanged,))
+    run = earlier_manifest(path.parent)
+    recipe = run.config.recipe if run else None
+    views = get_recipe(recipe).tta_views if recipe in list_recipes() else (unchanged,)
+    return Classifier(model, names, views)
+
+
+def _require_images(model: keras.Model, path: Path) -> None:
+    """Refuse a model that takes something else than grey or RGB images of one size."""
+    shape = model.input_shape
+    if not isinstance(shape, tuple) or len(shape) != 4 or None in shape[1:]:
+        raise UserError(
+            f"{path} takes inputs of shape {shape}, expected (None, height, width, channels); name "
+            f"a model of images"
+        )
+    if shape[-1] not in MODES:
+        raise UserError(
+            f"{path} takes images of {shape[-1]} channels, expected 1 (grey) or 3 (RGB); name a "
+            f"model of such images"
+        )
+
+
+PICTURES = 100
+"""Images in the picture, at most."""
+
+# Columns that lines are aligned over; longer paths stand out.
+_NAME_COLUMNS = 60
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A source and what the model makes of it.
+
+    Attributes:
+        decoded: The source's image, or why there is none.
+        classes: The most probable classes, from the first: name and probability, 0 to 1.
+    """
+
+    decoded: Decoded
+    classes: tuple[tuple[str, float], ...]
+
+
+def predict_images(
+    devices: Devices,
+    path: Path,
+    sources: Sequence[ImageFile],
+    top: int,
+    *,
+    as_json: bool = False,
+    png: Path | None = None,
+) -> None:
+    """Predict images, each in a line on stdout, and say on stderr how it went.
+
+    Args:
+        devices: Where to compute.
+        path: The model file.
+        sources: The images.
+        top: How many classes to report of each.
+        as_json: Whether to write JSON lines, in which broken images have theirs.
+        png: Picture of the first `PICTURES` images to write, in a folder that there is.
+
+    Raises:
+        UserError: If the model cannot be used, or an image could not be read; the others are done.
+    """
+    classifier = load_classifier(path, devices)
+    rows = min(ROWS_PER_REPLICA, -(-len(sources) // devices.replicas))
+    predictor = Predictor(classifier, devices, rows)
+    describe = json_line if as_json else _text_lines(sources, classifier.class_names)
+    broken, shown = list[ImageFile](), list[Prediction]()
+    start = time.perf_counter()
+    for predictions in predict_batches(classifier, predictor, sources, top):
+        write_lines(line for line in map(describe, predictions) if line)
+        readable = [prediction for prediction in predictions if prediction.classes]
+        broken += [one.decoded.source for one in predictions if not one.classes]
+        shown += readable[: PICTURES - len(shown)] if png else []
+    seconds = time.perf_counter() - start
+    done = len(sources) - len(broken)
+    if done:
+        say(f"{plural(done, 'image')} in {seconds:.1f} s ({done / seconds:,.0f} images/s)")
+    if png and shown:
+        _save_picture(png, shown, done)
+    if broken:
+        raise _unreadable(broken, len(sources), as_json=as_json)
+
+
+def _unreadable(broken: Sequence[ImageFile], sources: int, *, as_json: bool) -> UserError:
+    """What to say in the end of images that could not be read."""
+    if sources == 1:
+        (source,) = broken
+        return UserError(
+            f"cannot read {printable(source.name)}: {source.problem}; name an image, or a folder "
+            f"that has some"
+        )
+    where = "each has its line with an error on stdout" if as_json else "each is named above"
+    return UserError(
+        f"{len(broken):,} of {plural(sources, 'image')} could not be read; {where}; mend them or "
+        f"leave them out"
+    )
+
+
+def predict_batches(
+    classifier: Classifier, predictor: Predictor, sources: Sequence[ImageFile], top: int
+) -> Iterator[list[Prediction]]:
+    """Decode and predict images, in the order of the sources.
+
+    Args:
+        classifier: The model.
+        predictor: Computes it.
+        sources: The images.
+        top: How many classes to report of each.
+
+    Yields:
+        The predictions of `Predictor.batch_size` sources.
+    """
+    for batch in decode_batches(sources, predictor.batch_size, classifier.image_shape):
+        images = [decoded.pixels for decoded in batch if decoded.pixels is not None]
+        classes = iter(
+            _most_probable(classifier, predictor(np.stack(images)), top) if images else ()
+        )
+        yield [
+            Prediction(decoded, () if decoded.pixels is None else next(classes))
+            for decoded in batch
+        ]
+
+
+def _most_probable(
+    classifier: Classifier, probabilities: npt.NDArray[np.float32], top: int
+) -> list[tuple[tuple[str, float], ...]]:
+    best = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top]
+    values = np.take_along_axis(probabilities, best, axis=-1)
+    names = np.array(classifier.class_names, object)[best]
+    return [
+        tuple(zip(*row, strict=True)) for row in zip(names.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def json_line(prediction: Prediction) -> str:
+    """A prediction as a JSON object in one line; the README documents it."""
+    source = prediction.decoded.source
+    if source.problem:
+        return json.dumps({"path": source.name, "error": source.problem})
+    classes = [{"class": name, "probability": value} for name, value in prediction.classes]
+    return json.dumps({"path": source.name, "predictions": classes})
+
+
+def _text_lines(
+    sources: Sequence[ImageFile], class_names: Sequence[str]
+) -> Callable[[Prediction], str]:
+    """Lay out the lines for people; what is broken is said on stderr instead."""
+    widest = max(cell_len(printable(source.name)) for source in sources)
+    name_width = min(widest, _NAME_COLUMNS)
+    class_width = max(cell_len(printable(name)) for name in class_names)
+
+    def describe(prediction: Prediction) -> str:
+        source = prediction.decoded.source
+        if source.problem:
+            if len(sources) > 1:  # of a single one the end of the command says it
+                say(f"{printable(source.name)}: {source.problem}")
+            return ""
+        (first, value), *others = [(printable(name), value) for name, value in prediction.classes]
+        line = (
+            f"{padded(printable(source.name), name_width)}  {padded(first, class_width)}  "
+            f"{value:>6.1%}"
+        )
+        rest = ", ".join(f"{name} {value:.1%}" for name, value in others)
+        return f"{line}  ({rest})" if rest else line
+
+    return describe
+
+
+def _save_picture(png: Path, shown: Sequence[Prediction], images: int) -> None:
+    from job.report import pictures
+
+    shown_images = [
+        pictures.Captioned(
+            _as_rgb(prediction.decoded.pixels),
+            printable(PurePath(prediction.decoded.source.name).name),
+            *prediction.classes[0],
+        )
+        for prediction in shown
+        if prediction.decoded.pixels is not None
+    ]
+    with OutputDir(png.parent).atomic_write(png.name) as temporary:
+        pictures.save_predictions(temporary, shown_images, images)
+    rest = images - len(shown_images)
+    say(
+        f"picture {png}" + (f" of the first {len(shown_images)}; {rest:,} left out" if rest else "")
+    )
+
+
+def _as_rgb(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))

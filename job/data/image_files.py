@@ -1,0 +1,271 @@
+"""Image files: found by names, decoded, and brought to what a network takes."""
+
+import functools
+import io
+import os
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from job.config import UserError
+
+STDIN = "-"
+"""In place of a path: standard input."""
+
+UNREAD_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
+"""Formats whose pixels Pillow cannot read, or only on Windows."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """Something that was named on the command line, or found in a folder that was.
+
+    Attributes:
+        name: Its path, as `os.fsdecode` gives it, or `STDIN`.
+        problem: Why there is no image to read; None where it is to be read.
+    """
+
+    name: str
+    problem: str | None = None
+
+
+def find_images(names: Sequence[str]) -> list[ImageFile]:
+    """List files as given, and in place of each folder the images in it and in its subfolders.
+
+    In folders an image is what has the suffix of a format that Pillow reads. Hidden files and
+    folders are passed over, links to folders are not followed, and names go up.
+
+    Args:
+        names: Paths of files and folders, and `STDIN`.
+    """
+    return [source for name in names for source in _find(name)]
+
+
+def require_no_image(target: Path, files: Sequence[ImageFile]) -> None:
+    """Make sure that writing a file replaces none of the images, however the paths are spelt.
+
+    Raises:
+        UserError: If it is one of them.
+    """
+    wanted = _identity(str(target))
+    for file in files if wanted else ():
+        if _identity(0 if file.name == STDIN else file.name) == wanted:
+            raise UserError(
+                f"received --png {target}, which is one of the images to be predicted and would be "
+                f"overwritten; name the picture to be drawn otherwise"
+            )
+
+
+def _identity(file: str | int) -> tuple[int, int] | None:
+    try:
+        status = os.stat(file)  # noqa: PTH116 (it may be a descriptor)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _find(name: str) -> Iterator[ImageFile]:
+    if name == STDIN or not os.path.isdir(name):  # noqa: PTH112 (a `Path` drops a leading ./)
+        yield ImageFile(name)
+        return
+    found = False
+    for source in _walk(name, _image_suffixes()):
+        found = True
+        yield source
+    if not found:
+        yield ImageFile(name, "no file in this folder has the suffix of an image format")
+
+
+def _image_suffixes() -> frozenset[str]:
+    suffixes = Image.registered_extensions()
+    return frozenset(name for name, kind in suffixes.items() if kind not in UNREAD_FORMATS)
+
+
+def _walk(folder: str, suffixes: frozenset[str]) -> Iterator[ImageFile]:
+    try:
+        with os.scandir(folder) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
+    except OSError as error:
+        yield ImageFile(folder, error.strerror)
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(entry.path, suffixes)
+        # A pipe in a folder would be waited for; a broken link is a broken image.
+        elif (entry.is_file() or entry.is_symlink()) and _suffix(entry.name) in suffixes:
+            yield ImageFile(entry.path)
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 (`Path.suffix` makes a path first)
+
+
+ImageShape = tuple[int, int, int]
+"""Height, width and channels of a network's images: 1 for grey ones, 3 for RGB."""
+
+BACKGROUND = "white"
+"""What shows through transparent pixels."""
+
+MODES = {1: "L", 3: "RGB"}
+"""Pillow's mode for each number of channels."""
+
+# Formats that an external program draws, or that may have such a one inside.
+_REFUSED_FORMATS = {*UNREAD_FORMATS, "EPS", "IPTC"}
+_POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
+# JPEGs are decoded at an eighth, a quarter or half of their size where that leaves this many times
+# the pixels asked for in each direction: a photograph is decoded three times as fast.
+_DRAFT_FACTOR = 4
+_IMAGES_A_TASK = 25
+_BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What became of a source.
+
+    Attributes:
+        source: The source; its `problem` tells why there are no pixels.
+        pixels: [height, width, channels] uint8; None where there is a problem.
+    """
+
+    source: ImageFile
+    pixels: npt.NDArray[np.uint8] | None
+
+
+def decode_batches(
+    sources: Sequence[ImageFile], batch_size: int, shape: ImageShape
+) -> Iterator[list[Decoded]]:
+    """Decode images in threads, a few batches ahead of whoever takes them.
+
+    Args:
+        sources: What to decode.
+        batch_size: Sources in each batch but the last.
+        shape: Of the pixels.
+
+    Yields:
+        The batches, in the order of the sources.
+    """
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "decode")
+    waiting = deque(
+        sources[start : start + batch_size] for start in range(0, len(sources), batch_size)
+    )
+    started: deque[list[Future[list[Decoded]]]] = deque()
+    # Damaged metadata makes Pillow warn, and then the pixels come or an error does.
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            while waiting or started:
+                while waiting and len(started) <= _BATCHES_AHEAD:
+                    batch = waiting.popleft()
+                    started.append(
+                        [
+                            pool.submit(_decode, batch[start : start + _IMAGES_A_TASK], shape)
+                            for start in range(0, len(batch), _IMAGES_A_TASK)
+                        ]
+                    )
+                yield [decoded for task in started.popleft() for decoded in task.result()]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _decode(sources: Sequence[ImageFile], shape: ImageShape) -> list[Decoded]:
+    return [_decode_one(source, shape) for source in sources]
+
+
+def _decode_one(source: ImageFile, shape: ImageShape) -> Decoded:
+    if source.problem:
+        return Decoded(source, None)
+    try:
+        return Decoded(source, read_image(source.name, shape))
+    except UserError as error:
+        return Decoded(ImageFile(source.name, str(error)), None)
+
+
+def read_image(name: str, shape: ImageShape) -> npt.NDArray[np.uint8]:
+    """Read one image, upright, and bring it to a shape.
+
+    The largest centred part with the proportions of the shape is resized with a bicubic filter that
+    takes in every pixel of it. Pixels of an image that has the shape stay as they are. No other
+    program is ever started for it.
+
+    Args:
+        name: Path of the file, or `STDIN`.
+        shape: What to bring it to.
+
+    Returns:
+        [height, width, channels] uint8, grey or RGB.
+
+    Raises:
+        UserError: If there is none, or it is damaged, too large or of an unknown kind.
+    """
+    is_stdin = name == STDIN
+    try:
+        with open(0 if is_stdin else name, "rb", closefd=not is_stdin) as file:
+            start = file.peek(len(_POSTSCRIPT[-1]))
+            if not start:
+                raise UserError("the file is empty")
+            if start.startswith(_POSTSCRIPT):
+                raise UserError("PostScript, which this program does not draw; convert it to PNG")
+            content: IO[bytes] = file if file.seekable() else io.BytesIO(file.read())
+            return _pixels(Image.open(content, formats=_formats()), shape)
+    except UserError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UserError("no image of a known format") from error
+    except OSError as error:
+        raise UserError(error.strerror or str(error)) from error
+    # Pillow's readers meet damaged files with exceptions of every kind.
+    except Exception as error:
+        raise UserError(str(error) or type(error).__name__) from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The formats that Pillow reads by itself, the common ones first."""
+    Image.preinit()
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _REFUSED_FORMATS)
+
+
+def _pixels(image: Image.Image, shape: ImageShape) -> npt.NDArray[np.uint8]:
+    height, width, channels = shape
+    image.draft(None, (_DRAFT_FACTOR * width, _DRAFT_FACTOR * height))
+    image.load()
+    # Looking for an orientation takes a sixth of a small image's time.
+    if image.info:
+        ImageOps.exif_transpose(image, in_place=True)
+    image = _in_mode(image, MODES[channels])
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(shape)
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == mode and "transparency" not in image.info:
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, BACKGROUND)
+        image = Image.alpha_composite(background, image)
+    return image.convert(mode)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """From grey values of 16 bits, or floating-point ones from 0 to 1; Pillow would clip them."""
+    values = np.asarray(image)
+    white = 1 if image.mode == "F" else 65_535
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high <= white:
+        raise UserError(f"its grey values go from {low:g} to {high:g}, expected 0 to {white}")
+    return Image.fromarray(np.rint(values * np.float32(255 / white)).astype(np.uint8))

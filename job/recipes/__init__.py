@@ -1,0 +1,85 @@
+"""What the engine asks of a recipe, so that it need not know any."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import keras
+import tensorflow as tf
+
+from job.recipes._augment import Resample, resample_by_gather, resample_by_op
+
+__all__ = [
+    "Augment",
+    "DrawAugmentation",
+    "Recipe",
+    "Resample",
+    "get_recipe",
+    "resample_by_gather",
+    "resample_by_op",
+    "unchanged",
+]
+
+
+class DrawAugmentation(Protocol):
+    """Draw what augments one epoch, as a function of the seed and the epoch alone."""
+
+    def __call__(self, seed: int, epoch: tf.Tensor, steps: int, batch_size: int) -> tf.Tensor:
+        """Return [steps, batch_size, ...] float32; ``epoch`` is a scalar int32 from 0."""
+
+
+class Augment(Protocol):
+    """Augment images by what was drawn for them."""
+
+    def __call__(self, images: tf.Tensor, draws: tf.Tensor, resample: Resample) -> tf.Tensor:
+        """Return [batch, height, width, channels] float32.
+
+        ``images`` are [batch, height, width, channels] float32, 0 to 1; ``draws`` are the rows of
+        `DrawAugmentation` that belong to them.
+        """
+
+
+def unchanged(images: tf.Tensor) -> tf.Tensor:
+    """The evaluation view of a recipe that looks at each test image once, as it is."""
+    return images
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A network and how it is trained.
+
+    Attributes:
+        name: Its name on the command line.
+        build_model: From (seed, number of classes) to a float32 network of stock Keras layers that
+            ends in a softmax. It is what the model file holds.
+        build_optimizer: From (learning rate, total steps) to a Keras optimizer; a schedule goes in
+            as the optimizer's learning rate.
+        loss: Keras name of the loss of one-hot labels and probabilities.
+        draw_augmentation: Draws what augments one epoch.
+        augment: Applies it to a batch.
+        tta_views: Test images are evaluated as the mean probability over these views,
+            each a function of [batch, height, width, channels] float32 images, 0 to 1.
+
+    The last three become graphs without AutoGraph: on tensors they use TensorFlow's control flow.
+    """
+
+    name: str
+    build_model: Callable[[int, int], keras.Model]
+    build_optimizer: Callable[[float, int], keras.optimizers.Optimizer]
+    loss: str
+    draw_augmentation: DrawAugmentation
+    augment: Augment
+    tta_views: tuple[Callable[[tf.Tensor], tf.Tensor], ...] = (unchanged,)
+
+    def compile(self, model: keras.Model, learning_rate: float, total_steps: int) -> None:
+        """Compile a network with this recipe's optimizer, its variables made, loss and accuracy."""
+        optimizer = self.build_optimizer(learning_rate, total_steps)
+        optimizer.build(model.trainable_variables)
+        model.compile(optimizer=optimizer, loss=self.loss, metrics=["accuracy"])
+
+
+def get_recipe(name: str) -> Recipe:
+    """Import the recipe of this name: the ``RECIPE`` of the module ``job.<name>``."""
+    recipe: Recipe = importlib.import_module(f"job.recipes.{name}").RECIPE
+    return recipe

@@ -1,0 +1,202 @@
+"""The report's figures: which pictures a run gives, and what they show in words."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from job.report import pictures
+from job.run.predictions import BINS, Predictions, Reliability, reliability
+from job.run.record import EvaluationRecord, RunRecord
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture and its words.
+
+    Attributes:
+        name: Of its file, without the suffix.
+        png: Its content.
+        alt: What it shows, for those who do not see it.
+        caption: What everybody should know to read it.
+        is_chart: Whether it may be inverted on a dark page; photographs may not.
+    """
+
+    name: str
+    png: bytes
+    alt: str
+    caption: str
+    is_chart: bool = True
+
+
+class Mistake(NamedTuple):
+    """A test image that was classified wrongly.
+
+    Attributes:
+        row: Its number in the test set, from 0.
+        true: Its class.
+        predicted: The class that it was taken for.
+        confidence: Probability of that, 0 to 1.
+    """
+
+    row: int
+    true: str
+    predicted: str
+    confidence: float
+
+
+def draw_figures(record: RunRecord) -> dict[str, Figure]:
+    """Draw every figure that the run has the figures for, by name."""
+    figures: list[Figure] = []
+    if record.epochs:
+        figures += [*_curves(record), _throughput(record)]
+    if record.evaluation:
+        figures += [_confusion(record.evaluation), _classes(record.evaluation)]
+    if record.predictions:
+        figures += _predictions(record.predictions, record.class_names)
+    return {figure.name: figure for figure in figures}
+
+
+def _curves(record: RunRecord) -> Iterator[Figure]:
+    epochs = [line.epoch for line in record.epochs]
+    for name, factor, unit, form in (
+        ("accuracy", 100, "Accuracy (%)", "{:.1f}%"),
+        ("loss", 1, "Cross-entropy (nats)", "{:.3f}"),
+    ):
+        training = [factor * getattr(line, name) for line in record.epochs]
+        validation = [factor * getattr(line, f"val_{name}") for line in record.epochs]
+        first, last = (
+            tuple(form.format(values[index]) for values in (training, validation))
+            for index in (0, -1)
+        )
+        yield Figure(
+            name,
+            pictures.curves(name.capitalize(), unit, epochs, training, validation),
+            f"Line chart of {name} over {len(epochs)} epochs: in training it goes from {first[0]} "
+            f"to {last[0]}, in validation from {first[1]} to {last[1]}.",
+            "Training counts augmented images with Dropout, validation all test images without."
+            if name == "accuracy"
+            else "Lower is better.",
+        )
+
+
+def _throughput(record: RunRecord) -> Figure:
+    seconds = [line.elapsed_seconds for line in record.epochs]
+    rates = [line.images_per_second for line in record.epochs]
+    restarts = record.restarts
+    unit, length = next(
+        (unit, length)
+        for unit, length in (("h", 3600), ("min", 60), ("s", 1))
+        if seconds[-1] > 3 * length or unit == "s"
+    )
+    times = [second / length for second in seconds]
+    png = pictures.throughput(times, rates, unit, [at / length for _, at in restarts])
+    where = ", ".join(f"{at / length:.1f} {unit} (step {step:,})" for step, at in restarts)
+    interruptions = f"restarts at {where}" if restarts else "no restart"
+    return Figure(
+        "throughput",
+        png,
+        f"Line chart of training images per second over {times[-1]:.1f} {unit}: median "
+        f"{np.median(rates):,.0f}, lowest {min(rates):,.0f}, highest {max(rates):,.0f}; "
+        f"{interruptions}.",
+        "Without validation and checkpoints. The first epoch after a start includes compilation.",
+    )
+
+
+def _confusion(evaluation: EvaluationRecord) -> Figure:
+    matrix, names = np.array(evaluation.confusion_matrix, np.int64), list(evaluation.classes)
+    wrong = matrix - np.diag(np.diag(matrix))
+    true, predicted = np.unravel_index(wrong.argmax(), wrong.shape)
+    most = (
+        f"most often {names[true]} is taken for {names[predicted]}, {wrong[true, predicted]} times"
+        if wrong.any()
+        else "there is none"
+    )
+    return Figure(
+        "confusion",
+        pictures.confusion(matrix, names),
+        f"Confusion matrix of {len(names)} classes: {np.trace(matrix):,} of {matrix.sum():,} test "
+        f"images are on its diagonal; of the mistakes {most}.",
+        "Test images by true and predicted class. The shade is the share of the true class.",
+    )
+
+
+def _classes(evaluation: EvaluationRecord) -> Figure:
+    classes = evaluation.classes
+    precision = [one.precision for one in classes.values()]
+    recall = [one.recall for one in classes.values()]
+
+    def extremes(values: list[float | None]) -> str:
+        known = sorted((v, name) for v, name in zip(values, classes, strict=True) if v is not None)
+        if not known:
+            return "undefined"
+        (low, worst), (high, best) = known[0], known[-1]
+        return f"from {low:.0%} ({worst}) to {high:.0%} ({best})"
+
+    return Figure(
+        "classes",
+        pictures.classes(precision, recall, list(classes)),
+        f"Bar chart of each class: precision goes {extremes(precision)}, recall "
+        f"{extremes(recall)}.",
+        "Precision: how many of the images given a class belong to it. Recall: how many of the "
+        "images of a class are given it.",
+    )
+
+
+def _predictions(predictions: Predictions, names: list[str]) -> Iterator[Figure]:
+    labels, probabilities = predictions.labels, predictions.probabilities
+    yield _calibration(reliability(labels, probabilities))
+    listed = list_mistakes(predictions, names)
+    if listed:
+        worst = listed[0]
+        png = pictures.mistakes(
+            predictions.mistake_images,
+            [mistake.true for mistake in listed],
+            [mistake.predicted for mistake in listed],
+            [mistake.confidence for mistake in listed],
+        )
+        yield Figure(
+            "mistakes",
+            png,
+            f"The {len(listed)} wrongly classified test images with the highest probabilities, "
+            f"listed below; first of all a picture of class {worst.true}, taken for "
+            f"{worst.predicted} at {worst.confidence:.1%}.",
+            "Each with its class, the class that it was taken for, and the probability of that.",
+            is_chart=False,
+        )
+    classes = [names[label] for label in predictions.original_labels]
+    yield Figure(
+        "augmentation",
+        pictures.augmentation(predictions.originals, predictions.augmented, classes),
+        f"{len(classes)} training images ({', '.join(classes)}), each beside "
+        f"{predictions.augmented.shape[1]} augmented forms of it.",
+        "Drawn by the recipe from the run's seed, as in its first epochs.",
+        is_chart=False,
+    )
+
+
+def _calibration(result: Reliability) -> Figure:
+    used = result.counts > 0
+    gap = (result.counts[used] * (result.confidence - result.accuracy)[used]).sum()
+    tendency = f"{'more' if gap > 0 else 'less'} confident than accurate"
+    if not gap:
+        tendency = "as confident as accurate"
+    return Figure(
+        "reliability",
+        pictures.calibration(result),
+        f"Reliability curve, accuracy against confidence, above a histogram of the confidences: on "
+        f"the whole the model is {tendency}; the expected calibration "
+        f"error is {result.expected_error:.2%}.",
+        f"Test images by the probability of their predicted class, in {BINS} bins of equal width. "
+        f"Below the diagonal a model is too confident, above it too little.",
+    )
+
+
+def list_mistakes(predictions: Predictions, names: list[str]) -> list[Mistake]:
+    """List the mistakes that were kept, the most confident first."""
+    rows = predictions.probabilities[predictions.mistakes]
+    return [
+        Mistake(int(row), names[predictions.labels[row]], names[values.argmax()], values.max())
+        for row, values in zip(predictions.mistakes, rows, strict=True)
+    ]

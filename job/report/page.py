@@ -1,0 +1,401 @@
+"""The report of a run: one HTML page that needs nothing else, and its pictures beside it."""
+
+import base64
+import logging
+import shlex
+import statistics
+import struct
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from job import log
+from job.config import REMOVED, JobError, TrainConfig, describe_config, option_name
+from job.report.figures import Figure, draw_figures, list_mistakes
+from job.run.folder import PICTURES, REPORT, REPORT_PICTURES, OutputDir
+from job.run.predictions import reliability
+from job.run.record import Manifest, RunRecord
+
+_PRECISIONS = {
+    "float32": "float32, numbers of 32 bits",
+    "bfloat16": "bfloat16, numbers of 16 bits with the range of float32; weights and last layer "
+    "stay float32",
+}
+
+
+def write_report(output: OutputDir) -> Path:
+    """Write the report of the run in an output folder, from what the folder holds alone.
+
+    Args:
+        output: The folder, which receives the page and the pictures.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: If the folder holds no run, one of its files cannot be used, or one cannot be
+            written.
+    """
+    record = RunRecord.load(output.path)
+    figures = draw_figures(record)
+    output.make_folder(PICTURES)
+    pictures = {f"{PICTURES}/{name}.png": figure.png for name, figure in figures.items()}
+    for name, png in pictures.items():
+        output.write_bytes(name, png)
+    # Of what the folder no longer has.
+    output.remove([output.path / name for name in REPORT_PICTURES if name not in pictures])
+    output.write_text(REPORT, render(record, figures))
+    path = output.path / REPORT
+    log.event("report", path=str(path), message=f"report in {path}")
+    return path
+
+
+def try_to_write_report(output: OutputDir) -> None:
+    """Write the report behind a training or an evaluation, which it must not spoil by a defect.
+
+    Raises:
+        UserError: If a file cannot be written.
+        LeaseLostError: If the folder is another attempt's now.
+    """
+    try:
+        write_report(output)
+    except JobError:
+        raise
+    except Exception:
+        log.event(
+            "report_failed",
+            logging.ERROR,
+            trace=traceback.format_exc(),
+            message=f"everything but the report is in {output.path}/; drawing the report failed, "
+            f"which is a defect of the job: please report the trace\n{traceback.format_exc()}",
+        )
+
+
+def render(record: RunRecord, figures: dict[str, Figure]) -> str:
+    """Write the page.
+
+    It is a function of the run alone, the same at any time and in any place.
+
+    Args:
+        record: The run.
+        figures: Its figures, by name.
+    """
+    environment = Environment(
+        loader=PackageLoader("job", "report"),
+        autoescape=True,  # paths, messages and names are anybody's
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    manifest = record.manifest
+    error = _calibration_error(record)
+    return environment.get_template("report.html.jinja").render(
+        record=record,
+        title=_title(manifest),
+        status=_status(record),
+        notes=_notes(record),
+        key_figures=_key_figures(record, error),
+        calibration_error=error,
+        figures={name: _embedded(figure) for name, figure in figures.items()},
+        epochs=epoch_table(record),
+        confusion=confusion_table(record),
+        classes=class_table(record),
+        mistakes=mistake_table(record),
+        attempts=attempt_table(manifest),
+        facts=facts(manifest) if manifest else [],
+        resume=manifest and not record.is_done and resume_command(manifest.config),
+        rerun=manifest and rerun_command(manifest.config),
+        rerun_note=manifest and _rerun_note(manifest),
+        address_note=manifest and _address_note(manifest.config),
+    )
+
+
+def command_line(command: str, config: TrainConfig, *names: str) -> str:
+    """A line for a shell that runs a command with a configuration.
+
+    Args:
+        command: Of the program.
+        config: Gives the options.
+        names: The options that the command takes; none are all of them.
+
+    Returns:
+        The output folder and every option whose value is not the default.
+    """
+    values, usual = describe_config(config), describe_config(TrainConfig())
+    words = ["python", "-m", "job", command]
+    for name in names or values:
+        value = values[name]
+        if value != usual[name] or name == "output_dir":
+            words += [option_name(name)] if value is True else [option_name(name), str(value)]
+    return shlex.join(words)
+
+
+def resume_command(config: TrainConfig) -> str:
+    """The command that resumes a run in its folder."""
+    # What one attempt was told besides: --fresh would discard the run.
+    return command_line("train", replace(config, fresh=False, stop_after=None))
+
+
+def rerun_command(config: TrainConfig) -> str:
+    """The command that repeats a run in a folder of its own."""
+    folder = config.output_dir.with_name(f"{config.output_dir.name}-again")
+    again = replace(config, output_dir=folder, run_id=None, metrics_textfile=None)
+    return resume_command(again)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column names the rows.
+
+    Attributes:
+        caption: What it shows.
+        head: Names of the columns.
+        rows: The cells of each row.
+        kind: "numbers", or a class of the style sheet.
+    """
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    kind: str = "numbers"
+
+
+def epoch_table(record: RunRecord) -> Table:
+    """Training and validation of each epoch."""
+    return Table(
+        "Every epoch: training and validation",
+        ("Epoch", "Loss", "Accuracy", "Val. loss", "Val. accuracy", "Seconds", "Images/s"),
+        [
+            (
+                *(str(line.epoch), f"{line.loss:.4f}", f"{line.accuracy:.2%}"),
+                *(f"{line.val_loss:.4f}", f"{line.val_accuracy:.2%}"),
+                *(f"{line.seconds:.2f}", f"{line.images_per_second:,.0f}"),
+            )
+            for line in record.epochs
+        ],
+    )
+
+
+def confusion_table(record: RunRecord) -> Table:
+    """The confusion matrix."""
+    names = record.class_names
+    rows = record.evaluation.confusion_matrix if record.evaluation else []
+    return Table(
+        "Test images: a row for each true class, a column for each predicted one",
+        ("True class", *names),
+        [(name, *map(str, row)) for name, row in zip(names, rows, strict=True)],
+    )
+
+
+def class_table(record: RunRecord) -> Table:
+    """Precision, recall and support of each class."""
+
+    def share(value: float | None) -> str:
+        return "undefined" if value is None else f"{value:.1%}"
+
+    return Table(
+        "Precision and recall of each class, and its test images",
+        ("Class", "Precision", "Recall", "Images"),
+        [
+            (name, share(one.precision), share(one.recall), f"{one.support:,}")
+            for name, one in (record.evaluation.classes if record.evaluation else {}).items()
+        ],
+    )
+
+
+def mistake_table(record: RunRecord) -> Table:
+    """The most confident mistakes; no rows where there is none or they are not known."""
+    listed = list_mistakes(record.predictions, record.class_names) if record.predictions else []
+    return Table(
+        "The most confident mistakes; test images are numbered from 0",
+        ("Test image", "Is", "Taken for", "Probability"),
+        [(str(row), true, wrong, f"{value:.2%}") for row, true, wrong, value in listed],
+    )
+
+
+def attempt_table(manifest: Manifest | None) -> Table:
+    """The attempts at the run."""
+    return Table(
+        "Every attempt at this run; times are UTC",
+        ("Start", "End", "Outcome", "Steps", "Host", "Reason and changes"),
+        [
+            (
+                *(moment(one.start), moment(one.end), one.outcome),
+                "none" if one.first_step is None else f"{one.first_step} to {one.last_step}",
+                *(one.host, "; ".join([*filter(None, [one.reason]), *one.changes])),
+            )
+            for one in (manifest.attempts if manifest else ())
+        ],
+        kind="attempts",
+    )
+
+
+def facts(manifest: Manifest) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Tables of names and values: heading, caption and rows of each."""
+    options = {option_name(name): value for name, value in describe_config(manifest.config).items()}
+    computed = {
+        "workers": manifest.workers,
+        "replicas": manifest.replicas,
+        "threads": manifest.threads,
+        "precision": _PRECISIONS.get(manifest.precision or "", manifest.precision),
+        "xla": manifest.xla,
+        "deterministic": manifest.deterministic,
+    }
+    for number, device in enumerate(manifest.devices or (), 1):
+        computed[f"device {number}"] = f"{device.name}, {device}"
+    data = msgspec.structs.asdict(manifest.data) if manifest.data else {}
+    versions = {
+        **manifest.versions,
+        "git_commit": manifest.git_commit,
+        "recipe_fingerprint": manifest.recipe_fingerprint,
+    }
+    return [
+        ("Configuration", "Every option of train", _rows(options)),
+        ("Devices", "What it was computed on, and what auto came to", _rows(computed)),
+        ("Data", "The data set, with SHA-256 of its content", _rows(data)),
+        ("Versions", "Of the job and of what decides its numbers", _rows(versions)),
+    ]
+
+
+def _rows(values: Mapping[str, object]) -> list[tuple[str, str]]:
+    return [(name.replace("_", " "), _value(value)) for name, value in values.items()]
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def moment(text: str | None) -> str:
+    """From ISO 8601 as in run.json to what people read: 2026-01-31 12:00:00."""
+    return text[:19].replace("T", " ") if text else "not known"
+
+
+def _embedded(figure: Figure) -> dict[str, object]:
+    # The size stands in the PNG's first chunk.
+    width, height = struct.unpack(">II", figure.png[16:24])
+    encoded = base64.b64encode(figure.png).decode()
+    return vars(figure) | {"width": width, "height": height, "base64": encoded}
+
+
+def _title(manifest: Manifest | None) -> str:
+    if manifest is None:
+        return "Training"
+    return f"Training of {manifest.config.recipe} on {manifest.config.dataset}"
+
+
+def _status(record: RunRecord) -> str:
+    """One sentence on whether the run is finished."""
+    manifest = record.manifest
+    if manifest is None:
+        return "There is no run.json, so it is not known what ran and how it ended."
+    end = f"on {moment(manifest.end)} UTC"
+    done = f"{len(record.epochs)} of {manifest.config.epochs} epochs are done"
+    error, reason = (
+        f" ({text})" if text else "" for text in (manifest.error, manifest.attempts[-1].reason)
+    )
+    return {
+        "done": f"Finished {end}.",
+        "failed": f"Not finished: it failed {end}{error}; {done}.",
+        "stopped": f"Not finished: it was stopped {end}{reason}; {done}, and the same command "
+        f"goes on.",
+        "running": f"Not finished: its last attempt has left no word of its end; {done}, and the "
+        f"same command goes on.",
+    }[manifest.outcome]
+
+
+def _notes(record: RunRecord) -> list[str]:
+    """What the reader has to know of what is missing."""
+    notes = []
+    if not record.evaluation:
+        notes.append(
+            "There is no evaluation of the saved model yet, which is the end of a training; so "
+            "everything about classes and single images is missing."
+        )
+    elif not record.predictions:
+        options = ("output_dir", "data_dir", "dataset", "seed", "recipe")
+        config = record.manifest.config if record.manifest else TrainConfig()
+        notes.append(
+            f"There is no predictions.npz in the folder, so calibration, mistakes and augmented "
+            f"images are missing. This writes it and the report anew: "
+            f"{command_line('evaluate', config, *options)}"
+        )
+    if record.evaluation and not record.is_done:
+        notes.append(
+            "The evaluation is of the model that an earlier attempt saved, not of the last epoch."
+        )
+    return notes
+
+
+def _calibration_error(record: RunRecord) -> float | None:
+    predictions = record.predictions
+    if predictions is None:
+        return None
+    return reliability(predictions.labels, predictions.probabilities).expected_error
+
+
+def _key_figures(record: RunRecord, calibration_error: float | None) -> list[tuple[str, str, str]]:
+    figures = []
+    if record.evaluation:
+        examples = f"of {record.evaluation.examples:,} test images"
+        figures.append(("Test accuracy", f"{record.evaluation.accuracy:.2%}", examples))
+        figures.append(("Test loss", f"{record.evaluation.loss:.4f}", "nats a test image"))
+    if calibration_error is not None:
+        figures.append(("Calibration error", f"{calibration_error:.2%}", "expected; 0% is best"))
+    if record.epochs:
+        best = max(record.epochs, key=lambda line: line.val_accuracy)
+        figures.append(("Best validation", f"{best.val_accuracy:.2%}", f"in epoch {best.epoch}"))
+    if record.steps:
+        elapsed = _duration(record.elapsed_seconds)
+        figures += [_progress(record), ("Time", elapsed, "in training and validation")]
+    if record.epochs:
+        rate = statistics.median(line.images_per_second for line in record.epochs)
+        figures.append(("Throughput", f"{rate:,.0f}", "images a second, median"))
+    if record.steps:
+        figures.append(("Restarts", str(len(record.restarts)), "of the training"))
+    return figures
+
+
+def _duration(seconds: float) -> str:
+    """A time in the two units that suit it: ``3 h 25 min``, ``2 min 47 s``, ``6.0 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _progress(record: RunRecord) -> tuple[str, str, str]:
+    """How far the run is: "epoch 1 of 20", "402 of 6,240 steps"."""
+    per_epoch, steps = record.steps_per_epoch, record.steps
+    if record.manifest is None or record.is_done or per_epoch is None:
+        return ("Epochs", f"{len(record.epochs):,}", f"{steps:,} steps")
+    epochs = record.manifest.config.epochs
+    epoch = min(steps // per_epoch + 1, epochs)
+    return (
+        *("Progress", f"epoch {epoch:,} of {epochs:,}"),
+        f"{steps:,} of {epochs * per_epoch:,} steps",
+    )
+
+
+def _address_note(config: TrainConfig) -> str | None:
+    if REMOVED not in config.cifar10_url:
+        return None
+    return (
+        f"The address of the data had a user's name, a password or a query, which are not kept: "
+        f"put them back where --cifar10-url has {REMOVED}."
+    )
+
+
+def _rerun_note(manifest: Manifest) -> str:
+    commit = manifest.git_commit
+    where = f"commit {commit}" if commit else f"version {manifest.versions['job']} of the job"
+    return (
+        f"It takes {where} with the versions below, and the defaults of all options that the "
+        f"command does not name. If deterministic is true below, devices of the same kind give the "
+        f"same bits, else they give similar figures."
+    )

@@ -1,0 +1,392 @@
+"""Pictures of a run and of predictions, drawn by matplotlib.
+
+Five inches wide in letters of 11 points, the report's are readable on a phone. Lines, markers and
+hatches repeat what colours show, so that they are also readable in greyscale.
+"""
+
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from job.run.predictions import Reliability
+
+# Okabe and Ito's, which colour-blind people can tell apart, less the pale yellow.
+BLUE, VERMILION = "#0072b2", "#d55e00"
+PALETTE = (BLUE, VERMILION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+
+
+def lay_out_epochs(axes: Axes, epochs: int) -> None:
+    """Let the horizontal axis be that of so many epochs, from 1; there is none between two."""
+    axes.set_xlabel("Epoch")
+    axes.set_xlim(0.5, epochs + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def save_png(figure: Figure, target: Path | io.BytesIO, dpi: int) -> None:
+    """Save a figure whatever letters it has.
+
+    The font that comes with matplotlib has no Chinese ones, for one: boxes stand in for them, and
+    a warning for each in the middle of a training's log would help nobody.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(target, format="png", dpi=dpi)
+
+
+_FIRST, _SECOND, _GREY = BLUE, VERMILION, "#5f6770"
+_WIDTH = 5.0  # inches
+_DPI = 200
+_STYLE: Any = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#d8dce1",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "hatch.linewidth": 0.8,
+    "legend.fontsize": 10,
+    "legend.framealpha": 0.9,
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.constrained_layout.h_pad": 0.08,
+    "text.parse_math": False,
+}
+_in_style = mpl.rc_context(_STYLE)
+
+
+def _figure(height: float, **options: Any) -> tuple[Figure, Any]:
+    """A figure of the report's width and its axes; `height` in inches."""
+    figure = Figure(figsize=(_WIDTH, height))
+    return figure, figure.subplots(**options)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    save_png(figure, buffer, _DPI)
+    return buffer.getvalue()
+
+
+@_in_style
+def curves(
+    title: str,
+    unit: str,
+    epochs: Sequence[int],
+    training: Sequence[float],
+    validation: Sequence[float],
+) -> bytes:
+    """Draw a quantity of training and validation over the epochs.
+
+    Args:
+        title: Names the quantity.
+        unit: Its label with its unit.
+        epochs: Numbers of the epochs.
+        training: The quantity in training, a value an epoch.
+        validation: The quantity in validation, a value an epoch.
+    """
+    figure, axes = _figure(3.8)
+    every = max(1, len(epochs) // 12)
+    for values, name, colour, style, marker in (
+        (training, "training", _SECOND, "--", "s"),
+        (validation, "validation", _FIRST, "-", "o"),
+    ):
+        axes.plot(
+            epochs, values, style, color=colour, marker=marker, markevery=every, label=name, ms=5
+        )
+    axes.set(title=title, ylabel=unit)
+    lay_out_epochs(axes, max(epochs))
+    figure.legend(loc="outside lower center", ncols=2)
+    return _png(figure)
+
+
+@_in_style
+def throughput(
+    elapsed: Sequence[float], rates: Sequence[float], unit: str, restarts: Sequence[float]
+) -> bytes:
+    """Draw the training images a second over the time.
+
+    Args:
+        elapsed: Time at the end of each epoch since the start of the run.
+        rates: Images a second in each epoch.
+        unit: Of the times: "s", "min" or "h".
+        restarts: Times at which the run went on after an interruption.
+    """
+    figure, axes = _figure(3.8)
+    axes.plot(elapsed, rates, "-", color=_FIRST, marker="o", ms=4, label="mean over an epoch")
+    for number, time in enumerate(restarts):
+        label = f"restart ({len(restarts)} in all)" if number == 0 else None
+        axes.axvline(time, color=_SECOND, linestyle="--", linewidth=1.4, label=label)
+    axes.set(
+        title="Throughput over time",
+        xlabel=f"Time in training and validation ({unit})",
+        ylabel="Training images per second",
+        xlim=(0, None),
+        ylim=(0, 1.08 * max(rates)),
+    )
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    figure.legend(loc="outside lower center", ncols=2)
+    return _png(figure)
+
+
+@_in_style
+def confusion(matrix: npt.NDArray[np.int64], class_names: Sequence[str]) -> bytes:
+    """Draw a confusion matrix, each entry as a number on a shade.
+
+    Args:
+        matrix: [classes, classes]: entry (true, predicted) counts images.
+        class_names: Name of each class.
+    """
+    figure, axes = _figure(5.2)
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    size = min(9.0, 90 / len(class_names))
+    for (true, predicted), count in np.ndenumerate(matrix):
+        colour = "white" if share[true, predicted] > 0.65 else "black"
+        axes.text(predicted, true, count, ha="center", va="center", size=size, color=colour)
+    ticks = range(len(class_names))
+    axes.set_xticks(ticks, class_names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(ticks, class_names)
+    axes.tick_params(length=0, labelsize=10)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set(title="Confusion matrix (test images)", xlabel="Predicted class", ylabel="True class")
+    return _png(figure)
+
+
+@_in_style
+def classes(
+    precision: Sequence[float | None], recall: Sequence[float | None], class_names: Sequence[str]
+) -> bytes:
+    """Draw precision and recall of each class as bars.
+
+    Args:
+        precision: 0 to 1, or None where a class is never predicted.
+        recall: 0 to 1, or None where a class has no example.
+        class_names: Name of each class.
+    """
+    figure, axes = _figure(5.4)
+    rows = np.arange(len(class_names))
+    for values, name, offset, colour, hatch in (
+        (precision, "precision", -0.2, _FIRST, ""),
+        (recall, "recall", 0.2, "#f3c9a8", "////"),
+    ):
+        widths = [100 * (value or 0.0) for value in values]
+        bars = axes.barh(
+            rows + offset, widths, 0.38, color=colour, hatch=hatch, edgecolor="black", label=name
+        )
+        texts = ["undefined" if value is None else f"{value:.0%}" for value in values]
+        axes.bar_label(bars, texts, padding=3, size=9)
+    axes.set_yticks(rows, class_names)
+    axes.invert_yaxis()
+    axes.set(title="Precision and recall of each class", xlabel="Share (%)", xlim=(0, 112))
+    axes.set_xticks(range(0, 101, 20))
+    axes.grid(visible=False, axis="y")
+    axes.set_ylabel("Class")
+    figure.legend(loc="outside lower center", ncols=2)
+    return _png(figure)
+
+
+@_in_style
+def calibration(result: Reliability) -> bytes:
+    """Draw how often predictions are right against their confidence, and how many there are."""
+    figure, (top, bottom) = _figure(5.0, nrows=2, sharex=True, height_ratios=(2.6, 1))
+    used = result.counts > 0
+    confidence, accuracy = 100 * result.confidence[used], 100 * result.accuracy[used]
+    top.plot([0, 100], [0, 100], "--", color=_GREY, label="perfectly calibrated")
+    top.vlines(confidence, confidence, accuracy, color=_SECOND, linewidth=3, label="gap")
+    top.plot(confidence, accuracy, "-", color=_FIRST, marker="o", label="this model")
+    top.set(title="Reliability", ylabel="Accuracy (%)", ylim=(0, 102), xlim=(0, 100))
+    top.legend(loc="upper left")
+    edges = np.linspace(0, 100, len(result.counts) + 1)
+    share = 100 * result.counts / result.counts.sum()
+    bottom.bar(
+        *(edges[:-1], share, np.diff(edges)), align="edge", color="#9cc4de", edgecolor="black"
+    )
+    bottom.set(xlabel="Confidence (%)", ylabel="Images (%)")
+    return _png(figure)
+
+
+@_in_style
+def mistakes(
+    images: npt.NDArray[np.uint8],
+    true: Sequence[str],
+    predicted: Sequence[str],
+    confidence: Sequence[float],
+) -> bytes:
+    """Draw test images, each below what it is, what it was taken for and how confidently.
+
+    Args:
+        images: [mistakes, height, width, channels] uint8.
+        true: Their classes.
+        predicted: What they were taken for.
+        confidence: Probability of that, 0 to 1.
+    """
+    columns = 4
+    rows = -(-len(images) // columns)
+    figure, axes = _figure(0.5 + 1.75 * rows, nrows=rows, ncols=columns, squeeze=False)
+    for index, cell in enumerate(axes.flat):
+        if index >= len(images):
+            cell.set_axis_off()
+            continue
+        _show(cell, images[index])
+        text = f"{true[index]}\nas {predicted[index]}\n{confidence[index]:.1%}"
+        cell.set_title(text, size=9.5, weight="normal", pad=3)
+    figure.suptitle("Most confident mistakes", size=12, weight="bold")
+    return _png(figure)
+
+
+@_in_style
+def augmentation(
+    originals: npt.NDArray[np.uint8], augmented: npt.NDArray[np.uint8], class_names: Sequence[str]
+) -> bytes:
+    """Draw training images, each in a row with its augmented forms.
+
+    Args:
+        originals: [images, height, width, channels] uint8.
+        augmented: [images, epochs, height, width, channels] uint8.
+        class_names: Class of each image.
+    """
+    images, epochs = augmented.shape[:2]
+    # Fewer epochs leave room on the right, and not between the images.
+    columns = 1 + max(epochs, 5)
+    figure, axes = _figure(0.75 + 0.66 * images, nrows=images, ncols=columns, squeeze=False)
+    for row in range(images):
+        _show(axes[row, 0], originals[row])
+        axes[row, 0].set_ylabel(class_names[row], size=9, rotation=0, ha="right", va="center")
+        for epoch in range(epochs):
+            _show(axes[row, 1 + epoch], augmented[row, epoch])
+        for unused in axes[row, 1 + epochs :]:
+            unused.set_visible(False)
+    for column, cell in enumerate(axes[0, : 1 + epochs]):
+        cell.set_title(f"epoch {column}" if column else "original", size=9, weight="normal")
+    figure.suptitle("Augmented training images", size=12, weight="bold")
+    return _png(figure)
+
+
+def _show(axes: Axes, image: npt.NDArray[np.uint8]) -> None:
+    """Show an image [height, width, channels] without a scale, for it has none."""
+    grey = image.shape[-1] == 1
+    axes.imshow(image[..., 0] if grey else image, cmap="gray" if grey else None)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+
+
+mpl.use("Agg")
+
+# Names of classes and files are no formulas.
+plt.rcParams["text.parse_math"] = False
+
+_PREDICTED, _TRUE, _OTHER = "#c4501b", "#1b6fc4", "#b8bec6"
+SCREEN_DPI = 110
+
+
+def save_prediction(
+    path: Path,
+    image: npt.NDArray[np.uint8],
+    probabilities: npt.NDArray[np.float32],
+    class_names: tuple[str, ...],
+    true_label: int,
+) -> None:
+    """Draw an image beside the probabilities that a model gives it.
+
+    Args:
+        path: PNG file to write.
+        image: [height, width, channels] uint8, grey or RGB.
+        probabilities: [classes] float32, summing to 1.
+        class_names: Name of each class.
+        true_label: The image's label.
+    """
+    predicted = int(np.argmax(probabilities))
+    right = predicted == true_label
+    colours = [_OTHER] * len(class_names)
+    colours[true_label] = _TRUE
+    if not right:
+        colours[predicted] = _PREDICTED
+    figure, (left, bars) = plt.subplots(
+        1, 2, figsize=(9, 4), width_ratios=(1, 1.15), layout="constrained"
+    )
+    verdict = "right" if right else "wrong"
+    figure.suptitle(
+        f"Predicted: {class_names[predicted]}   True: {class_names[true_label]}   ({verdict})",
+        fontsize=14,
+    )
+    # The last two are for grey images alone.
+    left.imshow(image.squeeze(), interpolation="nearest", cmap="gray", vmin=0, vmax=255)
+    left.set_axis_off()
+    rows = bars.barh(class_names, probabilities, color=colours)
+    bars.bar_label(rows, [f"{value:.1%}" for value in probabilities], padding=3)
+    bars.invert_yaxis()
+    bars.set_xlim(0, 1.15)
+    bars.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
+    bars.set_xlabel("Probability")
+    bars.spines[["top", "right"]].set_visible(False)
+    save_png(figure, path, SCREEN_DPI)
+    plt.close(figure)
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """An image of the grid that `save_predictions` draws.
+
+    Attributes:
+        pixels: [height, width, 3] uint8.
+        name: Of its file.
+        predicted: Name of its most probable class.
+        probability: Of this class, 0 to 1.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    name: str
+    predicted: str
+    probability: float
+
+
+def save_predictions(path: Path, pictures: Sequence[Captioned], images: int) -> None:
+    """Draw images in a grid, each with its most probable class.
+
+    Args:
+        path: PNG file to write.
+        pictures: The images, at least one.
+        images: How many there are in all.
+    """
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = -(-len(pictures) // columns)
+    # A name is to be nearer to its image than to the next one's class.
+    layout = ConstrainedLayoutEngine(h_pad=0.12)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.7 * columns, 2.3 * rows), layout=layout, squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, picture in zip(axes.flat, pictures, strict=False):
+        axis.imshow(picture.pixels, interpolation="nearest")
+        text = f"{_shortened(picture.predicted)}\n{picture.probability:.1%}"
+        axis.set_title(text, fontsize=10, parse_math=False)
+        caption = {"fontsize": 7, "color": "#555555", "ha": "center", "va": "top"}
+        name = _shortened(picture.name)
+        axis.text(0.5, -0.03, name, caption, transform=axis.transAxes, parse_math=False)
+    if len(pictures) < images:
+        figure.suptitle(f"The first {len(pictures)} of {images:,} images", fontsize=14)
+    save_png(figure, path, SCREEN_DPI)
+    plt.close(figure)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 24 else f"{text[:12]}…{text[-11:]}"

@@ -1,0 +1,1 @@
+"""One attempt at a run, on disk. Nothing in here needs TensorFlow."""

@@ -1,0 +1,237 @@
+"""One attempt at a run: the folder that it holds, what it goes on from, and how it ends."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from job import log
+from job.cluster.scheduler import NO_RUN, RunIdentity, run_identity
+from job.config import (
+    ExitCode,
+    JobError,
+    LostWorkerError,
+    StoppedError,
+    TrainConfig,
+    UserError,
+    run_options,
+)
+from job.run.checkpoint import Checkpoint, CheckpointStore
+from job.run.fingerprint import require_same_run
+from job.run.folder import (
+    MODEL,
+    PREDICTION,
+    PREDICTIONS,
+    REPORT,
+    OutputDir,
+    prepare_output_dir,
+    sha256_of,
+)
+from job.run.lease import LeaseLostError, acquire
+from job.run.manifest import RunManifest, earlier_manifest, was_started_fresh_by
+from job.run.record import Manifest, earlier_evaluation
+from job.run.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What a training works with besides its configuration.
+
+    Attributes:
+        output: The folder of the run, held by this process.
+        manifest: Its ``run.json``.
+        checkpoints: Its checkpoints.
+        checkpoint: The one to go on from; None at the start of a run.
+        stop: Tells when to end early.
+        fresh: Whether to discard what the folder holds once the training can begin.
+        is_finished: Whether nothing is left to do.
+        is_chief: Whether this process writes what there is to write, not another worker.
+    """
+
+    output: OutputDir
+    manifest: RunManifest
+    checkpoints: CheckpointStore
+    checkpoint: Checkpoint | None
+    stop: StopRequest
+    fresh: bool
+    is_finished: bool
+    is_chief: bool = True
+
+
+@contextlib.contextmanager
+def hold_output_dir(
+    path: Path,
+    stop: StopRequest,
+    identity: RunIdentity = NO_RUN,
+    before_asking: Callable[[], None] = lambda: None,
+) -> Iterator[OutputDir]:
+    """Hold an output folder for the time of the body.
+
+    Args:
+        path: The folder; it is made if it is not there.
+        stop: Is asked if the folder is.
+        identity: The run whose older attempts are to make room; none by default.
+        before_asking: Raises if they should not, because this attempt could not go on.
+
+    Raises:
+        UserError: If it cannot be used or another run holds it.
+        LeaseLostError: If a newer attempt of this run holds it.
+    """
+    prepare_output_dir(path)
+    lease = acquire(path, identity, stop, before_asking)
+    with stop.on_exit(lambda _code, _reason: lease.release()):
+        try:
+            output = OutputDir(path, lease.check, lease.token)
+            output.tidy()
+            yield output
+        finally:
+            lease.release()
+
+
+@contextlib.contextmanager
+def open_attempt(config: TrainConfig, stop: StopRequest) -> Iterator[Attempt]:
+    """Open an attempt at a run for the time of the body, and record how it ends.
+
+    Args:
+        config: The run's configuration.
+        stop: Ends it early.
+
+    Raises:
+        UserError: If the folder cannot be used, or holds another run.
+        LeaseLostError: If a newer attempt of this run holds the folder.
+    """
+    if config.stop_after is not None:
+        stop.stop_after(config.stop_after)
+    identity = run_identity(os.environ, config.run_id)
+
+    def require_same_options() -> None:
+        running = earlier_manifest(config.output_dir)
+        if running and not config.fresh:
+            require_same_run(run_options(running.config), run_options(config), config.output_dir)
+
+    with hold_output_dir(config.output_dir, stop, identity, require_same_options) as output:
+        attempt = inspect_output_dir(config, identity, output, stop)
+        if attempt.is_finished:
+            log.event(
+                "finished",
+                output_dir=str(config.output_dir),
+                message=f"the run in {config.output_dir}/ is finished; raise --epochs to go on "
+                f"with it, start over with --fresh, or name another --output-dir",
+            )
+            yield attempt
+            return
+        attempt.manifest.begin(config)
+
+        def record_end(exit_code: ExitCode, reason: str) -> None:
+            stopped = exit_code == ExitCode.RUN_AGAIN
+            attempt.manifest.finish("stopped" if stopped else "failed", reason)
+
+        with stop.on_exit(record_end):
+            with _recording_failure(attempt):
+                yield attempt
+            attempt.manifest.finish("done")
+
+
+@contextlib.contextmanager
+def _recording_failure(attempt: Attempt) -> Iterator[None]:
+    manifest = attempt.manifest
+    try:
+        yield
+    except LostWorkerError as error:
+        manifest.finish("stopped", str(error))
+        raise
+    except StoppedError as error:
+        manifest.finish("stopped", attempt.stop.reason or str(error))
+        raise
+    except LeaseLostError:
+        raise  # the folder is somebody else's now
+    except BaseException as error:
+        # What went wrong first is what the user must hear of.
+        explained = isinstance(error, JobError)
+        with contextlib.suppress(UserError, LeaseLostError):
+            manifest.finish(
+                "failed", str(error) if explained else f"{type(error).__name__}: {error}"
+            )
+        raise
+
+
+def inspect_output_dir(
+    config: TrainConfig, identity: RunIdentity, output: OutputDir, stop: StopRequest
+) -> Attempt:
+    """Look at what the folder holds: a run to go on with, a finished one, or nothing.
+
+    Args:
+        config: The run's configuration.
+        identity: Which run this process is an attempt of.
+        output: The folder, in which nothing is changed; it need not exist.
+        stop: Is told what to advise once the process has stopped.
+
+    Raises:
+        UserError: If the folder holds another run, or one that cannot go on.
+    """
+    earlier = earlier_manifest(output.path)
+    is_complete = earlier is not None and _is_complete(output.path, earlier)
+    checkpoints = CheckpointStore(output)
+    if config.fresh and not _has_started_over(config, identity, earlier, is_complete):
+        manifest = RunManifest(output, identity, fresh=True)
+        if identity.name is None:
+            # Nothing would tell that the same command goes on with what this one has begun.
+            stop.advice = "run the same command without --fresh to go on"
+        return Attempt(output, manifest, checkpoints, None, stop, fresh=True, is_finished=False)
+    checkpoint = checkpoints.load_latest()
+    options = run_options(config)
+    is_finished = False
+    if earlier and is_complete:
+        require_same_run(run_options(earlier.config), options, output.path)
+        is_finished = earlier.config.epochs == config.epochs
+    if checkpoint:
+        require_same_run(checkpoint.fingerprint.run, options, output.path)
+        _require_epochs(config, checkpoint.history.epochs_begun)
+    if not (checkpoint or is_finished) and (output.path / MODEL).exists():
+        raise UserError(
+            f"--output-dir {output.path} holds a model and no checkpoint to go on from; name "
+            f"another folder, or replace the model with --fresh"
+        )
+    manifest = RunManifest(output, identity)
+    return Attempt(output, manifest, checkpoints, checkpoint, stop, False, is_finished)
+
+
+def _has_started_over(
+    config: TrainConfig, identity: RunIdentity, earlier: Manifest | None, is_complete: bool
+) -> bool:
+    """Whether --fresh was done by an earlier attempt: a scheduler repeats the whole command.
+
+    A person who repeats it means another run, or to do a finished one over.
+    """
+    if earlier is None or not was_started_fresh_by(identity, earlier):
+        return False
+    if is_complete and not identity.attempt:
+        return False
+    if run_options(earlier.config) != run_options(config):
+        return False
+    log.event(
+        "fresh",
+        message=f"--fresh was done by an earlier attempt of {identity.name}; going on from there",
+    )
+    return True
+
+
+def _is_complete(folder: Path, manifest: Manifest) -> bool:
+    """Whether a folder has all the artifacts of a finished run, and they belong together."""
+    if manifest.outcome != "done":
+        return False
+    if not all((folder / name).exists() for name in (PREDICTION, PREDICTIONS, REPORT)):
+        return False
+    evaluation = earlier_evaluation(folder)
+    if evaluation is None or not (folder / MODEL).exists():
+        return False
+    return sha256_of(folder / MODEL) == evaluation.model_sha256
+
+
+def _require_epochs(config: TrainConfig, begun: int) -> None:
+    if config.epochs < begun:
+        raise UserError(
+            f"--epochs received {config.epochs}, expected at least {begun}, which the run in "
+            f"{config.output_dir} has begun; ask for more, or start over with --fresh"
+        )

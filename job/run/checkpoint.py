@@ -1,0 +1,256 @@
+"""Checkpoints of a run, and its history in them.
+
+A checkpoint is complete or invisible, and is checked when it is read. Two are kept.
+"""
+
+import hashlib
+import io
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from job import log
+from job.config import UserError
+from job.run.fingerprint import Fingerprint
+from job.run.folder import CHECKPOINTS, METRICS, OutputDir
+from job.run.record import BestEpoch, EpochRecord, decode, encode
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+_FORMAT = 1
+_KEPT = 2
+_DIGITS = 16
+_NAME = re.compile(rf"(\d+)-step-(\d+)-([0-9a-f]{{{_DIGITS}}})\.npz")
+_METADATA = "metadata"
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """Sums over the steps of an epoch so far.
+
+    Attributes:
+        steps: Steps done.
+        loss: Sum over examples of the loss.
+        correct: Examples predicted correctly.
+    """
+
+    steps: int = 0
+    loss: float = 0.0
+    correct: int = 0
+
+
+class History(msgspec.Struct):
+    """The history of a run over all of its attempts.
+
+    Attributes:
+        epochs: For each finished epoch its line of ``metrics.jsonl``.
+        progress: Sums of the epoch that is not finished.
+        epoch_seconds: Training time spent in that epoch.
+        elapsed_seconds: Time spent in training and validation since the start of the run.
+    """
+
+    epochs: list[EpochRecord] = []
+    progress: Progress = Progress()
+    epoch_seconds: float = 0.0
+    elapsed_seconds: float = 0.0
+
+    @property
+    def best(self) -> BestEpoch | None:
+        """Epoch and accuracy of the best validation, the first among equals; None before any."""
+        if not self.epochs:
+            return None
+        best = max(self.epochs, key=lambda line: line.val_accuracy)
+        return BestEpoch(best.epoch, best.val_accuracy)
+
+    @property
+    def epochs_begun(self) -> int:
+        """Epochs that are finished or have a step done."""
+        return len(self.epochs) + (self.progress.steps > 0)
+
+    def finish_epoch(self, line: EpochRecord) -> None:
+        """Add an epoch's line and begin the next epoch."""
+        self.epochs.append(line)
+        self.progress, self.epoch_seconds = Progress(), 0.0
+
+    def write_metrics(self, output: OutputDir) -> None:
+        """Write ``metrics.jsonl``: the whole file, so that it never has a gap or half a line.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
+        output.write_bytes(METRICS, b"".join(encode(line) + b"\n" for line in self.epochs))
+
+
+class _Metadata(msgspec.Struct):
+    format: int
+    fingerprint: Fingerprint
+    history: History
+
+
+class _Format(msgspec.Struct):
+    format: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a run after a step.
+
+    Attributes:
+        step: Steps done since the start of the run.
+        arrays: The variables of network and optimizer, by name.
+        fingerprint: Of the attempt that saved it.
+        history: Of the run so far.
+    """
+
+    step: int
+    arrays: Arrays
+    fingerprint: Fingerprint
+    history: History
+
+    def to_bytes(self) -> bytes:
+        """All but the step as the content of an ``.npz`` file."""
+        buffer = io.BytesIO()
+        metadata = encode(_Metadata(_FORMAT, self.fingerprint, self.history)).decode()
+        members: dict[str, Any] = {**self.arrays, _METADATA: np.array(metadata)}
+        np.savez(buffer, **members)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, step: int, content: bytes) -> "Checkpoint":
+        """The checkpoint of which `to_bytes` gave the content.
+
+        Raises:
+            ValueError: If it has the format of another version of this program.
+        """
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        text = str(arrays.pop(_METADATA))
+        received = decode(text, _Format).format
+        if received != _FORMAT:
+            raise ValueError(f"received format {received}, expected {_FORMAT}")
+        metadata = decode(text, _Metadata)
+        return cls(step, arrays, metadata.fingerprint, metadata.history)
+
+
+class CheckpointStore:
+    """The checkpoints of an output folder.
+
+    A checkpoint is one file, ``<number>-step-<step>-<checksum>.npz``: the checksum, the first
+    digits of the SHA-256 of its content, tells a damaged file, and numbers tell the order.
+
+    Args:
+        output: The folder that has them in ``checkpoints/``.
+    """
+
+    def __init__(self, output: OutputDir) -> None:
+        self._output = output
+        self._folder = output.path / CHECKPOINTS
+        self._kept: list[Path] = []
+        self._last_number = 0
+
+    @property
+    def latest(self) -> Path | None:
+        """The checkpoint last saved or loaded by this process."""
+        return self._kept[-1] if self._kept else None
+
+    def load_latest(self) -> Checkpoint | None:
+        """Load the newest checkpoint that is intact, and say which ones were not.
+
+        Returns:
+            None if there is none.
+
+        Raises:
+            UserError: If none is intact, one cannot be read at all, or the newest is of another
+                version of this program.
+        """
+        checkpoints = self._list()
+        for number, path in reversed(checkpoints):
+            self._last_number = max(self._last_number, number)
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise _unreadable(path, error) from error
+            if _name(number, _step_of(path), content) != path.name:
+                _report_damaged(path)
+                continue
+            self._kept = [path]
+            return _parse(path, content)
+        if checkpoints:
+            raise UserError(
+                f"no checkpoint in {self._folder} is intact, expected one to go on from; restore "
+                f"one from a backup, or start over with --fresh"
+            )
+        return None
+
+    def save(self, checkpoint: Checkpoint) -> int:
+        """Write a checkpoint, then remove all but the two last good ones.
+
+        Returns:
+            Its size in bytes.
+
+        Raises:
+            UserError: If it cannot be written; all earlier ones are still there.
+        """
+        content = checkpoint.to_bytes()
+        if not self._kept:
+            self._output.make_folder(CHECKPOINTS)
+        self._last_number += 1
+        name = _name(self._last_number, checkpoint.step, content)
+        self._output.write_bytes(f"{CHECKPOINTS}/{name}", content)
+        self._kept = [*self._kept, self._folder / name][-_KEPT:]
+        self._output.remove([path for _, path in self._list() if path not in self._kept])
+        return len(content)
+
+    def _list(self) -> list[tuple[int, Path]]:
+        """Numbers and paths of all checkpoints, in order."""
+        try:
+            paths = list(self._folder.iterdir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _unreadable(self._folder, error) from error
+        matches = [(path, _NAME.fullmatch(path.name)) for path in paths]
+        return sorted((int(match[1]), path) for path, match in matches if match)
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot read {path}: {error.strerror or error}; mend the volume or give user "
+        f"{os.getuid()} access, or remove it to go on without it"
+    )
+
+
+def _name(number: int, step: int, content: bytes) -> str:
+    digest = hashlib.sha256(content).hexdigest()[:_DIGITS]
+    return f"{number:06d}-step-{step:08d}-{digest}.npz"
+
+
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    return int(match[2]) if match else 0
+
+
+def _parse(path: Path, content: bytes) -> Checkpoint:
+    try:
+        return Checkpoint.from_bytes(_step_of(path), content)
+    except ValueError as error:
+        raise UserError(
+            f"cannot use the checkpoint {path}: {error}; go on with the version of this program "
+            f"that wrote it, or start over with --fresh"
+        ) from error
+
+
+def _report_damaged(path: Path) -> None:
+    log.event(
+        "checkpoint_damaged",
+        logging.WARNING,
+        path=str(path),
+        message=f"the checkpoint {path} is damaged: its content does not have the checksum in its "
+        f"name; going on without it",
+    )

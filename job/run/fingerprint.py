@@ -1,0 +1,213 @@
+"""Decides whether two attempts are of one run, and whether they compute the same bits."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import inspect
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from job.config import TrainConfig, UserError, option_name, run_options
+from job.run.manifest import git_commit, versions
+
+if TYPE_CHECKING:  # this module is used before TensorFlow is imported
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import keras
+
+    from job.cluster.devices import Devices
+    from job.data import Dataset
+
+# Environment variables by which TensorFlow computes other bits.
+_VARIABLES = (
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_MAX_CPU_ISA",
+    "TF_ENABLE_ONEDNN_OPTS",
+    "TF_XLA_FLAGS",
+    "XLA_FLAGS",
+)
+_CONTENTS = {
+    "data": "the images and labels are not those that it was trained with",
+    "network": "the recipe's network or loss has changed",
+}
+_OPTIMIZER = "optimizer."
+
+Json = None | bool | int | float | str | list[Any] | dict[str, Any]
+
+
+class Environment(msgspec.Struct, frozen=True):
+    """How and on what a run is computed.
+
+    Attributes:
+        device_kind: "cpu" or "gpu".
+        device_models: Different models of the devices, in order.
+        workers: Processes that train together.
+        replicas: Replicas over all workers.
+        threads: Processors that a process may run on; sums are split by them.
+        precision: "float32" or "bfloat16".
+        jit: The setting that says what XLA compiles.
+        deterministic: Whether every operation gives the same bits each time.
+        versions: Of the job, Python and the libraries.
+        git_commit: Of the program.
+        variables: Environment variables that change TensorFlow's bits.
+    """
+
+    device_kind: str
+    device_models: list[str]
+    replicas: int
+    threads: int
+    precision: str
+    jit: str
+    deterministic: bool
+    versions: dict[str, str]
+    git_commit: str | None
+    variables: dict[str, str]
+    workers: int = 1
+
+
+class Fingerprint(msgspec.Struct, frozen=True):
+    """Everything that changes the result of a run.
+
+    Attributes:
+        run: Options, data and network: another value of one of them is another run.
+        environment: How and on what it is computed: a difference costs the identical bits alone.
+        recipe: SHA-256 of what the recipe computes, which its name and the options do not show.
+            A run resumes in spite of another one, for it also changes with what makes no
+            difference.
+    """
+
+    run: dict[str, Json]
+    environment: Environment
+    recipe: str = ""
+
+    def changes_since(self, earlier: Environment) -> list[str]:
+        """What is computed differently than in an earlier environment, a phrase each."""
+        names = Environment.__struct_fields__
+        pairs = ((name, getattr(earlier, name), getattr(self.environment, name)) for name in names)
+        return [
+            f"{name.replace('_', ' ')}: {before} -> {after}"
+            for name, before, after in pairs
+            if before != after
+        ]
+
+
+def take_fingerprint(
+    config: TrainConfig, devices: Devices, dataset: Dataset, model: keras.Model
+) -> Fingerprint:
+    """Take the fingerprint of a run that is about to train.
+
+    Args:
+        config: Its configuration.
+        devices: What it trains on.
+        dataset: What it trains with.
+        model: The recipe's network, compiled.
+    """
+    network = {
+        "layers": [type(layer).__name__ for layer in model.layers],
+        "variables": [[list(v.shape), str(v.dtype)] for v in model.variables],
+        "loss": model.loss,
+    }
+    # As JSON would give it back. A key that only another version of Keras has is not compared.
+    optimizer = json.loads(json.dumps(model.optimizer.get_config(), default=str))
+    optimizer["name"] = type(model.optimizer).__name__
+    return Fingerprint(
+        run={
+            **run_options(config),
+            "data": dataset.fingerprint,
+            "network": hashlib.sha256(json.dumps(network).encode()).hexdigest(),
+            **{f"{_OPTIMIZER}{key}": value for key, value in optimizer.items()},
+        },
+        environment=Environment(
+            device_kind=devices.kind,
+            device_models=sorted({str(device.model) for device in devices.descriptions}),
+            workers=devices.workers.count,
+            replicas=devices.replicas,
+            threads=devices.threads,
+            precision=devices.precision,
+            jit=devices.jit,
+            deterministic=devices.deterministic,
+            versions=versions(),
+            git_commit=git_commit(),
+            variables={name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        ),
+        recipe=_recipe_digest(config.recipe, model),
+    )
+
+
+def _recipe_digest(name: str, model: keras.Model) -> str:
+    """SHA-256 of network, optimizer and loss as Keras has them, and of the recipe's own code.
+
+    The code tells augmentation and views. Seeds do not count, and no layer's name: Keras numbers
+    those that have none.
+    """
+    network, optimizer = model.get_config(), model.optimizer
+    layers = [layer["config"]["name"] for layer in network["layers"]]
+    names = {layer: f"layer {number}" for number, layer in enumerate(layers)}
+    names |= {model.name: "network", optimizer.name: "optimizer"}
+    content = {
+        "network": _without_seeds(network, names),
+        "optimizer": _without_seeds(optimizer.get_config(), names),
+        "optimizer_class": type(optimizer).__name__,
+        "loss": model.loss,
+        "code": _code(inspect.getsource(importlib.import_module(f"job.recipes.{name}"))),
+    }
+    text = json.dumps(content, sort_keys=True, default=lambda other: type(other).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_seeds(value: Any, names: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_seeds(item, names) for key, item in value.items() if key != "seed"}
+    if isinstance(value, list | tuple):
+        return [_without_seeds(item, names) for item in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def _code(source: str) -> str:
+    """Python code without what does nothing: comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Module() | ast.ClassDef() | ast.FunctionDef() if ast.get_docstring(node):
+                del node.body[0]
+    return ast.unparse(tree)
+
+
+def require_same_run(
+    saved: Mapping[str, Json], current: Mapping[str, Json], output_dir: Path
+) -> None:
+    """Refuse to go on from what another run has left.
+
+    Args:
+        saved: What the folder's run has, as in `Fingerprint.run`.
+        current: What this run has; names that only one of them has are not compared.
+        output_dir: The folder.
+
+    Raises:
+        UserError: If they differ, naming each difference.
+    """
+    differences = []
+    for name, received in current.items():
+        expected = saved.get(name, received)
+        if received == expected:
+            continue
+        differences.append(
+            _CONTENTS.get(name) or f"{_describe(name)} received {received}, expected {expected}"
+        )
+    if differences:
+        raise UserError(
+            f"{output_dir} holds another run: {'; '.join(differences)}; go on with its settings, "
+            f"start over with --fresh, or name another --output-dir"
+        )
+
+
+def _describe(name: str) -> str:
+    if name.startswith(_OPTIMIZER):
+        return f"the optimizer's {name.removeprefix(_OPTIMIZER)} (--epochs may set its schedule)"
+    return option_name(name)

@@ -1,0 +1,291 @@
+"""The output folder: the names of its files, each written whole or not at all."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from job import log
+from job.config import UserError
+
+_FREE_BYTES = 64 * 2**20
+
+
+def prepare_output_dir(output_dir: Path, *, make: bool = True) -> None:
+    """Make the output folder and prove that it can take the artifacts, changing none there.
+
+    Args:
+        output_dir: The folder.
+        make: Whether to make it. Otherwise the nearest folder above it is tried in its place.
+
+    Raises:
+        UserError: If it is a file, cannot be written, or its volume is full.
+    """
+    try:
+        if output_dir.exists() and not output_dir.is_dir():
+            raise UserError(
+                f"--output-dir {output_dir} is a file, expected a folder; name another path"
+            )
+        folder = output_dir
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            above = (output_dir, *output_dir.absolute().parents)
+            folder = next(path for path in above if path.exists())
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"probe")
+            probe.flush()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        advice = "name another folder, or mend the volume"
+        if isinstance(error, PermissionError):
+            advice = (
+                f"name a folder that user {os.getuid()} can write, change its owner, or run as its "
+                f"owner (docker run --user, in Kubernetes securityContext.fsGroup)"
+            )
+        raise UserError(
+            f"cannot write to --output-dir {output_dir}: {error.strerror or error}; {advice}"
+        ) from error
+    if free < _FREE_BYTES:
+        raise UserError(
+            f"--output-dir {output_dir} has {free // 2**20} MiB free, expected at least "
+            f"{_FREE_BYTES // 2**20} MiB; free some space or name another folder"
+        )
+
+
+def warn_unless_mounted(output_dir: Path, mounts: Path = Path("/proc/self/mountinfo")) -> None:
+    """Warn if the output folder is on no volume of its own, for it will go with its container.
+
+    Args:
+        output_dir: The folder, which need not exist.
+        mounts: The kernel's table of this process's mounts, see proc(5).
+    """
+    escaped = [line.split()[4] for line in mounts.read_text().splitlines()]
+    points = [
+        Path(re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), name)) for name in escaped
+    ]
+    folder = output_dir.resolve()
+    if not any(folder.is_relative_to(point) for point in points if point != Path("/")):
+        log.event(
+            "not_mounted",
+            logging.WARNING,
+            output_dir=str(output_dir),
+            message=f"--output-dir {output_dir} is no mounted volume: everything in it is lost "
+            f'with the container; mount one there, as in docker run -v "$PWD/output:{folder}"',
+        )
+
+
+def require_model(path: Path) -> None:
+    """Refuse to go on without a model file.
+
+    Raises:
+        UserError: If there is none.
+    """
+    # Unlike `Path.is_file`, this also says no where the folder may not be looked into.
+    if not os.path.isfile(path):  # noqa: PTH113
+        raise UserError(f"there is no model {path}; train one first, or name its --output-dir")
+
+
+MODEL = "cifar10_model.h5"
+EVALUATION = "evaluation.json"
+PREDICTION = "prediction.png"
+PREDICTIONS = "predictions.npz"
+REPORT = "report.html"
+PICTURES = "report"
+METRICS = "metrics.jsonl"
+RUN = "run.json"
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+
+_PICTURE_NAMES = (
+    *("accuracy", "loss", "throughput", "confusion", "classes", "reliability"),
+    *("mistakes", "augmentation"),
+)
+REPORT_PICTURES = tuple(f"{PICTURES}/{name}.png" for name in _PICTURE_NAMES)
+
+_ARTIFACTS = (
+    *(MODEL, EVALUATION, PREDICTION, PREDICTIONS, METRICS, RUN),
+    *(REPORT, *REPORT_PICTURES),
+)
+EVENT_FILES = f"{TENSORBOARD}/events.out.tfevents.{'[0-9]' * 6}"
+"""Pattern of the names that the job gives its event files; other programs give longer ones."""
+_PARTIAL = ".partial"
+_DISCARDED = ".discarded"
+
+
+class OutputDir:
+    """A folder that this process may write into.
+
+    Args:
+        path: The folder.
+        check: Called before each change; raises if the folder is no longer this process's.
+        token: Part of the name of temporary files, so that two processes do not share any.
+
+    Attributes:
+        path: The folder.
+        check: As given.
+    """
+
+    def __init__(
+        self, path: Path, check: Callable[[], None] = lambda: None, token: str = "0" * 8
+    ) -> None:
+        self.path, self.check = path, check
+        self._token = token
+
+    @contextlib.contextmanager
+    def atomic_write(self, name: str) -> Iterator[Path]:
+        """Write a file under a temporary name beside it, to take its name once it is on the disk.
+
+        Args:
+            name: The file to create or replace, relative to the folder.
+
+        Yields:
+            The temporary path, with the same suffix, for the caller to write and close.
+
+        Raises:
+            UserError: If the file cannot be written; an earlier one is still there, unchanged.
+        """
+        path = self.path / name
+        temporary = path.with_name(f".{path.stem}.{self._token}{_PARTIAL}{path.suffix}")
+        self.check()
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            self.check()
+            temporary.replace(path)
+            _flush_folder(path.parent)
+        except OSError as error:
+            self.check()  # who takes the folder over tidies it up, temporary files included
+            raise _cannot_write(path, error) from error
+        finally:
+            # A volume that is gone has nothing left to tidy up, and that error came first.
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Replace a file.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
+        with self.atomic_write(name) as temporary:
+            temporary.write_bytes(content)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replace a text file.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
+        self.write_bytes(name, text.encode())
+
+    def append_bytes(self, name: str, content: bytes) -> None:
+        """Add to the end of a file whose readers stop at the last whole record.
+
+        Raises:
+            UserError: If it is not there or cannot be written.
+        """
+        path = self.path / name
+        self.check()
+        try:
+            # Never made anew: another attempt may have removed it to write its own.
+            with path.open("rb+") as file:
+                file.seek(0, os.SEEK_END)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            self.check()
+            raise _cannot_write(path, error) from error
+
+    def make_folder(self, name: str) -> None:
+        """Make a folder in this one, if it is not there.
+
+        Raises:
+            UserError: If it cannot be made.
+        """
+        try:
+            (self.path / name).mkdir(exist_ok=True)
+            _flush_folder(self.path)
+        except OSError as error:
+            raise UserError(
+                f"cannot make the folder {self.path / name}: {error.strerror or error}; mend the "
+                f"volume or give user {os.getuid()} access, then run again"
+            ) from error
+
+    def remove(self, paths: list[Path]) -> None:
+        """Remove files of this folder.
+
+        Raises:
+            UserError: If one cannot be removed.
+        """
+        for path in paths:
+            self.check()
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"cannot remove {path}: {error.strerror or error}; remove it, then run again"
+                ) from error
+
+    def discard(self) -> None:
+        """Remove checkpoints and artifacts of an earlier run, and nothing else.
+
+        All checkpoints go at once, so that a kill in between leaves none to be resumed from.
+
+        Raises:
+            UserError: If something cannot be removed.
+        """
+        self.check()
+        checkpoints = self.path / CHECKPOINTS
+        if checkpoints.exists():
+            try:
+                checkpoints.rename(self.path / f"{_DISCARDED}.{self._token}")
+                _flush_folder(self.path)
+            except OSError as error:
+                raise UserError(
+                    f"cannot remove {checkpoints}: {error.strerror or error}; remove it, then run "
+                    f"again"
+                ) from error
+        self.remove([*(self.path / name for name in _ARTIFACTS), *self.path.glob(EVENT_FILES)])
+        for folder in (PICTURES, TENSORBOARD):
+            with contextlib.suppress(OSError):
+                (self.path / folder).rmdir()  # unless somebody keeps a file of his own there
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what killed processes left half-written, as far as that is possible."""
+        with contextlib.suppress(OSError):
+            for name in (".", CHECKPOINTS, PICTURES, TENSORBOARD):
+                for path in self.path.glob(f"{name}/.*{_PARTIAL}*"):
+                    path.unlink(missing_ok=True)
+        for path in self.path.glob(f"{_DISCARDED}.*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path}: {error.strerror or error}; free some space or mend the volume, then "
+        f"run again"
+    )
+
+
+def _flush_folder(folder: Path) -> None:
+    """Put a folder's entries on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,237 @@
+"""Writes ``run.json``: what ran, on what, in which attempts, and how each ended."""
+
+import copy
+import logging
+import os
+import platform
+import socket
+import subprocess
+import threading
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+
+from job import __version__, log
+from job.cluster.scheduler import RunIdentity
+from job.config import TrainConfig, redacted
+from job.run.folder import RUN, OutputDir
+from job.run.record import (
+    AttemptRecord,
+    BestEpoch,
+    DamagedError,
+    Manifest,
+    Outcome,
+    TrainingRecord,
+    encode,
+    read_manifest,
+)
+
+_VERSIONED = ("tensorflow", "keras", "numpy", "h5py")
+
+
+class RunManifest:
+    """The manifest of one run over all of its attempts, of which this process is the last.
+
+    Safe to use from several threads.
+
+    Args:
+        output: The folder that has it or receives it.
+        identity: Which run this attempt belongs to.
+        fresh: Whether this attempt starts over, once it trains.
+    """
+
+    def __init__(self, output: OutputDir, identity: RunIdentity, *, fresh: bool = False) -> None:
+        self._output = output
+        self._lock = threading.Lock()
+        self._fresh = fresh
+        self._attempt = AttemptRecord(
+            start=log.utc_now(),
+            end=None,
+            outcome="running",
+            reason=None,
+            run_id=identity.name,
+            fresh=fresh,
+            host=socket.gethostname(),
+        )
+        self._manifest = self._read()
+        for attempt in self._manifest.attempts if self._manifest else ():
+            if attempt.end is None:
+                attempt.outcome = "lost"
+                attempt.reason = "left no word: killed, or its machine failed"
+
+    @property
+    def run_id(self) -> str | None:
+        """The run's name; None where nothing gives one."""
+        return self._attempt.run_id
+
+    @property
+    def document(self) -> Manifest | None:
+        """The content of ``run.json``; None before the first attempt begins."""
+        with self._lock:
+            return copy.deepcopy(self._manifest)
+
+    def begin(self, config: TrainConfig) -> None:
+        """Add this attempt.
+
+        Args:
+            config: Its configuration; the run's, if there is no other yet.
+
+        Raises:
+            UserError: If the file cannot be written.
+        """
+        with self._lock:
+            if self._manifest is None:
+                self._manifest = self._describe(config, TrainingRecord())
+            else:
+                self._manifest.attempts.append(self._attempt)
+            if self._manifest.outcome != "done":
+                self._manifest.end, self._manifest.outcome = None, "running"
+                self._manifest.error = None
+            self._write(self._manifest)
+
+    def start_training(
+        self, config: TrainConfig, training: TrainingRecord, step: int, changes: list[str]
+    ) -> None:
+        """Record that this attempt trains.
+
+        Args:
+            config: The run's configuration.
+            training: What it computes with and on.
+            step: The step that it resumes from.
+            changes: What differs from the attempt before, at the cost of identical bits.
+
+        Raises:
+            UserError: If the file cannot be written.
+        """
+        with self._lock:
+            attempt = self._attempt
+            attempt.first_step = attempt.last_step = step
+            attempt.changes = changes
+            attempt.devices = [device.model for device in training.devices or ()]
+            if self._fresh:
+                self._manifest = None
+            self._manifest = self._describe(config, training)
+            self._write(self._manifest)
+
+    def progress(self, step: int, best: BestEpoch | None, elapsed_seconds: float) -> None:
+        """Record how far the run is, once it trains.
+
+        Args:
+            step: Steps done that are in a checkpoint.
+            best: Epoch and accuracy of the best validation.
+            elapsed_seconds: Time spent since the start of the run.
+
+        Raises:
+            UserError: If the file cannot be written.
+        """
+        with self._lock:
+            self._attempt.last_step = step
+            if self._manifest:
+                self._manifest.best = best
+                self._manifest.elapsed_seconds = round(elapsed_seconds, 3)
+                self._write(self._manifest)
+
+    def finish(self, outcome: Outcome, reason: str | None = None) -> None:
+        """Record the end of this attempt, and why.
+
+        Raises:
+            UserError: If the file cannot be written.
+        """
+        with self._lock:
+            attempt, manifest = self._attempt, self._manifest
+            if attempt.end or manifest is None:
+                return  # the first end counts
+            attempt.end, attempt.outcome, attempt.reason = log.utc_now(), outcome, reason
+            if attempt.first_step is not None or manifest.outcome != "done":
+                manifest.end, manifest.outcome = attempt.end, outcome
+                manifest.error = reason if outcome == "failed" else None
+            self._write(manifest)
+
+    def _read(self) -> Manifest | None:
+        try:
+            return read_manifest(self._output.path)
+        except DamagedError:
+            path = self._output.path / RUN
+            log.event(
+                "manifest_damaged",
+                logging.WARNING,
+                path=str(path),
+                message=f"{path} is damaged, and what it told of earlier attempts is lost; this "
+                f"attempt writes it anew",
+            )
+            return None
+
+    def _describe(self, config: TrainConfig, training: TrainingRecord) -> Manifest:
+        """Lay the manifest out anew, for the run as this attempt sees it."""
+        earlier = self._manifest
+        return Manifest(
+            **msgspec.structs.asdict(training),
+            config=redacted(config),
+            versions=versions(),
+            git_commit=git_commit(),
+            start=earlier.start if earlier else self._attempt.start,
+            end=None,
+            outcome="running",
+            error=None,
+            best=earlier.best if earlier else None,
+            elapsed_seconds=earlier.elapsed_seconds if earlier else 0.0,
+            attempts=earlier.attempts if earlier else [self._attempt],
+        )
+
+    def _write(self, manifest: Manifest) -> None:
+        self._output.write_bytes(RUN, encode(manifest, indent=True))
+
+
+def earlier_manifest(folder: Path) -> Manifest | None:
+    """The ``run.json`` that earlier attempts have left; None where there is none.
+
+    A damaged one is as none: this attempt writes it anew, and what decides how the run resumes is
+    in its checkpoint.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        return read_manifest(folder)
+    except DamagedError:
+        return None
+
+
+def was_started_fresh_by(identity: RunIdentity, manifest: Manifest | None) -> bool:
+    """Whether an attempt of this run has started over, by the run's manifest."""
+    return (
+        manifest is not None
+        and identity.name is not None
+        and any(
+            attempt.fresh and attempt.run_id == identity.name and attempt.first_step is not None
+            for attempt in manifest.attempts
+        )
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of this job, Python and the libraries that decide a run's numbers."""
+    libraries = {name: metadata.version(name) for name in _VERSIONED}
+    return {"job": __version__, "python": platform.python_version(), **libraries}
+
+
+def git_commit() -> str | None:
+    """The commit of the image or checkout that this program runs from; None where nothing tells.
+
+    An image holds no checkout; its build sets ``JOB_GIT_COMMIT``.
+    """
+    if "JOB_GIT_COMMIT" in os.environ:
+        return os.environ["JOB_GIT_COMMIT"] or None
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

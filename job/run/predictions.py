@@ -1,0 +1,203 @@
+"""``predictions.npz``: what the saved model makes of every test image, and some images to see."""
+
+import io
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from job.config import UserError
+from job.run.folder import PREDICTIONS, OutputDir
+
+# What NumPy makes of a file that is no such archive.
+_UNREADABLE = (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the report of a run needs of the model and the data set, so that it needs neither.
+
+    Attributes:
+        labels: [examples] int32, the test images' labels.
+        probabilities: [examples, classes] float32, what the saved model gives each test image.
+        mistakes: [mistakes] int64, rows of the most confident mistakes, the worst first.
+        mistake_images: [mistakes, height, width, channels] uint8, these test images.
+        originals: [samples, height, width, channels] uint8, some training images.
+        original_labels: [samples] int32, their labels.
+        augmented: [samples, epochs, height, width, channels] uint8, the same images as they are
+            augmented in the first epochs.
+    """
+
+    labels: npt.NDArray[np.int32]
+    probabilities: npt.NDArray[np.float32]
+    mistakes: npt.NDArray[np.int64]
+    mistake_images: npt.NDArray[np.uint8]
+    originals: npt.NDArray[np.uint8]
+    original_labels: npt.NDArray[np.int32]
+    augmented: npt.NDArray[np.uint8]
+
+    def save(self, output: OutputDir) -> None:
+        """Write the file.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **asdict(self))
+        output.write_bytes(PREDICTIONS, buffer.getvalue())
+
+    @classmethod
+    def load(cls, folder: Path) -> "Predictions | None":
+        """Read the file of an output folder; None where there is none.
+
+        Raises:
+            UserError: If there is one that cannot be used.
+        """
+        path = folder / PREDICTIONS
+        try:
+            # A file that NumPy opens by itself stays open where it is none of its archives.
+            content = io.BytesIO(path.read_bytes())
+            with np.load(content, allow_pickle=False) as file:
+                predictions = cls(**{field.name: file[field.name] for field in fields(cls)})
+            predictions._check()
+            return predictions
+        except FileNotFoundError:
+            return None
+        except (OSError, *_UNREADABLE) as error:
+            raise UserError(
+                f"{path} is no file of this version of the job ({error}); write it anew with "
+                f"python -m job evaluate --output-dir {folder}"
+            ) from error
+
+    def _check(self) -> None:
+        """Raise a `ValueError` unless the arrays fit one another, as those that were saved do."""
+        examples, classes = _require("probabilities", self.probabilities, "f", 2)
+        _require("labels", self.labels, "i", 1, (examples,), classes)
+        (mistakes,) = _require("mistakes", self.mistakes, "i", 1, below=examples)
+        _require("mistake_images", self.mistake_images, "u", 4, (mistakes,))
+        originals = _require("originals", self.originals, "u", 4)
+        _require("original_labels", self.original_labels, "i", 1, originals[:1], classes)
+        augmented = _require("augmented", self.augmented, "u", 5, originals[:1])
+        if augmented[2:] != originals[1:] or not augmented[1]:
+            raise ValueError(f"augmented has shape {augmented}, originals has {originals}")
+        values = self.probabilities
+        if not examples or not ((values >= 0) & (values <= 1)).all():
+            raise ValueError("probabilities are not all from 0 to 1, or there is none")
+
+
+def _require(
+    name: str,
+    array: npt.NDArray[Any],
+    kind: str,
+    dimensions: int,
+    first: tuple[int, ...] = (),
+    below: int | None = None,
+) -> tuple[int, ...]:
+    """Raise a `ValueError` unless an array is as expected; return its shape.
+
+    Args:
+        name: Its name.
+        array: The array.
+        kind: Of its elements, a letter of NumPy's.
+        dimensions: How many it has.
+        first: How long the first of them are.
+        below: What all elements are below and not below 0; None where they may be anything.
+    """
+    shape = array.shape
+    if array.dtype.kind != kind or len(shape) != dimensions or shape[: len(first)] != first:
+        raise ValueError(f"{name} has shape {shape} and type {array.dtype}")
+    if below is not None and not ((array >= 0) & (array < below)).all():
+        raise ValueError(f"{name} are not all from 0 to {below - 1}")
+    return shape
+
+
+def confusion_matrix(
+    labels: npt.NDArray[Any], probabilities: npt.NDArray[np.float32]
+) -> npt.NDArray[np.int64]:
+    """Count examples by true and predicted class.
+
+    Args:
+        labels: [examples] integers.
+        probabilities: [examples, classes] float32; the first of the largest is the prediction.
+
+    Returns:
+        [classes, classes] int64: entry (true, predicted) counts examples.
+    """
+    classes = probabilities.shape[1]
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (labels, probabilities.argmax(axis=1)), 1)
+    return counts
+
+
+def most_confident_mistakes(
+    labels: npt.NDArray[Any], probabilities: npt.NDArray[np.float32], count: int
+) -> npt.NDArray[np.int64]:
+    """Find the wrong predictions with the highest probability.
+
+    Args:
+        labels: [examples] integers.
+        probabilities: [examples, classes] float32.
+        count: How many at most.
+
+    Returns:
+        [mistakes] int64 rows, the most confident first, equals in the order of the examples.
+    """
+    wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
+    confidence = probabilities[wrong].max(axis=1)
+    return wrong[np.argsort(-confidence, kind="stable")][:count]
+
+
+BINS = 15
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Examples by the confidence of their prediction, in bins of equal width.
+
+    Bin m of M holds the confidences in ((m - 1) / M, m / M].
+
+    Attributes:
+        counts: [bins] int64, examples in each bin.
+        confidence: [bins] float64, mean confidence, NaN where a bin is empty.
+        accuracy: [bins] float64, fraction predicted correctly, NaN where a bin is empty.
+    """
+
+    counts: npt.NDArray[np.int64]
+    confidence: npt.NDArray[np.float64]
+    accuracy: npt.NDArray[np.float64]
+
+    @property
+    def expected_error(self) -> float:
+        """Expected calibration error, 0 to 1.
+
+        The mean of |accuracy - confidence| over the bins, weighted with their examples: equation 3
+        of Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+        """
+        gaps = np.nan_to_num(np.abs(self.accuracy - self.confidence))
+        return float((self.counts * gaps).sum() / self.counts.sum())
+
+
+def reliability(
+    labels: npt.NDArray[Any], probabilities: npt.NDArray[np.float32], bins: int = BINS
+) -> Reliability:
+    """Compare the confidence of predictions with how often they are right.
+
+    Args:
+        labels: [examples] integers.
+        probabilities: [examples, classes] float32; the largest of a row is its confidence.
+        bins: Number of bins; 15 in the tables of Guo et al.
+    """
+    confidence = probabilities.max(axis=1).astype(np.float64)
+    right = probabilities.argmax(axis=1) == labels
+    numbers = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    counts = np.bincount(numbers, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        return Reliability(
+            counts,
+            np.bincount(numbers, confidence, bins) / counts,
+            np.bincount(numbers, right, bins) / counts,
+        )

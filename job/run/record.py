@@ -1,0 +1,428 @@
+"""The files that describe a run, each defined once for its writer and its readers.
+
+``run.json``, ``metrics.jsonl`` and ``evaluation.json`` are read without TensorFlow and the data
+set. They may have been cut off, edited or mixed up on their way here, so they are checked first.
+"""
+
+import os
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from job.cluster import Device
+from job.config import TrainConfig, UserError, redacted
+from job.run.folder import EVALUATION, METRICS, REPORT, RUN
+from job.run.predictions import Predictions, confusion_matrix
+
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Amount = Annotated[float, Meta(ge=0)]
+Outcome = Literal["running", "done", "stopped", "failed"]
+
+_Document = TypeVar("_Document")
+
+
+class EpochRecord(Struct, frozen=True):
+    """A line of ``metrics.jsonl``, and an epoch of the history in a checkpoint.
+
+    Attributes:
+        epoch: Number of the epoch, from 1.
+        step: Steps done since the start of the run.
+        loss: Mean training loss over the epoch, with augmentation and Dropout.
+        accuracy: Training accuracy over the epoch.
+        val_loss: Mean loss over all test images after the epoch.
+        val_accuracy: Accuracy over all test images after the epoch.
+        learning_rate: The optimizer's, after the epoch.
+        seconds: Time of training without validation and checkpoints.
+        images_per_second: Training images over these seconds.
+        elapsed_seconds: Time in training and validation since the start of the run.
+    """
+
+    epoch: Positive
+    step: Positive
+    loss: float
+    accuracy: Share
+    val_loss: float
+    val_accuracy: Share
+    learning_rate: float
+    seconds: Amount
+    images_per_second: Amount
+    elapsed_seconds: Amount
+
+
+class ClassRecord(Struct, frozen=True):
+    """What the saved model does on one class; None where a ratio is undefined."""
+
+    precision: Share | None
+    recall: Share | None
+    support: Count
+
+
+class EvaluationRecord(Struct, frozen=True):
+    """``evaluation.json``: what the saved model does on the whole test set.
+
+    Attributes:
+        loss: Mean cross-entropy.
+        accuracy: Fraction of the examples predicted correctly.
+        examples: Test images, each counted once.
+        classes: By the name of the class, in the order of the labels.
+        confusion_matrix: Rows are true classes, columns predicted ones, entries images.
+        model: Name of the model file.
+        model_sha256: Its SHA-256.
+    """
+
+    loss: float
+    accuracy: Share
+    examples: Positive
+    classes: dict[str, ClassRecord]
+    confusion_matrix: Annotated[list[list[Count]], Meta(min_length=1)]
+    model: str | None = None
+    model_sha256: str | None = None
+
+
+class BestEpoch(Struct, frozen=True):
+    """The epoch with the best validation, the first among equals."""
+
+    epoch: Positive
+    val_accuracy: Share
+
+
+class DataRecord(Struct, frozen=True):
+    """The data set of a run; fingerprints are SHA-256 of images and labels."""
+
+    name: str
+    fingerprint: str
+    test_fingerprint: str
+    train_examples: Positive | None = None
+    test_examples: Positive | None = None
+
+
+class AttemptRecord(Struct):
+    """An attempt at a run.
+
+    Attributes:
+        start: UTC.
+        host: Name of its host.
+        fresh: Whether it started over.
+        end: UTC; None while it is running or if it was lost.
+        outcome: How it ended; "lost" if it was killed or its machine failed.
+        reason: Why it ended.
+        run_id: The run's name; None where nothing gives one.
+        devices: Models of its devices.
+        first_step: The step that it resumed from; None before the training.
+        last_step: The step of its last checkpoint.
+        changes: What it computed with that the attempt before did not, at the cost of equal bits.
+    """
+
+    start: str
+    end: str | None
+    outcome: Literal["running", "done", "stopped", "failed", "lost"]
+    reason: str | None
+    run_id: str | None
+    fresh: bool
+    host: str
+    devices: list[str | None] = []
+    first_step: Count | None = None
+    last_step: Count | None = None
+    changes: list[str] = []
+
+
+class TrainingRecord(Struct):
+    """What a run computes with and on: the part of ``run.json`` that is null before it trains.
+
+    Attributes:
+        devices: For each replica its device.
+        workers: Processes that train together.
+        replicas: Replicas that train in parallel, over all workers.
+        threads: Processors that a process may run on.
+        precision: What ``--precision`` resolved to.
+        xla: Whether XLA compiles the network.
+        deterministic: What ``--deterministic`` resolved to.
+        data: The data set.
+        recipe_fingerprint: SHA-256 of what the recipe computes.
+    """
+
+    devices: list[Device] | None = None
+    workers: Positive | None = None
+    replicas: Positive | None = None
+    threads: Positive | None = None
+    precision: str | None = None
+    xla: bool | None = None
+    deterministic: bool | None = None
+    data: DataRecord | None = None
+    recipe_fingerprint: str | None = None
+
+
+class Manifest(TrainingRecord, kw_only=True):
+    """``run.json``: what ran, on what, in which attempts, and how each ended.
+
+    Attributes:
+        config: Every option of the last attempt that trained.
+        versions: Of this job, Python and the libraries that decide a run's numbers.
+        git_commit: Of the checkout or image; None where nothing gives it.
+        start: Of the first attempt, UTC.
+        end: Of the last attempt, UTC; None while it is running.
+        outcome: How the run stands.
+        error: Why it failed.
+        best: As of the last checkpoint.
+        elapsed_seconds: In training and validation over all attempts, as of the last checkpoint.
+        attempts: From the first.
+    """
+
+    config: TrainConfig
+    versions: dict[str, str]
+    git_commit: str | None
+    start: str
+    end: str | None
+    outcome: Outcome
+    error: str | None
+    best: BestEpoch | None = None
+    elapsed_seconds: Amount
+    attempts: Annotated[list[AttemptRecord], Meta(min_length=1)]
+
+
+class DamagedError(UserError):
+    """A file is there, and is not what this program has written."""
+
+
+class RunRecord(Struct, frozen=True):
+    """What an output folder holds of its run.
+
+    Attributes:
+        manifest: Its ``run.json``; None where there is none.
+        epochs: The lines of its ``metrics.jsonl``; none where there is none.
+        evaluation: Its ``evaluation.json``; None where there is none.
+        predictions: What its model predicts for the test images; None where that is not known.
+    """
+
+    manifest: Manifest | None
+    epochs: list[EpochRecord]
+    evaluation: EvaluationRecord | None
+    predictions: Predictions | None
+
+    @classmethod
+    def load(cls, folder: Path, *, with_predictions: bool = True) -> "RunRecord":
+        """Read an output folder.
+
+        Args:
+            folder: The folder.
+            with_predictions: Whether to read them, which are of some size.
+
+        Raises:
+            UserError: If it holds no run, or a file that cannot be read.
+            DamagedError: If one is damaged.
+        """
+        evaluation = read_evaluation(folder)
+        # Without the evaluation they are what a killed process was about to replace.
+        wanted = with_predictions and evaluation
+        record = cls(
+            manifest=read_manifest(folder),
+            epochs=read_epochs(folder),
+            evaluation=evaluation,
+            predictions=Predictions.load(folder) if wanted else None,
+        )
+        if not (record.manifest or record.epochs or record.evaluation):
+            raise UserError(
+                f"{folder} holds no run: it has neither {RUN} nor {METRICS} nor {EVALUATION}; name "
+                f"the --output-dir of a training"
+            )
+        if record.predictions and evaluation:
+            _require_same_model(folder, record.predictions, evaluation)
+        return record
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do, as far as is known."""
+        return self.manifest is None or self.manifest.outcome == "done"
+
+    @property
+    def class_names(self) -> list[str]:
+        """Name of each label, as the evaluation has them."""
+        return list(self.evaluation.classes) if self.evaluation else []
+
+    @property
+    def restarts(self) -> list[tuple[int, float]]:
+        """Where the run resumed after an interruption: steps, and seconds since its start."""
+        steps = [0, *(line.step for line in self.epochs)]
+        seconds = [0.0, *(line.elapsed_seconds for line in self.epochs)]
+        if self._last_step > steps[-1]:
+            steps.append(self._last_step)
+            seconds.append(self.elapsed_seconds)
+        return [
+            (after.first_step or 0, float(np.interp(after.first_step or 0, steps, seconds)))
+            for before, after in pairwise(self._trained)
+            # More epochs for a finished run, or its report alone, are no restart of it.
+            if before.outcome != "done"
+        ]
+
+    @property
+    def steps(self) -> int:
+        """Steps done, as far as they are known."""
+        return max(self._last_step, self.epochs[-1].step if self.epochs else 0)
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Steps of an epoch; None where nothing gives them."""
+        if self.epochs:
+            return self.epochs[-1].step // len(self.epochs)
+        if self.manifest is None or self.manifest.data is None:
+            return None
+        examples = self.manifest.data.train_examples
+        return examples // self.manifest.config.batch_size or None if examples else None
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Time in training and validation, as far as it is known."""
+        last = self.epochs[-1].elapsed_seconds if self.epochs else 0.0
+        return max(last, self.manifest.elapsed_seconds if self.manifest else 0.0)
+
+    @property
+    def _trained(self) -> list[AttemptRecord]:
+        """The attempts that got as far as training."""
+        attempts = self.manifest.attempts if self.manifest else []
+        return [attempt for attempt in attempts if attempt.first_step is not None]
+
+    @property
+    def _last_step(self) -> int:
+        """The step of the last checkpoint; 0 before any."""
+        return max((attempt.last_step or 0 for attempt in self._trained), default=0)
+
+
+def encode(document: object, *, indent: bool = False) -> bytes:
+    """One of these documents as JSON, for people with an indent."""
+    content = msgspec.json.encode(document, enc_hook=str)
+    return msgspec.json.format(content, indent=2) + b"\n" if indent else content
+
+
+def decode(content: bytes | str, kind: type[_Document]) -> _Document:
+    """Read such JSON.
+
+    Raises:
+        ValueError: If it is no JSON, or of another shape.
+    """
+    try:
+        return msgspec.json.decode(content, type=kind, dec_hook=_from_text)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _from_text(kind: type, value: Any) -> Any:
+    """The types that JSON has as text."""
+    return kind(value)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Read the ``run.json`` of an output folder; None where there is none.
+
+    Raises:
+        UserError: If there is one that cannot be read.
+        DamagedError: If it is damaged.
+    """
+    advice = (
+        "run the same train command again, which writes it anew from its checkpoint, or start over "
+        "with --fresh"
+    )
+    manifest = _read_document(folder / RUN, advice, Manifest)
+    if manifest:
+        manifest.config = redacted(manifest.config)  # earlier versions kept it as it was given
+    return manifest
+
+
+def read_evaluation(folder: Path) -> EvaluationRecord | None:
+    """Read the ``evaluation.json`` of an output folder; None where there is none.
+
+    Raises:
+        UserError: If there is one that cannot be read.
+        DamagedError: If it is damaged.
+    """
+    path = folder / EVALUATION
+    advice = f"write it anew with python -m job evaluate --output-dir {folder}"
+    document = _read_document(path, advice, EvaluationRecord)
+    if document:
+        matrix, classes = document.confusion_matrix, len(document.classes)
+        sizes, images = {len(matrix), *map(len, matrix)}, sum(map(sum, matrix))
+        if sizes != {classes} or images != document.examples:
+            raise DamagedError(
+                f"{path}: confusion_matrix: received {len(matrix)} rows of {sorted(sizes)} and "
+                f"{images} images, expected the {classes} classes and {document.examples} examples "
+                f"that it names; {advice}"
+            )
+    return document
+
+
+def earlier_evaluation(folder: Path) -> EvaluationRecord | None:
+    """The ``evaluation.json`` of an output folder; None where there is none, or a damaged one.
+
+    Raises:
+        UserError: If there is one that cannot be read.
+    """
+    try:
+        return read_evaluation(folder)
+    except DamagedError:
+        return None
+
+
+def read_epochs(folder: Path) -> list[EpochRecord]:
+    """Read the ``metrics.jsonl`` of an output folder; no lines where there is none.
+
+    Raises:
+        UserError: If there is one that cannot be read.
+        DamagedError: If it is damaged.
+    """
+    path = folder / METRICS
+    advice = (
+        f"remove {REPORT} and run the same train command again, which writes both anew from its "
+        f"checkpoint, or start over with --fresh"
+    )
+    epochs = []
+    for number, line in enumerate((_read(path) or b"").splitlines(), 1):
+        place = f"{path}, line {number}"
+        epoch = _parse(line, place, advice, EpochRecord)
+        if epoch.epoch != number:
+            raise DamagedError(
+                f"{place}: epoch: received {epoch.epoch}, expected {number}, for each epoch has "
+                f"its line; {advice}"
+            )
+        epochs.append(epoch)
+    return epochs
+
+
+def _read_document(path: Path, advice: str, kind: type[_Document]) -> _Document | None:
+    content = _read(path)
+    return None if content is None else _parse(content, str(path), advice, kind)
+
+
+def _read(path: Path) -> bytes | None:
+    """A file's content; None where there is none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}; mend the volume or give user "
+            f"{os.getuid()} access"
+        ) from error
+
+
+def _parse(content: bytes, place: str, advice: str, kind: type[_Document]) -> _Document:
+    try:
+        return decode(content, kind)
+    except ValueError as error:
+        raise DamagedError(f"{place} is damaged: {error}; {advice}") from error
+
+
+def _require_same_model(
+    folder: Path, predictions: Predictions, evaluation: EvaluationRecord
+) -> None:
+    counted = confusion_matrix(predictions.labels, predictions.probabilities)
+    if counted.tolist() != evaluation.confusion_matrix:
+        raise UserError(
+            f"the predictions in {folder} are of another model than its {EVALUATION}; write both "
+            f"anew with python -m job evaluate --output-dir {folder}"
+        )

@@ -1,0 +1,420 @@
+"""The compiled training loop: many steps a call, on every replica, with all data on the device.
+
+Keras builds the network and the optimizer; the loop is this module's. Each replica owns its
+variables and updates them by itself from the summed gradients, so that nothing but the gradients
+crosses between replicas, on whatever worker, and one compiled function does a whole update.
+"""
+
+import hashlib
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+from keras.src.optimizers.base_optimizer import BaseOptimizer
+
+from job.cluster.devices import Devices, graph_function
+from job.data import Dataset
+from job.recipes import Recipe, resample_by_gather, resample_by_op
+from job.run.checkpoint import Arrays, Progress
+from job.training.network import training_network
+
+
+class ResidentImages:
+    """Images and labels, one copy on each of this process's devices.
+
+    They are variables because a captured constant would be copied to the device at every call. The
+    strategy would make one of all copies and have the first worker send the others theirs.
+
+    Args:
+        devices: Where the replicas are.
+        images: [examples, height, width, channels] uint8.
+        labels: [examples] integers.
+    """
+
+    def __init__(
+        self,
+        devices: Devices,
+        images: npt.NDArray[np.uint8],
+        labels: npt.NDArray[np.int32],
+    ) -> None:
+        self.examples = len(images)
+        self._image_shape = images.shape[1:]
+        self._first_replica = devices.workers.spec.index * len(devices.local_names)
+        self._copies = []
+        for device in devices.strategy.extended.worker_devices:
+            with tf.device(device):
+                pixels = tf.Variable(images.reshape(self.examples, -1), trainable=False)
+                self._copies.append((pixels, tf.Variable(labels.astype(np.int64), trainable=False)))
+
+    def gather(self, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Gather rows of this replica's copy; only inside of `strategy.run`.
+
+        Args:
+            rows: [batch] int64, 0 to examples - 1.
+
+        Returns:
+            Pixels [batch, height * width * channels] uint8, which `decode` turns into images, and
+            labels [batch] int64.
+        """
+        context = tf.distribute.get_replica_context()
+        replica = int(tf.get_static_value(context.replica_id_in_sync_group))
+        pixels, labels = self._copies[replica - self._first_replica]
+        return _gather(pixels, rows), _gather(labels, rows)
+
+    def decode(self, pixels: tf.Tensor) -> tf.Tensor:
+        """From gathered pixels to images [batch, height, width, channels] float32, 0 to 1."""
+        images = tf.reshape(pixels, [pixels.shape[0], *self._image_shape])
+        return tf.cast(images, tf.float32) * (1.0 / 255.0)
+
+
+def _gather(variable: tf.Variable, rows: tf.Tensor) -> tf.Tensor:
+    # `tf.gather` of a variable reads the whole of it, and then has no GPU kernel for uint8; the op
+    # on the variable has one.
+    gathered = tf.raw_ops.ResourceGather(
+        resource=variable.handle, indices=rows, dtype=variable.dtype
+    )
+    return tf.ensure_shape(gathered, [rows.shape[0], *variable.shape[1:]])
+
+
+STEPS_PER_EXECUTION = 15
+"""Steps of an execution, which is one compiled call. Fixed: what happens between two calls is part
+of a run's result."""
+
+STEPS_UNROLLED = 5
+"""Steps an iteration of the compiled loop. TensorFlow finishes one iteration before it starts the
+next, so only steps of the same one can prepare their images while an earlier one trains."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of one run.
+
+    Attributes:
+        global_batch_size: Images a step over all replicas.
+        steps_per_epoch: Whole batches in the training set; the rest of an epoch's images is left
+            out, other images each time.
+        epochs: Passes over the training set.
+        seed: The run's seed.
+    """
+
+    global_batch_size: int
+    steps_per_epoch: int
+    epochs: int
+    seed: int
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps_per_epoch * self.epochs
+
+
+class Engine:
+    """A recipe's training on a set of devices.
+
+    Args:
+        recipe: What to train.
+        devices: Where to train it.
+        dataset: The training images go to every device.
+        plan: How long, in which batches and from which seed.
+        learning_rate: The optimizer's.
+
+    Attributes:
+        original: The recipe's stock network in float32, for files; `export` brings it up to date.
+        model: The network in training, one set of variables a replica.
+        workers: The processes that train it.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        devices: Devices,
+        dataset: Dataset,
+        plan: Plan,
+        learning_rate: float,
+    ) -> None:
+        self.recipe, self.plan = recipe, plan
+        self._strategy = devices.strategy
+        self._replicas = devices.replicas
+        self.workers = devices.workers
+        self._asked_to_stop: tuple[int, ...] = ()
+        self._rows = devices.rows_per_replica(plan.global_batch_size)
+        self._classes = len(dataset.class_names)
+        self._data = ResidentImages(devices, dataset.train_images, dataset.train_labels)
+        compilation = devices.compilation
+        self._resample = resample_by_gather if compilation.elementwise else resample_by_op
+        self._prepare = graph_function(self._prepare_rows, jit_compile=compilation.elementwise)
+        self._gradients = graph_function(self._compute_gradients, jit_compile=compilation.network)
+        self._update = graph_function(self._apply_gradients, jit_compile=compilation.elementwise)
+        self._compiled_steps = (
+            graph_function(self._replica_steps, jit_compile=True) if compilation.loops else None
+        )
+
+        self.original = recipe.build_model(plan.seed, self._classes)
+        recipe.compile(self.original, learning_rate, plan.total_steps)
+        with self._strategy.scope(), tf.variable_creator_scope(_replica_local):
+            self.model = training_network(self.original, devices.precision, compilation.network)
+            self._optimizer = recipe.build_optimizer(learning_rate, plan.total_steps)
+            self._optimizer.build(self.model.trainable_variables)
+            # Loss and correct predictions, and for each worker whether it was told to stop.
+            self._sums = tf.Variable([0.0] * (2 + self.workers.count), trainable=False, name="sums")
+        # Keras's TensorFlow optimizers reduce gradients and leave the replica's context to assign.
+        # Here gradients come summed and each replica assigns its own variables.
+        for method in ("_backend_update_step", "_apply_weight_decay"):
+            plain = types.MethodType(getattr(BaseOptimizer, method), self._optimizer)
+            setattr(self._optimizer, method, plain)
+        self._statistics = [
+            variable
+            for variable in self.model.non_trainable_variables
+            if tf.as_dtype(variable.dtype).is_floating
+        ]
+        self._random_states = [
+            variable
+            for variable in self.model.non_trainable_variables
+            if variable.path.endswith("seed_generator_state")
+        ]
+        self._random_keys = random_keys(plan.seed, len(self._random_states), self._replicas)
+
+    @property
+    def learning_rate(self) -> float:
+        """The optimizer's learning rate at this point of its schedule."""
+        return float(keras.ops.convert_to_numpy(self._optimizer.learning_rate))
+
+    @property
+    def asked_to_stop(self) -> tuple[int, ...]:
+        """Ranks of the workers that were told to stop before the last execution.
+
+        All workers know the same ones, and so can end after the same step.
+        """
+        return self._asked_to_stop
+
+    def train_epoch(
+        self,
+        epoch: int,
+        done: Progress | None = None,
+        is_told_to_stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Progress]:
+        """Train one epoch, handing control back after each execution.
+
+        Args:
+            epoch: From 0.
+            done: What of the epoch is done already; None is nothing.
+            is_told_to_stop: Whether this worker is; asked before each execution, for
+                `asked_to_stop`.
+
+        Yields:
+            The epoch's progress so far.
+        """
+        plan = self.plan
+        order = epoch_order(plan.seed, epoch, self._data.examples)
+        order = order[: plan.steps_per_epoch * plan.global_batch_size]
+        batches = tf.constant(order.reshape(plan.steps_per_epoch, plan.global_batch_size))
+        draws = self._draw(tf.constant(epoch))
+        first_step = epoch * plan.steps_per_epoch
+        done = done or Progress()
+        for start in range(done.steps, plan.steps_per_epoch, STEPS_PER_EXECUTION):
+            end = min(start + STEPS_PER_EXECUTION, plan.steps_per_epoch)
+            told = tf.constant(float(is_told_to_stop()))
+            step = tf.constant(first_step + start)
+            sums = self._execute(batches[start:end], draws[start:end], step, told)
+            # Reading the sums waits for the devices: the execution is over.
+            loss, correct, *asked = sums.numpy()
+            self._asked_to_stop = tuple(int(rank) for rank in np.flatnonzero(asked))
+            done = Progress(end, done.loss + float(loss), done.correct + int(correct))
+            yield done
+
+    def state(self) -> Arrays:
+        """Every variable of network and optimizer; the same on all replicas between executions."""
+        return {name: keras.ops.convert_to_numpy(variable) for name, variable in self._variables()}
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of all variables that replicas have in common.
+
+        Those are all but the random states of Dropout and the like.
+        """
+        own = {id(state) for state in self._random_states}
+        digest = hashlib.sha256()
+        for _, variable in self._variables():
+            if id(variable) not in own:
+                digest.update(keras.ops.convert_to_numpy(variable).tobytes())
+        return digest.hexdigest()
+
+    def restore(self, arrays: Arrays) -> None:
+        """Set every variable to what `state` returned.
+
+        Raises:
+            ValueError: If these are not the variables of this network and optimizer.
+        """
+        variables = dict(self._variables())
+        if variables.keys() != arrays.keys():
+            raise ValueError(
+                f"received the variables {sorted(arrays)}, expected {sorted(variables)}"
+            )
+        for name, variable in variables.items():
+            variable.assign(arrays[name])
+
+    def _variables(self) -> Iterator[tuple[str, keras.Variable]]:
+        # Numbers alone: Keras's names depend on what else the process has built before.
+        for owner, kind in ((self.model, "network"), (self._optimizer, "optimizer")):
+            for index, variable in enumerate(owner.variables):
+                yield f"{kind}/{index:04d}", variable
+
+    def export(self) -> keras.Model:
+        """Bring `original` up to date with the network in training, optimizer state included."""
+        self.original.set_weights(self.model.get_weights())
+        for target, source in zip(
+            self.original.optimizer.variables, self._optimizer.variables, strict=True
+        ):
+            target.assign(keras.ops.convert_to_numpy(source))
+        return self.original
+
+    @graph_function
+    def _draw(self, epoch: tf.Tensor) -> tf.Tensor:
+        plan = self.plan
+        return self.recipe.draw_augmentation(
+            plan.seed, epoch, plan.steps_per_epoch, plan.global_batch_size
+        )
+
+    @graph_function
+    def _execute(
+        self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor, told: tf.Tensor
+    ) -> tf.Tensor:
+        """Run the steps of an execution.
+
+        Args:
+            batches: [steps, global_batch_size] int64 rows of the training set.
+            draws: [steps, global_batch_size, ...] what augments them.
+            first_step: Scalar int32, step of the run that the execution begins with.
+            told: Scalar float32, 1 if this worker is told to stop, else 0.
+
+        Returns:
+            [2 + workers] float32: the sum of the losses and the correct predictions, exact up to
+            2**24; then for each worker a number above 0 if it is told to stop.
+        """
+        self._strategy.run(self._reset_sums, (told,))
+        if self._compiled_steps:
+            self._strategy.run(self._compiled_steps, (batches, draws, first_step))
+        else:
+            self._run_steps(batches, draws, first_step)
+        if self._replicas > 1 and self._statistics:
+            self._strategy.run(self._average_statistics)
+        return self._strategy.reduce("SUM", self._strategy.run(self._read_sums), axis=None)
+
+    def _run_steps(self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor) -> None:
+        """Run the steps of an execution one after the other on all replicas."""
+        steps = batches.shape[0]
+        unrolled = steps - steps % STEPS_UNROLLED
+
+        def run(first: tf.Tensor, count: int) -> tf.Tensor:
+            for step in (first + offset for offset in range(count)):
+                arguments = (batches[step], draws[step], first_step + step)
+                self._strategy.run(self._replica_step, arguments)
+            return first + count
+
+        tf.while_loop(lambda step: step < unrolled, lambda step: run(step, STEPS_UNROLLED), [0])
+        tf.while_loop(lambda step: step < steps, lambda step: run(step, 1), [unrolled])
+
+    def _replica_steps(self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor) -> None:
+        """The steps of an execution on the only replica."""
+
+        def run(step: tf.Tensor) -> tf.Tensor:
+            self._replica_step(batches[step], draws[step], first_step + step)
+            return step + 1
+
+        tf.while_loop(lambda step: step < batches.shape[0], run, [0])
+
+    def _reset_sums(self, told: tf.Tensor) -> None:
+        self._sums.assign(tf.one_hot(2 + self.workers.spec.index, 2 + self.workers.count) * told)
+
+    def _read_sums(self) -> tf.Tensor:
+        return self._sums.read_value()
+
+    def _replica_step(self, batch: tf.Tensor, draws: tf.Tensor, step: tf.Tensor) -> None:
+        """One replica's part of a step.
+
+        Args:
+            batch: [global_batch_size] int64 rows of the training set.
+            draws: [global_batch_size, ...] what augments them.
+            step: Scalar int32, global step of the run.
+        """
+        context = tf.distribute.get_replica_context()
+        replica = context.replica_id_in_sync_group
+        images, labels = self._replica_batch(batch, draws)
+        # Each replica drops units of its own, as a function of nothing but seed, replica and step.
+        for keys, state in zip(self._random_keys, self._random_states, strict=True):
+            state.assign(tf.stack([keys[replica], tf.cast(step, keys.dtype)]))
+        gradients, loss, correct = self._gradients(images, labels)
+        if self._replicas > 1:
+            gradients = context.all_reduce("SUM", gradients)
+        self._update(gradients)
+        # Summed over the replicas once an execution, not once a step.
+        self._sums.assign_add(tf.pad(tf.stack([loss, correct]), [[0, self.workers.count]]))
+
+    def _replica_batch(self, batch: tf.Tensor, draws: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """This replica's rows of a global batch: augmented images and labels."""
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        first = replica * self._rows
+        pixels, labels = self._data.gather(batch[first : first + self._rows])
+        return self._prepare(pixels, draws[first : first + self._rows]), labels
+
+    def _prepare_rows(self, pixels: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+        """From gathered pixels to augmented images [rows, height, width, channels] float32."""
+        return self.recipe.augment(self._data.decode(pixels), draws, self._resample)
+
+    def _compute_gradients(
+        self, images: tf.Tensor, labels: tf.Tensor
+    ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
+        """Gradients of the loss averaged over the *global* batch: they sum over the replicas."""
+        variables = [variable.value for variable in self.model.trainable_variables]
+        with tf.GradientTape() as tape:
+            probabilities = self.model(images, training=True)
+            losses = keras.losses.get(self.recipe.loss)(
+                tf.one_hot(labels, self._classes), probabilities
+            )
+            penalties = [tf.cast(loss, tf.float32) for loss in self.model.losses]
+            objective = tf.reduce_sum(losses) / self.plan.global_batch_size
+            objective += tf.add_n([tf.constant(0.0), *penalties]) / self._replicas
+        correct = tf.equal(tf.argmax(probabilities, axis=-1), labels)
+        return (
+            tape.gradient(objective, variables),
+            tf.reduce_sum(losses),
+            tf.reduce_sum(tf.cast(correct, tf.float32)),
+        )
+
+    def _apply_gradients(self, gradients: list[tf.Tensor]) -> None:
+        self._optimizer.apply(gradients)
+
+    def _average_statistics(self) -> None:
+        """Give every replica the mean of the replicas' BatchNormalization statistics.
+
+        They are exponential averages that training never reads, so the mean of the averages is the
+        average of the means, whenever it is taken.
+        """
+        values = [variable.value.read_value() for variable in self._statistics]
+        means = tf.distribute.get_replica_context().all_reduce("MEAN", values)
+        for variable, mean in zip(self._statistics, means, strict=True):
+            variable.value.assign(mean)
+
+
+def epoch_order(seed: int, epoch: int, examples: int) -> npt.NDArray[np.int64]:
+    """The order in which an epoch visits the training set: a permutation [examples] int64."""
+    return np.random.default_rng([seed, epoch]).permutation(examples)
+
+
+def random_keys(seed: int, states: int, replicas: int) -> list[tf.Tensor]:
+    """For each Dropout-like layer one random stream a replica: a list of [replicas] int64."""
+    sequences = np.random.SeedSequence(seed).spawn(states)
+    # Keras casts its random states to int32, so keys stay below 2**31.
+    keys = [sequence.generate_state(replicas) >> 1 for sequence in sequences]
+    return [tf.constant(key.astype(np.int64)) for key in keys]
+
+
+def _replica_local(next_creator: Any, **options: Any) -> tf.Variable:
+    """Create a variable that each replica reads and writes without the others."""
+    options["synchronization"] = tf.VariableSynchronization.ON_READ
+    options["aggregation"] = tf.VariableAggregation.ONLY_FIRST_REPLICA
+    return next_creator(**options)

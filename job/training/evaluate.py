@@ -1,0 +1,175 @@
+"""Exact evaluation: every example counts once, whatever the number of replicas."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from job.cluster.devices import Devices, graph_function
+from job.recipes import Recipe
+from job.run.predictions import confusion_matrix
+from job.run.record import ClassRecord, EvaluationRecord
+from job.training.engine import ResidentImages
+
+ROWS_PER_REPLICA = 500
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network does on a set of examples.
+
+    Attributes:
+        loss: Mean loss over the examples.
+        confusion: [classes, classes] int64: entry (true, predicted) counts examples.
+    """
+
+    loss: float
+    confusion: npt.NDArray[np.int64]
+
+    @property
+    def examples(self) -> int:
+        """Number of examples evaluated."""
+        return int(self.confusion.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of examples predicted correctly, 0 to 1."""
+        return float(np.trace(self.confusion)) / self.examples
+
+    def record(self, class_names: tuple[str, ...], model: str, sha256: str) -> EvaluationRecord:
+        """The evaluation as ``evaluation.json`` has it.
+
+        A class that is never predicted has no precision, and one without examples no recall.
+
+        Args:
+            class_names: Name of each label.
+            model: Name of the evaluated file.
+            sha256: Its checksum.
+        """
+        hits = np.diag(self.confusion).tolist()
+        predicted, support = (self.confusion.sum(axis=axis).tolist() for axis in (0, 1))
+        classes = {
+            name: ClassRecord(
+                precision=hits[label] / predicted[label] if predicted[label] else None,
+                recall=hits[label] / support[label] if support[label] else None,
+                support=support[label],
+            )
+            for label, name in enumerate(class_names)
+        }
+        return EvaluationRecord(
+            loss=self.loss,
+            accuracy=self.accuracy,
+            examples=self.examples,
+            classes=classes,
+            confusion_matrix=self.confusion.tolist(),
+            model=model,
+            model_sha256=sha256,
+        )
+
+
+class Evaluator:
+    """Evaluates one network on one set of examples, as often as asked.
+
+    Args:
+        model: From images to probabilities; its current variables count at each call.
+        recipe: Gives the loss and the views.
+        devices: Where to evaluate.
+        images: [examples, height, width, channels] uint8.
+        labels: [examples] integers.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        recipe: Recipe,
+        devices: Devices,
+        images: npt.NDArray[np.uint8],
+        labels: npt.NDArray[np.int32],
+    ) -> None:
+        self._model, self._recipe = model, recipe
+        self._strategy, self._replicas = devices.strategy, devices.replicas
+        self._data = ResidentImages(devices, images, labels)
+        self._labels = labels
+        self._rows = min(ROWS_PER_REPLICA, -(-len(images) // self._replicas))
+        compilation = devices.compilation
+        self._score = graph_function(self._score_rows, jit_compile=compilation.network)
+        self._loop: Any = self._replica_loop
+        if compilation.loops:
+            self._loop = graph_function(self._loop, jit_compile=True)
+
+    def __call__(self) -> Evaluation:
+        """Evaluate all examples."""
+        return self.predict()[0]
+
+    def predict(self) -> tuple[Evaluation, npt.NDArray[np.float32]]:
+        """Evaluate all examples, and tell what the network makes of each.
+
+        Returns:
+            The evaluation, and the probabilities that it counts, [examples, classes] float32.
+        """
+        loss, probabilities = (tensor.numpy() for tensor in self._evaluate())
+        confusion = confusion_matrix(self._labels, probabilities)
+        return Evaluation(float(loss) / self._data.examples, confusion), probabilities
+
+    @graph_function
+    def _evaluate(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """The sum of the losses, and [examples, classes] probabilities; on every worker all."""
+        loss, rows = self._strategy.run(self._replica_share)
+        if self._replicas > 1:
+            loss, rows = self._strategy.experimental_local_results((loss, rows))[0]
+        classes = self._model.output_shape[-1]
+        rows = tf.reshape(rows, [self._replicas, -1, self._rows, classes])
+        # A part's rows are in the order of the replicas.
+        rows = tf.reshape(tf.transpose(rows, [1, 0, 2, 3]), [-1, classes])
+        return loss, rows[: self._data.examples]
+
+    def _replica_share(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """What all replicas together come to: the loss, and [replicas * parts, rows, classes]."""
+        loss, rows = self._loop()
+        if self._replicas > 1:
+            context = tf.distribute.get_replica_context()
+            loss = context.all_reduce("SUM", loss)
+            rows = context.all_gather(rows, axis=0)
+        return loss, rows
+
+    def _replica_loop(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Evaluate this replica's examples: the loss, and probabilities [parts, rows, classes]."""
+        together = self._rows * self._replicas
+        shape = [self._rows, self._model.output_shape[-1]]
+        loss = tf.constant(0.0)
+        parts = tf.TensorArray(tf.float32, -(-self._data.examples // together), element_shape=shape)
+
+        def score_part(
+            part: tf.Tensor, loss: tf.Tensor, parts: tf.TensorArray
+        ) -> tuple[tf.Tensor, tf.Tensor, tf.TensorArray]:
+            part_loss, rows = self._replica_part(tf.cast(part, tf.int64) * together)
+            return part + 1, loss + part_loss, parts.write(part, rows)
+
+        _, loss, parts = tf.while_loop(
+            lambda part, *_: part < parts.size(), score_part, [0, loss, parts]
+        )
+        return loss, parts.stack()
+
+    def _replica_part(self, start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        rows = start + tf.range(self._rows, dtype=tf.int64)
+        rows += tf.cast(replica * self._rows, tf.int64)
+        # Rows beyond the last example repeat it and then count for nothing.
+        counts = tf.cast(rows < self._data.examples, tf.float32)
+        rows = tf.minimum(rows, self._data.examples - 1)
+        pixels, labels = self._data.gather(rows)
+        loss, probabilities = self._score(pixels, labels, counts)
+        return loss, probabilities
+
+    def _score_rows(
+        self, pixels: tf.Tensor, labels: tf.Tensor, counts: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        images = self._data.decode(pixels)
+        views = [self._model(view(images), training=False) for view in self._recipe.tta_views]
+        probabilities = views[0] if len(views) == 1 else tf.add_n(views) / len(views)
+        truth = tf.one_hot(labels, probabilities.shape[-1])
+        losses = keras.losses.get(self._recipe.loss)(truth, probabilities)
+        return tf.reduce_sum(losses * counts), probabilities

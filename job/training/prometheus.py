@@ -1,0 +1,277 @@
+"""The run's figures in a textfile for Prometheus' node exporter."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Enum, Gauge, generate_latest
+
+from job import __version__, log
+from job.config import ExitCode, StoppedError, TrainConfig, UserError
+from job.run.attempt import Attempt
+from job.run.lease import LeaseLostError
+from job.run.record import EpochRecord
+from job.run.stop import StopRequest
+from job.training.observer import Observer, Phase, Start, Status
+
+UPDATE_SECONDS = 5.0
+"""Least time between two updates while an epoch is trained."""
+
+STATES = ("running", "done", "stopped", "failed")
+
+TextfilePhase = Literal[Phase, "starting", "evaluating"]
+PHASES: tuple[TextfilePhase, ...] = (
+    "starting",
+    "compiling",
+    "training",
+    "validating",
+    "evaluating",
+)
+
+GAUGES = {
+    "planned_epochs": "Epochs of the whole run",
+    "finished_epochs": "Epochs that are trained and validated",
+    "planned_steps": "Steps of the whole run",
+    "finished_steps": "Steps done since the start of the run",
+    "training_loss": "Mean training loss of the epoch so far",
+    "training_accuracy_ratio": "Training accuracy of the epoch so far, 0 to 1",
+    "validation_loss": "Mean loss over all test images after the last epoch",
+    "validation_accuracy_ratio": "Accuracy over all test images after the last epoch, 0 to 1",
+    "learning_rate": "The optimizer's, after the last epoch",
+    "images_per_second": "Training images a second over the last executions",
+    "remaining_seconds": "Estimate of the time to the end of the run",
+    "last_update_timestamp_seconds": "Unix time of this file's last update",
+}
+"""What each gauge is; their names begin with ``cifar10_job_``."""
+
+_PREFIX = "cifar10_job_"
+_INFO = ("version", "recipe", "dataset", "precision", "devices")
+
+
+class MetricsTextfile(Observer):
+    """Keeps a textfile up to date with a run; each state of it whole or not at all.
+
+    Figures that are not known yet have no sample. A write that fails while the run trains is one
+    warning and no more: the figures are not worth the run.
+
+    Args:
+        path: The file, in the folder that the node exporter reads.
+        config: The run's configuration.
+        run_id: The run's name, empty where nothing tells; a label of every sample.
+        check: Raises if the run is somebody else's by now; asked before each write.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+
+    def __init__(
+        self, path: Path, config: TrainConfig, run_id: str, check: Callable[[], None]
+    ) -> None:
+        self._path, self._check = path, check
+        self._registry = CollectorRegistry()
+        self._run = {"run_id": run_id, "output_dir": str(config.output_dir.absolute())}
+        self._config = {"version": __version__, "recipe": config.recipe}
+        self._config["dataset"] = config.dataset
+        labels = tuple(self._run)
+        self._gauges = {
+            name: Gauge(_PREFIX + name, text, labels, registry=self._registry)
+            for name, text in GAUGES.items()
+        }
+        info = "What runs; always 1"
+        self._info = Gauge(f"{_PREFIX}info", info, (*labels, *_INFO), registry=self._registry)
+        state = "Whether the attempt is in this state, 1 or 0"
+        self._state = Enum(
+            f"{_PREFIX}state", state, labels, states=list(STATES), registry=self._registry
+        )
+        phase = "Whether the attempt is in this phase, or ended in it, 1 or 0"
+        self._phase = Enum(
+            f"{_PREFIX}phase", phase, labels, states=list(PHASES), registry=self._registry
+        )
+        self._set_state("running")
+        self._set_phase("starting")
+        self._epochs = config.epochs
+        self._set("planned_epochs", config.epochs)
+        self._updated_at = 0.0
+        self._warned = False
+        try:
+            self._write()
+        except OSError as error:
+            raise _cannot_write(path, error.strerror or str(error)) from error
+
+    def begin(self, start: Start) -> None:
+        values = {**self._run, **self._config}
+        values |= {"precision": start.precision, "devices": start.devices}
+        self._info.labels(**values).set(1)
+        history, steps_per_epoch = start.history, start.steps_per_epoch
+        finished = len(history.epochs)
+        self._set("planned_steps", self._epochs * steps_per_epoch)
+        self._set("finished_steps", finished * steps_per_epoch + history.progress.steps)
+        self._set("finished_epochs", finished)
+        for line in history.epochs[-1:]:
+            self._set_validation(line)
+        self._update()
+
+    def show(self, status: Status) -> None:
+        self._set("finished_epochs", status.epoch - 1)
+        self._set("finished_steps", status.step)
+        self._set("training_loss", status.loss)
+        self._set("training_accuracy_ratio", status.accuracy)
+        self._set("images_per_second", status.images_per_second)
+        self._set("remaining_seconds", status.seconds_left)
+        is_another = status.phase != self._phase_shown
+        self._set_phase(status.phase)
+        if is_another or time.monotonic() - self._updated_at >= UPDATE_SECONDS:
+            self._update()
+
+    def finish_epoch(self, line: EpochRecord) -> None:
+        self._set("finished_epochs", line.epoch)
+        self._set_validation(line)
+        self._update()
+
+    def evaluate(self) -> None:
+        self._set_phase("evaluating")
+        self._update()
+
+    def finish(self, state: str) -> None:
+        """Write the attempt's end, one of `STATES`."""
+        self._set_state(state)
+        if state == "done":
+            self._set("remaining_seconds", 0.0)
+        self._update()
+
+    def _set(self, name: str, value: float | None) -> None:
+        if value is not None:
+            self._gauges[name].labels(**self._run).set(value)
+
+    def _set_validation(self, line: EpochRecord) -> None:
+        self._set("validation_loss", line.val_loss)
+        self._set("validation_accuracy_ratio", line.val_accuracy)
+        self._set("learning_rate", line.learning_rate)
+
+    def _set_state(self, state: str) -> None:
+        self._state.labels(**self._run).state(state)
+
+    def _set_phase(self, phase: TextfilePhase) -> None:
+        self._phase_shown = phase
+        self._phase.labels(**self._run).state(phase)
+
+    def _update(self) -> None:
+        self._updated_at = time.monotonic()
+        self._check()
+        try:
+            self._write()
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                log.event(
+                    "textfile",
+                    logging.WARNING,
+                    path=str(self._path),
+                    message=f"cannot write --metrics-textfile {self._path}: "
+                    f"{error.strerror or error}; training goes on, and so do the attempts to write",
+                )
+
+    def _write(self) -> None:
+        self._set("last_update_timestamp_seconds", time.time())
+        _replace(self._path, generate_latest(self._registry))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    # One name, so that a killed process leaves one file at most, which the next write takes away;
+    # not ending in .prom, so that the node exporter passes it over.
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.unlink(missing_ok=True)
+    try:
+        with temporary.open("xb") as file:
+            # The node exporter is another user, whatever this one's umask.
+            os.fchmod(file.fileno(), 0o644)
+            file.write(content)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def require_folder(path: Path) -> None:
+    """Refuse a textfile whose folder cannot be written, without writing to it.
+
+    Raises:
+        UserError: If it is missing or may not be written.
+    """
+    if not path.parent.is_dir():
+        raise _cannot_write(path, "No such folder")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise _cannot_write(path, "Permission denied")
+
+
+def _cannot_write(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"cannot write --metrics-textfile {path}: {reason}; name a file in an existing folder that "
+        f"user {os.getuid()} can write"
+    )
+
+
+@contextlib.contextmanager
+def open_textfile(
+    path: Path,
+    config: TrainConfig,
+    run_id: str | None,
+    check: Callable[[], None],
+    stop: StopRequest,
+) -> Iterator[MetricsTextfile]:
+    """Keep a textfile for the time of the body, and report how the body ends.
+
+    Args:
+        path: The file, in the folder that the node exporter reads.
+        config: The run's configuration.
+        run_id: The run's name; None where nothing gives one.
+        check: Raises if the run is somebody else's by now.
+        stop: Ends the run early.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    textfile = MetricsTextfile(path, config, run_id or "", check)
+
+    def record_end(exit_code: ExitCode, _reason: str) -> None:
+        textfile.finish("stopped" if exit_code == ExitCode.RUN_AGAIN else "failed")
+
+    try:
+        with stop.on_exit(record_end):
+            yield textfile
+    except LeaseLostError:
+        raise  # the file may be somebody else's now, as the folder is
+    except BaseException as error:
+        # What went wrong first is what the user must hear of.
+        with contextlib.suppress(UserError, LeaseLostError):
+            textfile.finish("stopped" if isinstance(error, StoppedError) else "failed")
+        raise
+    textfile.finish("done")
+
+
+def write_finished(config: TrainConfig, attempt: Attempt) -> None:
+    """Bring the textfile of a run up to date that has nothing left to do.
+
+    It may still have what the attempt before was doing when it was killed.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    manifest, checkpoint = attempt.manifest.document, attempt.checkpoint
+    if config.metrics_textfile is None:
+        return
+    with open_textfile(
+        *(config.metrics_textfile, config, attempt.manifest.run_id, attempt.output.check),
+        attempt.stop,
+    ) as textfile:
+        if manifest and checkpoint:
+            model = manifest.devices[0].model if manifest.devices else None
+            devices = f"{manifest.replicas} x {model}"
+            steps_per_epoch = checkpoint.step // config.epochs
+            precision = manifest.precision or ""
+            textfile.begin(Start(precision, devices, steps_per_epoch, checkpoint.history))

@@ -1,0 +1,251 @@
+"""The saved model: a stock Keras file with the optimizer's state, loaded back and evaluated."""
+
+import io
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import shorten
+
+import h5py
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+from keras.src.legacy.saving.legacy_h5_format import load_model_from_hdf5, save_model_to_hdf5
+
+from job import log
+from job.cluster.devices import Devices
+from job.config import JobError, TrainConfig, UserError
+from job.data import Dataset
+from job.recipes import Recipe, get_recipe, resample_by_op
+from job.report import pictures
+from job.run.folder import EVALUATION, MODEL, PREDICTION, OutputDir, require_model, sha256_of
+from job.run.manifest import earlier_manifest
+from job.run.predictions import Predictions, most_confident_mistakes
+from job.run.record import EvaluationRecord, encode
+from job.run.stop import Watchdog
+from job.training.evaluate import Evaluator
+
+
+def save_model(model: keras.Model, output: OutputDir, name: str) -> None:
+    """Save architecture, weights, loss, metrics and optimizer state as HDF5.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    # HDF5 does not survive a disk that fills while it writes; so it writes to memory.
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        save_model_to_hdf5(model, file)
+    output.write_bytes(name, buffer.getvalue())
+
+
+def load_model(path: Path) -> keras.Model:
+    """Load a model that `save_model` wrote, ready to go on training.
+
+    Keras's own `load_model` restores the weights and drops the optimizer's moments.
+
+    Raises:
+        UserError: If the file is missing or is no such model.
+    """
+    require_model(path)
+    if os.access(path, os.R_OK) and not h5py.is_hdf5(path):
+        raise UserError(
+            f"received {path}, which is no HDF5 file, expected a model file as train leaves it "
+            f"({MODEL}); name such a one, or its --output-dir"
+        )
+    try:
+        with h5py.File(path) as file:
+            model = load_model_from_hdf5(file)
+        # The optimizer that Keras loads was built before the network had variables.
+        model.compile_from_config(model.get_compile_config())
+        with h5py.File(path) as file:
+            group = file["optimizer_weights"]
+            names = [str(name) for name in group.attrs["weight_names"]]
+            saved = [group[name][()] for name in names]
+        for variable, value in zip(model.optimizer.variables, saved, strict=True):
+            variable.assign(value)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no model of this job ({shorten(str(error), 100)}); train again, or name "
+            f"another --output-dir"
+        ) from error
+    return model
+
+
+# What the report has room for.
+_MISTAKES = 16
+_SAMPLES = 6
+_SAMPLE_EPOCHS = 5
+
+
+def evaluate_output_dir(
+    config: TrainConfig,
+    output: OutputDir,
+    devices: Devices,
+    load: Callable[[TrainConfig], Dataset],
+    watchdog: Watchdog,
+) -> EvaluationRecord:
+    """Evaluate the model of an output folder again.
+
+    Args:
+        config: Says which data, recipe and seed.
+        output: The folder.
+        devices: Where to evaluate.
+        load: Loads the data set, which may have to be downloaded.
+        watchdog: Ends the process if the evaluation hangs.
+
+    Raises:
+        UserError: If there is no model that fits the data, or a folder must be changed first.
+    """
+    run = earlier_manifest(output.path)
+    trained_on = run.data if run else None
+    if trained_on and trained_on.name != config.dataset:
+        raise UserError(
+            f"--dataset received {config.dataset}, expected {trained_on.name}, which the "
+            f"run in {output.path} was trained on; add --dataset {trained_on.name}"
+        )
+    dataset = load(config)
+    if trained_on and trained_on.test_fingerprint != dataset.test_fingerprint:
+        raise UserError(
+            f"received the test images of {dataset.name}, expected those that the run in "
+            f"{output.path} was validated on ({trained_on.name}); give that run's --dataset, "
+            f"--data-dir and --seed"
+        )
+    recipe = get_recipe(config.recipe)
+    return evaluate_saved(output, recipe, devices, dataset, config.seed, watchdog)
+
+
+def evaluate_saved(
+    output: OutputDir,
+    recipe: Recipe,
+    devices: Devices,
+    dataset: Dataset,
+    seed: int,
+    watchdog: Watchdog,
+) -> EvaluationRecord:
+    """Load the saved model back, evaluate it, and write what is found and a picture.
+
+    Args:
+        output: Holds the model and receives evaluation, predictions and prediction picture.
+        recipe: The recipe that trained it.
+        devices: Where to evaluate.
+        dataset: Its test images are evaluated.
+        seed: Picks the test image of the picture.
+        watchdog: Ends the process if the evaluation hangs.
+
+    Raises:
+        UserError: If there is no model that fits the data, or a file cannot be written.
+        JobError: If the loss is no finite number.
+    """
+    with watchdog.watch("the evaluation of the saved model", compiling=True):
+        return _evaluate_saved(output, recipe, devices, dataset, seed)
+
+
+def _evaluate_saved(
+    output: OutputDir, recipe: Recipe, devices: Devices, dataset: Dataset, seed: int
+) -> EvaluationRecord:
+    path = output.path / MODEL
+    # The file is float32 and so are its figures, also where GPUs round float32 to TF32 by default.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    with devices.strategy.scope():
+        model = load_model(path)
+    _check_fits(model, dataset, path)
+    evaluator = Evaluator(model, recipe, devices, dataset.test_images, dataset.test_labels)
+    evaluation, probabilities = evaluator.predict()
+    if not math.isfinite(evaluation.loss):
+        raise JobError(
+            f"the loss of the saved model is {evaluation.loss}, expected a finite number; start "
+            f"over with --fresh and a lower --learning-rate"
+        )
+    _save_prediction(output, model, dataset, seed)
+    _keep_for_report(output, recipe, dataset, probabilities, seed)
+    # Last, because it tells which model file everything belongs to.
+    record = evaluation.record(dataset.class_names, MODEL, sha256_of(path))
+    output.write_bytes(EVALUATION, encode(record, indent=True))
+    log.event(
+        "evaluation",
+        loss=evaluation.loss,
+        accuracy=evaluation.accuracy,
+        examples=evaluation.examples,
+        output_dir=str(output.path),
+        message=f"saved model: test loss {evaluation.loss:.4f}, accuracy {evaluation.accuracy:.2%} "
+        f"of {evaluation.examples} images; artifacts in {output.path}/",
+    )
+    return record
+
+
+def _check_fits(model: keras.Model, dataset: Dataset, path: Path) -> None:
+    received = (*model.input_shape[1:], model.output_shape[-1])
+    expected = (*dataset.test_images.shape[1:], len(dataset.class_names))
+    if received != expected:
+        raise UserError(
+            f"{path} maps images and classes of shape {received}, expected {expected} for "
+            f"{dataset.name}; name the --dataset that it was trained on"
+        )
+
+
+def _save_prediction(output: OutputDir, model: keras.Model, dataset: Dataset, seed: int) -> None:
+    """Draw what the model makes of one test image, picked from the seed."""
+    index = int(np.random.default_rng(seed).integers(len(dataset.test_images)))
+    image = dataset.test_images[index]
+    images = image[np.newaxis].astype(np.float32) * np.float32(1.0 / 255.0)
+    probabilities = keras.ops.convert_to_numpy(model(images, training=False))[0]
+    true_label = int(dataset.test_labels[index])
+    with output.atomic_write(PREDICTION) as temporary:
+        pictures.save_prediction(temporary, image, probabilities, dataset.class_names, true_label)
+
+
+def _keep_for_report(
+    output: OutputDir,
+    recipe: Recipe,
+    dataset: Dataset,
+    probabilities: npt.NDArray[np.float32],
+    seed: int,
+) -> None:
+    """Write ``predictions.npz``."""
+    run = earlier_manifest(output.path)
+    seed = run.config.seed if run else seed
+    epochs = min(run.config.epochs, _SAMPLE_EPOCHS) if run else _SAMPLE_EPOCHS
+    mistakes = most_confident_mistakes(dataset.test_labels, probabilities, _MISTAKES)
+    # The first image of each class.
+    _, rows = np.unique(dataset.train_labels, return_index=True)
+    rows = rows[:_SAMPLES]
+    originals = dataset.train_images[rows]
+    Predictions(
+        labels=dataset.test_labels,
+        probabilities=probabilities,
+        mistakes=mistakes,
+        mistake_images=dataset.test_images[mistakes],
+        originals=originals,
+        original_labels=dataset.train_labels[rows],
+        augmented=augmented_sample(recipe, originals, seed, epochs),
+    ).save(output)
+
+
+def augmented_sample(
+    recipe: Recipe, images: npt.NDArray[np.uint8], seed: int, epochs: int
+) -> npt.NDArray[np.uint8]:
+    """Augment images as a training from this seed augments those at the start of each epoch.
+
+    Args:
+        recipe: Says how.
+        images: [images, height, width, channels] uint8.
+        seed: The run's seed.
+        epochs: How many of the first epochs.
+
+    Returns:
+        [images, epochs, height, width, channels] uint8.
+    """
+    scaled = tf.cast(images, tf.float32) * (1.0 / 255.0)
+    augmented = [
+        recipe.augment(
+            scaled,
+            recipe.draw_augmentation(seed, tf.constant(epoch), 1, len(images))[0],
+            resample_by_op,
+        )
+        for epoch in range(epochs)
+    ]
+    pixels = np.rint(np.stack([one.numpy() for one in augmented], axis=1) * 255.0)
+    return np.clip(pixels, 0, 255).astype(np.uint8)

@@ -1,0 +1,463 @@
+"""A whole training run: from a configuration to the artifacts in the output folder."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+from job import log
+from job.cluster.devices import Devices, Previous, open_devices_of_all
+from job.cluster.scheduler import NO_RUN, ClusterSpec
+from job.cluster.workers import Workers, naming_lost_workers
+from job.config import (
+    ExitCode,
+    LostWorkerError,
+    TrainConfig,
+    UserError,
+    describe_config,
+    run_options,
+)
+from job.data import Dataset
+from job.recipes import Recipe, get_recipe
+from job.report.page import try_to_write_report
+from job.run.attempt import Attempt, open_attempt
+from job.run.checkpoint import Checkpoint, CheckpointStore, History
+from job.run.fingerprint import Fingerprint, require_same_run, take_fingerprint
+from job.run.folder import (
+    EVALUATION,
+    MODEL,
+    PREDICTION,
+    PREDICTIONS,
+    REPORT,
+    REPORT_PICTURES,
+    OutputDir,
+)
+from job.run.manifest import RunManifest, versions
+from job.run.record import DataRecord, EvaluationRecord, TrainingRecord
+from job.run.stop import StopRequest, Watchdog
+from job.training.engine import Engine, Plan
+from job.training.evaluate import Evaluator
+from job.training.observer import Observer, Start
+from job.training.saved_model import evaluate_saved, save_model
+from job.training.tensorboard import EventFile
+from job.training.trainer import Trainer
+
+OpenDevices = Callable[[TrainConfig, Previous | None], Devices]
+LoadDataset = Callable[[TrainConfig], Dataset]
+
+STALLED = "a call did not return within --stall-timeout"
+
+# Besides those that make the run. Folders may be others on every worker.
+_EQUAL_OPTIONS = ("epochs", "precision", "jit", "deterministic", "fresh")
+# For TensorFlow to connect the workers, once all are there.
+_CONNECT_SECONDS = 60.0
+
+
+def make_watchdog(config: TrainConfig, stop: StopRequest) -> Watchdog:
+    """A watchdog that ends the process with exit code 1, after what `StopRequest.on_exit` sets."""
+    return Watchdog(config.stall_timeout, partial(stop.end, ExitCode.DEFECT, STALLED))
+
+
+def train_as_worker(
+    config: TrainConfig,
+    spec: ClusterSpec,
+    stop: StopRequest,
+    load: LoadDataset,
+    observers: Sequence[Observer] = (),
+) -> None:
+    """Train as one of several workers: the chief leads and writes, the others do as it does.
+
+    Args:
+        config: What to train and how; the same for all.
+        spec: The workers.
+        stop: A request to one of them stops all after the same step.
+        load: Loads the data set.
+        observers: Watch the training.
+
+    Raises:
+        UserError: If the configuration, the data or a folder must be changed first, or the workers
+            differ in one of these.
+        GpuMissingError: If an expected or required GPU cannot be used.
+        LostWorkerError: If a worker does not come, or goes.
+        StoppedError: If one of them was asked to stop; the chief has saved the state.
+        JobError: If the loss is no finite number any more.
+    """
+    watchdog = make_watchdog(config, stop)
+    seconds = config.join_timeout + _CONNECT_SECONDS
+    with watchdog.watch("the wait for the other workers", seconds=seconds):
+        devices = open_devices_of_all(config, spec)
+    workers = devices.workers
+    if not workers.is_chief:
+        log.event(
+            "following",
+            message=f"follows {spec.name(0)}, whose log tells how the run goes on",
+        )
+        log.only_warnings()
+    options = {**run_options(config), **{n: describe_config(config)[n] for n in _EQUAL_OPTIONS}}
+    with watchdog.watch("the comparison of the workers' options"):
+        workers.require_equal({**options, "versions": versions()})
+    with _open_attempt_of_all(config, stop, workers, watchdog) as attempt:
+        if not attempt.is_finished:
+            with naming_lost_workers(spec):
+                run_attempt(config, attempt, devices.resolve, load, watchdog, observers)
+        elif workers.is_chief and config.metrics_textfile:
+            from job.training.prometheus import write_finished  # takes a third of a short start
+
+            write_finished(config, attempt)
+    try:
+        # Were others to end earlier, nobody would be there for a chief that is started again.
+        with watchdog.watch("the wait for the other workers' end"):
+            workers.shutdown()
+    except LostWorkerError:
+        if not workers.is_chief:
+            raise
+
+
+@contextlib.contextmanager
+def _open_attempt_of_all(
+    config: TrainConfig, stop: StopRequest, workers: Workers, watchdog: Watchdog
+) -> Iterator[Attempt]:
+    """Open the chief's attempt, and on the others one that resumes from the same checkpoint.
+
+    Only the chief needs the output folder.
+    """
+    waiting = watchdog.watch("the exchange of the checkpoint", compiling=True)
+    if not workers.is_chief:
+        with waiting:
+            attempt = _follow(config, stop, workers)
+        yield attempt
+        return
+    with open_attempt(config, stop) as attempt:
+        checkpoint = attempt.checkpoint
+        document = {
+            "fresh": attempt.fresh,
+            "is_finished": attempt.is_finished,
+            "step": checkpoint.step if checkpoint else None,
+        }
+        with waiting:
+            workers.broadcast(json.dumps(document).encode())
+            if checkpoint:
+                workers.broadcast(checkpoint.to_bytes())
+        yield attempt
+
+
+def _follow(config: TrainConfig, stop: StopRequest, workers: Workers) -> Attempt:
+    document = json.loads(workers.broadcast(b""))
+    checkpoint = None
+    if document["step"] is not None:
+        checkpoint = Checkpoint.from_bytes(document["step"], workers.broadcast(b""))
+    output = UnwrittenDir(config.output_dir)
+    return Attempt(
+        output,
+        RunManifest(output, NO_RUN),
+        CheckpointStore(output),
+        checkpoint,
+        stop,
+        document["fresh"],
+        document["is_finished"],
+        is_chief=False,
+    )
+
+
+class UnwrittenDir(OutputDir):
+    """The output folder of a worker that is not the chief, and so neither reads nor writes it."""
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Do nothing."""
+
+    def append_bytes(self, name: str, content: bytes) -> None:
+        """Do nothing."""
+
+    def make_folder(self, name: str) -> None:
+        """Do nothing."""
+
+    def remove(self, paths: list[Path]) -> None:
+        """Do nothing."""
+
+    def discard(self) -> None:
+        """Do nothing."""
+
+
+def run_attempt(
+    config: TrainConfig,
+    attempt: Attempt,
+    open_devices: OpenDevices,
+    load: LoadDataset,
+    watchdog: Watchdog,
+    observers: Sequence[Observer] = (),
+) -> None:
+    """Train from where the attempt resumes to the end, and leave every artifact.
+
+    Args:
+        config: What to train and how.
+        attempt: The folder for its artifacts, and what an earlier attempt has done.
+        open_devices: Sets the devices up, with what the attempt before had resolved "auto" to.
+        load: Loads the data set.
+        watchdog: Ends the process if a call hangs.
+        observers: Watch the training.
+
+    Raises:
+        UserError: If the configuration, the data or a folder must be changed first.
+        GpuMissingError: If an expected or required GPU cannot be used.
+        StoppedError: If the run was asked to stop; its state is in a checkpoint.
+        JobError: If the loss is no finite number any more.
+    """
+    with _textfile(config, attempt) as textfile:
+        observers = [*observers, *textfile]
+        if config.tensorboard and attempt.is_chief:
+            observers.append(EventFile(attempt.output))
+        previous = previous_of(attempt.checkpoint) if attempt.checkpoint else None
+        devices = open_devices(config, previous)
+        devices.rows_per_replica(config.batch_size)
+        dataset = load(config)
+        evaluation = train_and_evaluate(config, attempt, devices, dataset, watchdog, observers)
+        # First, because the report tells how the run ended.
+        attempt.manifest.finish("done")
+    # The textfile says done by now, as run.json does, whatever becomes of the report.
+    if evaluation:
+        with watchdog.watch("the report"):
+            try_to_write_report(attempt.output)
+
+
+@contextlib.contextmanager
+def _textfile(config: TrainConfig, attempt: Attempt) -> Iterator[list[Observer]]:
+    """The textfile that the configuration asks for, if it does."""
+    if config.metrics_textfile is None or not attempt.is_chief:
+        yield []
+        return
+    from job.training.prometheus import open_textfile
+
+    run_id, check = attempt.manifest.run_id, attempt.output.check
+    with open_textfile(config.metrics_textfile, config, run_id, check, attempt.stop) as textfile:
+        yield [textfile]
+
+
+def train_and_evaluate(
+    config: TrainConfig,
+    attempt: Attempt,
+    devices: Devices,
+    dataset: Dataset,
+    watchdog: Watchdog,
+    observers: Sequence[Observer] = (),
+) -> EvaluationRecord | None:
+    """Train from where the attempt resumes, save the model, and evaluate what was saved.
+
+    Args:
+        config: What to train and how.
+        attempt: The folder for its artifacts, and what an earlier attempt has done.
+        devices: Where to train.
+        dataset: What to train and validate on.
+        watchdog: Ends the process if a call hangs.
+        observers: Watch the training.
+
+    Returns:
+        The evaluation of the saved model; None on a worker that is not the chief, whose part is
+        over with the training.
+
+    Raises:
+        UserError: If the configuration, the data or a folder must be changed first.
+        StoppedError: If the run was asked to stop; its state is in a checkpoint.
+        JobError: If the loss is no finite number any more.
+    """
+    plan = make_plan(config, len(dataset.train_images))
+    recipe = get_recipe(config.recipe)
+    with _naming_batch_size(config.batch_size, devices.replicas):
+        with watchdog.watch("the setup of the training", compiling=True):
+            engine = Engine(recipe, devices, dataset, plan, config.learning_rate)
+            require_fitting(engine.original, dataset, recipe)
+            fingerprint = take_fingerprint(config, devices, dataset, engine.original)
+            # By these each worker computes its part of the same bits.
+            devices.workers.require_equal(
+                {**fingerprint.run, "variables": fingerprint.environment.variables}
+            )
+            history = _resume(engine, fingerprint, attempt)
+            _record_start(config, attempt, history, fingerprint, devices, dataset, plan)
+            evaluator = Evaluator(
+                engine.model, recipe, devices, dataset.test_images, dataset.test_labels
+            )
+            name = f"{devices.replicas} x {devices.descriptions[0].model}"
+            for observer in observers:
+                observer.begin(Start(devices.precision, name, plan.steps_per_epoch, history))
+        trainer = Trainer(engine, evaluator, attempt, history, fingerprint, watchdog, observers)
+        trainer.train(config.checkpoint_every)
+    if not attempt.is_chief:
+        return None
+    for observer in observers:
+        observer.evaluate()
+    with watchdog.watch("the saving of the model"):
+        save_model(engine.export(), attempt.output, MODEL)
+    evaluation = evaluate_saved(
+        attempt.output,
+        recipe,
+        devices.without_other_workers(),
+        dataset,
+        config.seed,
+        watchdog,
+    )
+    # Without it the run is not finished. One that is there tells of an earlier end.
+    attempt.output.remove([attempt.output.path / REPORT])
+    return evaluation
+
+
+def make_plan(config: TrainConfig, examples: int) -> Plan:
+    """Work out the arithmetic of a run.
+
+    Raises:
+        UserError: If a batch is larger than the training set.
+    """
+    steps_per_epoch = examples // config.batch_size
+    if not steps_per_epoch:
+        limited = config.limit is not None
+        raise UserError(
+            f"--batch-size received {config.batch_size}, expected at most the {examples} "
+            f"training images; lower --batch-size{' or raise --limit' if limited else ''}"
+        )
+    return Plan(config.batch_size, steps_per_epoch, config.epochs, config.seed)
+
+
+def require_fitting(model: keras.Model, dataset: Dataset, recipe: Recipe) -> None:
+    """Refuse to train a network on images that it does not take.
+
+    Raises:
+        UserError: If the shapes differ.
+    """
+    received, expected = dataset.train_images.shape[1:], tuple(model.input_shape[1:])
+    if received != expected:
+        raise UserError(
+            f"--dataset {dataset.name} has images of shape {received}, expected {expected}, which "
+            f"--recipe {recipe.name} takes; name another --dataset or --recipe"
+        )
+
+
+@contextlib.contextmanager
+def _naming_batch_size(global_batch_size: int, replicas: int) -> Iterator[None]:
+    """Turn the body's running out of device memory into advice on the batch size."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        # Inside of cuDNN, NCCL and XLA the same comes as other types.
+        signs = ("out of memory", "RESOURCE_EXHAUSTED", "OOM when allocating")
+        exhausted = isinstance(error, tf.errors.ResourceExhaustedError)
+        if not exhausted and not any(sign in str(error) for sign in signs):
+            raise
+        raise UserError(
+            f"out of memory on the devices with --batch-size {global_batch_size} "
+            f"({global_batch_size // replicas} images a replica); lower --batch-size"
+        ) from error
+
+
+def previous_of(checkpoint: Checkpoint) -> Previous:
+    """What the attempt that left a checkpoint was computing with."""
+    environment = checkpoint.fingerprint.environment
+    batch_size = checkpoint.fingerprint.run["batch_size"]
+    assert isinstance(batch_size, int)
+    return Previous(
+        kind=environment.device_kind,
+        replicas=environment.replicas,
+        precision=environment.precision,
+        jit=environment.jit,
+        deterministic=environment.deterministic,
+        batch_size=batch_size,
+    )
+
+
+def _resume(engine: Engine, fingerprint: Fingerprint, attempt: Attempt) -> History:
+    """Bring the engine to where the attempt resumes, and its files with it."""
+    checkpoint = attempt.checkpoint
+    history = History()
+    if attempt.fresh:
+        log.event(
+            "fresh",
+            message=f"--fresh: starting over, without what was in {attempt.output.path}/",
+        )
+        attempt.output.discard()
+    elif checkpoint is None:
+        # Pictures and figures of a model that is no more.
+        stale = (EVALUATION, PREDICTION, PREDICTIONS, REPORT, *REPORT_PICTURES)
+        attempt.output.remove([attempt.output.path / name for name in stale])
+    else:
+        require_same_run(checkpoint.fingerprint.run, fingerprint.run, attempt.output.path)
+        engine.restore(checkpoint.arrays)
+        history = checkpoint.history
+    # Epochs that were reported after the checkpoint are trained again.
+    history.write_metrics(attempt.output)
+    return history
+
+
+def _record_start(
+    config: TrainConfig,
+    attempt: Attempt,
+    history: History,
+    fingerprint: Fingerprint,
+    devices: Devices,
+    dataset: Dataset,
+    plan: Plan,
+) -> None:
+    checkpoint = attempt.checkpoint
+    changes: list[str] = []
+    if checkpoint:
+        changes = fingerprint.changes_since(checkpoint.fingerprint.environment)
+    step = checkpoint.step if checkpoint else 0
+    training = _describe(devices, dataset, fingerprint)
+    attempt.manifest.start_training(config, training, step, changes)
+    attempt.manifest.progress(step, history.best, history.elapsed_seconds)
+    _log_start(plan, devices, dataset, step)
+    if changes and attempt.is_chief:
+        log.event(
+            "changed",
+            logging.WARNING,
+            changes=changes,
+            message=f"goes on with other bits than an uninterrupted run, because of a change in "
+            f"{'; '.join(changes)}",
+        )
+
+
+def _log_start(plan: Plan, devices: Devices, dataset: Dataset, step: int) -> None:
+    rows = devices.rows_per_replica(plan.global_batch_size)
+    log.event(
+        "start",
+        dataset=dataset.name,
+        train_examples=len(dataset.train_images),
+        test_examples=len(dataset.test_images),
+        workers=devices.workers.count,
+        replicas=devices.replicas,
+        device_kind=devices.kind,
+        precision=devices.precision,
+        xla=devices.compilation.network,
+        deterministic=devices.deterministic,
+        batch_size=plan.global_batch_size,
+        rows_per_replica=rows,
+        steps_per_epoch=plan.steps_per_epoch,
+        epochs=plan.epochs,
+        step=step,
+        message=f"{dataset.name}: {len(dataset.train_images):,} training and "
+        f"{len(dataset.test_images):,} test images; {devices.replicas} {devices.kind.upper()} "
+        f"replica(s) in {devices.precision}; batch {plan.global_batch_size} = "
+        f"{devices.replicas} x {rows}; {plan.epochs} epochs of {plan.steps_per_epoch} steps"
+        + (f"; going on after step {step}" if step else ""),
+    )
+
+
+def _describe(devices: Devices, dataset: Dataset, fingerprint: Fingerprint) -> TrainingRecord:
+    return TrainingRecord(
+        devices=list(devices.descriptions),
+        workers=devices.workers.count,
+        replicas=devices.replicas,
+        threads=devices.threads,
+        precision=devices.precision,
+        xla=devices.compilation.network,
+        deterministic=devices.deterministic,
+        data=DataRecord(
+            dataset.name,
+            dataset.fingerprint,
+            dataset.test_fingerprint,
+            len(dataset.train_images),
+            len(dataset.test_images),
+        ),
+        recipe_fingerprint=fingerprint.recipe,
+    )

@@ -1,0 +1,87 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from job.cluster import gpus
+from job.cluster.gpus import (
+    CudaPart,
+    ExpectedGpus,
+    check_expected_gpus,
+    cuda_libraries,
+    expected_gpus,
+    xla_tools,
+)
+from job.config import GpuMissingError, UserError
+
+
+@pytest.mark.parametrize(
+    ("environ", "nodes", "count"),
+    [
+        ({}, [], 0),
+        ({}, ["nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "nvidia-caps"], 2),
+        ({"NVIDIA_VISIBLE_DEVICES": "all"}, [], 0),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2"}, [], 3),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, ["nvidia0", "nvidia1"], 1),
+        ({"CUDA_VISIBLE_DEVICES": "0,-1,2"}, [], 1),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937-d72c"}, [], 1),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-GPU-8932/1/0"}, [], 1),
+        ({"CUDA_VISIBLE_DEVICES": ""}, ["nvidia0"], 0),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, ["nvidia0"], 0),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, ["nvidia0"], 0),
+        ({"SLURM_GPUS_ON_NODE": "4"}, [], 4),
+        ({"SLURM_GPUS_ON_NODE": "0"}, ["nvidia0"], 1),
+        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "0"}, [], 1),
+        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "NoDevFiles"}, [], 4),
+    ],
+)
+def test_promised_gpus(
+    tmp_path: Path, environ: dict[str, str], nodes: list[str], count: int
+) -> None:
+    for node in nodes:
+        (tmp_path / node).touch()
+    assert expected_gpus(environ, tmp_path).count == count
+
+
+def test_a_promise_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="SLURM_GPUS_ON_NODE received 'gpu:2', expected a number"):
+        expected_gpus({"SLURM_GPUS_ON_NODE": "gpu:2"}, tmp_path)
+
+
+def test_missing_gpus_are_named_with_their_source() -> None:
+    promise = ExpectedGpus(2, "SLURM_GPUS_ON_NODE=2")
+    check_expected_gpus(promise, visible=2, required=2)
+    with pytest.raises(GpuMissingError, match=r"SLURM_GPUS_ON_NODE=2 promises 2 GPUs.* sees 1"):
+        check_expected_gpus(promise, visible=1, required=0)
+    with pytest.raises(GpuMissingError, match=r"--require-gpus expected 4 GPU\(s\), .* sees 2"):
+        check_expected_gpus(promise, visible=2, required=4)
+
+
+def test_libraries_are_looked_up_by_name() -> None:
+    names = [library.name for library in cuda_libraries()]
+    assert {"libcuda.so.1", "libcudnn.so.9", "libnccl.so.2"} <= set(names)
+    assert all(re.fullmatch(r"lib\w+\.so\.\d+", name) for name in names)
+
+
+def test_a_missing_driver_is_the_reason_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries = [CudaPart("libcuda.so.1", None), CudaPart("libcudnn.so.9", None)]
+    monkeypatch.setattr(gpus, "cuda_libraries", lambda: libraries)
+    with pytest.raises(
+        GpuMissingError, match=r"libcuda\.so\.1: .* no NVIDIA driver, .*--gpus"
+    ) as end:
+        check_expected_gpus(ExpectedGpus(0, "nothing"), visible=0, required=1)
+    assert "libcudnn" not in str(end.value)
+    monkeypatch.setattr(gpus, "cuda_libraries", lambda: libraries[1:])
+    with pytest.raises(GpuMissingError, match=r"\(cannot find libcudnn\.so\.9\)"):
+        check_expected_gpus(ExpectedGpus(0, "nothing"), visible=0, required=1)
+
+
+def test_the_assembler_is_looked_for_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [tool.name for tool in xla_tools()] == ["ptxas", "libdevice.10.bc"]
+    assembler = tmp_path / "ptxas"
+    assembler.write_text("#!/bin/sh\n")
+    assembler.chmod(0o755)
+    assert xla_tools()[0].path == str(assembler)

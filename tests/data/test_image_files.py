@@ -1,0 +1,299 @@
+import io
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from job.config import UserError
+from job.data.image_files import STDIN, ImageFile, decode_batches, find_images, read_image
+
+SHAPE = (32, 32, 3)
+RED, GREEN, BLUE = (255, 0, 0), (0, 128, 0), (0, 0, 255)
+
+
+@pytest.fixture
+def pixels() -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
+
+
+def halves(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """Red above, blue below."""
+    image = Image.new("RGB", (width, height), RED)
+    image.paste(BLUE, (0, height // 2, width, height))
+    return image.convert(mode)
+
+
+def is_near(pixel: npt.NDArray[Any], colour: tuple[int, int, int], tolerance: int = 8) -> bool:
+    return bool((np.abs(pixel.astype(int) - colour) <= tolerance).all())
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tiff", "a.webp", "a.ppm", "a.PNG"])
+def test_lossless_files_of_the_networks_size_give_their_very_pixels(
+    tmp_path: Path, pixels: npt.NDArray[np.uint8], name: str
+) -> None:
+    Image.fromarray(pixels).save(tmp_path / name, lossless=True)
+    read = read_image(str(tmp_path / name), SHAPE)
+    assert read.dtype == np.uint8
+    np.testing.assert_array_equal(read, pixels)
+
+
+def test_an_opaque_alpha_channel_changes_no_pixel(
+    tmp_path: Path, pixels: npt.NDArray[np.uint8]
+) -> None:
+    Image.fromarray(pixels).convert("RGBA").save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(str(tmp_path / "a.png"), SHAPE), pixels)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (7, 5), (4000, 3000)])
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_any_size_becomes_the_networks(tmp_path: Path, size: tuple[int, int], suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.new("RGB", size, GREEN).save(path)
+    read = read_image(str(path), SHAPE)
+    assert read.shape == (32, 32, 3)
+    assert is_near(read, GREEN)
+
+
+def test_the_centre_is_cut_out_and_every_pixel_of_it_counts(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (3000, 1000), RED)
+    fine = np.indices((1000, 1000)).sum(axis=0) % 2 * 255  # a chequerboard of single pixels
+    wide.paste(Image.fromarray(fine.astype(np.uint8)), (1000, 0))
+    wide.save(tmp_path / "a.png")
+    read = read_image(str(tmp_path / "a.png"), SHAPE)
+    assert is_near(read[:, 1:-1], (127, 127, 127), 3)
+
+
+@pytest.mark.parametrize("side", [200, 1200])
+def test_a_jpeg_read_at_a_fraction_of_its_size_looks_like_the_whole(
+    tmp_path: Path, side: int
+) -> None:
+    rows, columns = np.indices((side, side)) * 40 / side
+    waves = [127 + 100 * np.sin(rows + k) * np.cos(columns) for k in range(3)]
+    image = Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8))
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "a.jpg", quality=95)
+    png, jpeg = (read_image(str(tmp_path / name), SHAPE).astype(int) for name in ("a.png", "a.jpg"))
+    assert np.abs(png - jpeg).max() <= 6
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
+def test_a_rotated_photograph_is_turned_upright(tmp_path: Path, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its right side is up
+    path = tmp_path / f"a.{suffix}"
+    halves(64, 64).save(path, exif=exif)
+    read = read_image(str(path), SHAPE)
+    assert is_near(read[16, 30], RED, 24)
+    assert is_near(read[16, 1], BLUE, 24)
+
+
+def test_what_is_transparent_shows_white(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    image.paste((*GREEN, 255), (0, 0, 16, 32))
+    image.save(tmp_path / "rgba.png")
+    image.convert("LA").save(tmp_path / "la.png")
+    palette = Image.new("P", (32, 32), 1)
+    palette.putpalette([*GREEN, *RED])
+    palette.paste(0, (0, 0, 16, 32))
+    palette.save(tmp_path / "palette.png", transparency=1)
+    palette.save(tmp_path / "palette.gif", transparency=1)
+    key = halves(32, 32).rotate(90)
+    key.save(tmp_path / "key.png", transparency=BLUE)
+    for path in sorted(tmp_path.iterdir()):
+        read = read_image(str(path), SHAPE)
+        assert is_near(read[16, 24], (255, 255, 255), 0), path
+        assert not is_near(read[16, 8], (255, 255, 255), 50), path
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65_535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    Image.fromarray(ramp).save(tmp_path / "a.tiff")
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "a.pgm")
+    Image.fromarray(ramp / np.float32(65_535)).save(tmp_path / "float.tiff")
+    for path in sorted(tmp_path.iterdir()):
+        read = read_image(str(path), SHAPE)
+        np.testing.assert_array_equal(read, np.rint(ramp / 257)[..., None].repeat(3, -1), str(path))
+
+
+def test_grey_values_of_an_unknown_range_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 200.0, np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(UserError, match="grey values go from 200 to 200, expected 0 to 1"):
+        read_image(str(tmp_path / "a.tiff"), SHAPE)
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(UserError, match="from nan to nan"):
+        read_image(str(tmp_path / "a.tiff"), SHAPE)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
+def test_other_colour_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.tiff")
+    halves(64, 64, mode).save(path)
+    read = read_image(str(path), SHAPE)
+    if mode in ("1", "L"):
+        assert (read == read[..., :1]).all()
+    else:
+        assert is_near(read[4, 16], RED, 20)
+        assert is_near(read[28, 16], BLUE, 20)
+
+
+def test_the_first_frame_of_an_animation_counts(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (32, 32), colour) for colour in (RED, BLUE)]
+    for name in ("a.gif", "a.webp", "a.png", "a.tiff"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        assert is_near(read_image(str(tmp_path / name), SHAPE), RED), name
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG file of which nothing but the size is there."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def broken_files(folder: Path) -> dict[str, str]:
+    """Make broken files, and say what is to be said of each."""
+    whole = io.BytesIO()
+    halves(64, 64).save(whole, "JPEG")
+    (folder / "truncated.jpg").write_bytes(whole.getvalue()[:-40])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("no image")
+    (folder / "bomb.png").write_bytes(bomb(20_000, 20_000))
+    halves(64, 64).save(whole := io.BytesIO(), "PNG")
+    (folder / "cut.png").write_bytes(whole.getvalue()[:100])
+    (folder / "noise.gif").write_bytes(b"GIF89a" + bytes(range(50)))
+    (folder / "link.png").symlink_to(folder / "nowhere.png")
+    return {
+        "bomb.png": "exceeds limit",
+        "cut.png": "truncated",
+        "empty.png": "the file is empty",
+        "link.png": "No such file or directory",
+        "noise.gif": "",
+        "text.jpg": "no image of a known format",
+        "truncated.jpg": "truncated",
+    }
+
+
+def test_each_broken_file_says_what_is_wrong_and_the_others_are_read(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    expected = broken_files(tmp_path)
+    halves(64, 64).save(tmp_path / "good.png")
+    sources = find_images([str(tmp_path)])
+    (batch,) = decode_batches(sources, 100, SHAPE)
+    results = {Path(decoded.source.name).name: decoded for decoded in batch}
+    assert results.keys() == {*expected, "good.png"}
+    for name, problem in expected.items():
+        assert problem in (results[name].source.problem or ""), name
+        assert results[name].source.problem
+        assert results[name].pixels is None
+    assert results["good.png"].pixels is not None
+    assert results["good.png"].source.problem is None
+    assert not recwarn.list
+
+
+def test_an_image_below_the_bomb_limit_gives_no_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    halves(64, 64).save(tmp_path / "a.png")  # above the limit and below twice the limit
+    with warnings.catch_warnings(action="error"):
+        (batch,) = decode_batches([ImageFile(str(tmp_path / "a.png"))], 1, SHAPE)
+    assert batch[0].pixels is not None
+
+
+@pytest.mark.parametrize("name", ["nowhere.png", "folder.png", "x" * 300])
+def test_what_is_no_file_is_told(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match=r"No such file|Is a directory|File name too long"):
+        read_image(str(tmp_path / name), SHAPE)
+
+
+def test_standard_input_may_be_a_pipe(pixels: npt.NDArray[np.uint8]) -> None:
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    reader, writer = os.pipe()
+    os.write(writer, content.getvalue())
+    os.close(writer)
+    before = os.dup(0)
+    os.dup2(reader, 0)
+    try:
+        np.testing.assert_array_equal(read_image(STDIN, SHAPE), pixels)
+        with pytest.raises(UserError, match="the file is empty"):
+            read_image(STDIN, SHAPE)
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+        os.close(reader)
+
+
+def test_a_grey_network_gets_grey_images(tmp_path: Path) -> None:
+    ramp = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "grey.png")
+    Image.fromarray(ramp).convert("RGB").save(tmp_path / "rgb.png")
+    Image.fromarray(ramp).convert("RGBA").save(tmp_path / "rgba.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for path in sorted(tmp_path.iterdir()):
+        read = read_image(str(path), (16, 16, 1))
+        np.testing.assert_array_equal(read, ramp[..., None], str(path))
+    halves(400, 300).save(tmp_path / "a.jpg")
+    read = read_image(str(tmp_path / "a.jpg"), (24, 20, 1))
+    assert read.shape == (24, 20, 1)
+    assert np.abs(read[2].astype(int) - 76).max() < 5  # red, as ITU-R 601 weighs it
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def iptc(content: bytes) -> bytes:
+    """An IPTC file with another file inside."""
+
+    def field(record: int, number: int, value: bytes) -> bytes:
+        return bytes((0x1C, record, number)) + struct.pack(">H", len(value)) + value
+
+    fields = ((3, 20, b"\0\x08"), (3, 30, b"\0\x08"), (3, 60, b"\x01\0"), (3, 120, b"\0\x01"))
+    return b"".join(field(*one) for one in fields) + field(8, 10, content)
+
+
+@pytest.mark.parametrize("suffix", ["eps", "ps", "png", "iim"])
+def test_no_other_program_is_started_for_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # looked for once a process
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(iptc(POSTSCRIPT) if suffix == "iim" else POSTSCRIPT)
+    expected = "no image of a known format" if suffix == "iim" else "PostScript, which this program"
+    assert find_images([str(tmp_path)]) == [ImageFile(str(path))]
+    with pytest.raises(UserError, match=expected):
+        read_image(str(path), SHAPE)
+    assert not (tmp_path / "started").exists()
+
+
+def test_batches_keep_the_order_of_the_sources(tmp_path: Path) -> None:
+    sources = []
+    for number in range(130):
+        path = tmp_path / f"{number}.png"
+        side = 400 if number % 7 == 0 else 8  # some take longer
+        Image.new("RGB", (side, side), (number, 0, 0)).save(path)
+        sources.append(ImageFile(str(path)))
+    batches = list(decode_batches(sources, 60, SHAPE))
+    assert [len(batch) for batch in batches] == [60, 60, 10]
+    decoded = [decoded for batch in batches for decoded in batch]
+    assert [one.source for one in decoded] == sources
+    assert [int(one.pixels[0, 0, 0]) for one in decoded if one.pixels is not None] == [*range(130)]

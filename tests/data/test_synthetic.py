@@ -1,0 +1,38 @@
+import numpy as np
+
+from job.data import synthetic
+
+
+def test_draws_the_documented_arrays() -> None:
+    images, labels = synthetic.draw(1_050, seed=1, stream=0)
+    assert images.shape == (1_050, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert labels.shape == (1_050,)
+    assert labels.dtype == np.int32
+    np.testing.assert_array_equal(np.bincount(labels), [105] * 10)
+
+
+def test_depends_on_seed_and_stream_alone() -> None:
+    images, labels = synthetic.draw(64, seed=1, stream=0)
+    again, again_labels = synthetic.draw(64, seed=1, stream=0)
+    np.testing.assert_array_equal(images, again)
+    np.testing.assert_array_equal(labels, again_labels)
+    for seed, stream in ((2, 0), (1, 1)):
+        other, _ = synthetic.draw(64, seed, stream)
+        assert (other != images).mean() > 0.9
+
+
+def test_whole_data_set_has_the_size_of_cifar10() -> None:
+    dataset = synthetic.make_dataset(3)
+    assert dataset.train_images.shape == (50_000, 32, 32, 3)
+    assert dataset.test_images.shape == (10_000, 32, 32, 3)
+    assert len(dataset.class_names) == 10
+
+
+def test_every_shape_stands_out_from_its_background() -> None:
+    images, labels = synthetic.draw(500, seed=5, stream=0)
+    corners = images[:, :2, :2].reshape(500, -1, 3).mean(axis=1)
+    contrast = np.abs(images.astype(float) - corners[:, None, None]).mean(axis=-1)
+    strongest = np.sort(contrast.reshape(500, -1), axis=1)[:, -40:].mean(axis=1)
+    for label in range(10):
+        assert strongest[labels == label].min() > 20

@@ -1,0 +1,206 @@
+"""The README is executed and compared with the program, so that it cannot rot."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import click
+import numpy as np
+
+from job.cluster.scheduler import RunIdentity
+from job.commands.cli import cli
+from job.config import ExitCode, TrainConfig
+from job.run.folder import OutputDir
+from job.run.manifest import RunManifest
+from job.run.predictions import Predictions
+from job.training.evaluate import Evaluation
+from job.training.prometheus import GAUGES
+from tests.conftest import REPOSITORY
+from tests.test_train import METRICS_KEYS
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def section(heading: str) -> str:
+    text = README.split(f"\n{heading}\n", 1)[1]
+    return re.split(r"\n#{2,3} ", text, maxsplit=1)[0]
+
+
+def first_column(text: str) -> list[str]:
+    return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+
+
+def test_every_option_is_documented_with_its_variable() -> None:
+    rows = re.findall(r"^\| `--([a-z0-9-]+)` \| `(JOB_[A-Z0-9_]+)` \|", README, re.MULTILINE)
+    options = {
+        option.opts[0].removeprefix("--"): option.envvar
+        for command in cli.commands.values()
+        for option in command.params
+        if isinstance(option, click.Option) and isinstance(option.envvar, str)
+    }
+    assert dict(rows) == options
+
+
+def test_every_metric_is_documented() -> None:
+    documented = first_column(section("## Watching a run"))
+    assert documented == [f"cifar10_job_{name}" for name in (*GAUGES, "info", "phase", "state")]
+
+
+def test_completion_works_as_documented(tmp_path: Path) -> None:
+    lines = re.findall(r"^.*_CIFAR10_JOB_COMPLETE=.*$", README, re.MULTILINE)
+    program = tmp_path / "cifar10-job"
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={REPOSITORY} exec {sys.executable} -m job "$@"\n')
+    program.chmod(0o755)
+    bash, zsh, fish = (line.replace(".venv/bin/cifar10-job", str(program)) for line in lines)
+
+    def said(script: str) -> list[str]:
+        command = ["bash", "-euc", script]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+
+    complete = "COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _cifar10_job_completion " + str(program)
+    show = 'printf "%s\\n" "${COMPREPLY[@]}"'
+    for words, expected in (
+        ("train --prec", ["--precision"]),
+        ("train --precision ''", ["auto", "float32", "bfloat16"]),
+    ):
+        assert said(f"{bash}\nCOMP_WORDS=(cifar10-job {words})\n{complete}\n{show}") == expected
+    # These shells need not be there; this is what they are given.
+    assert "compdef _cifar10_job_completion cifar10-job" in "\n".join(
+        said(zsh.split('"$(')[1][:-2])
+    )
+    assert "--command cifar10-job" in "\n".join(said(fish.partition("|")[0]))
+
+
+def test_every_exit_code_is_documented() -> None:
+    codes = re.findall(r"^\| (\d+) \|", section("## Commands"), re.MULTILINE)
+    assert [int(code) for code in codes] == [code.value for code in ExitCode]
+
+
+def test_every_command_is_documented() -> None:
+    assert set(first_column(section("## Commands"))) >= set(cli.commands)
+
+
+def test_artifact_tables_name_what_the_program_writes(tmp_path: Path) -> None:
+    assert first_column(section("### `metrics.jsonl`")) == METRICS_KEYS
+    evaluation = Evaluation(0.0, np.eye(2, dtype=np.int64)).document(("a", "b"))
+    keys = [*evaluation, "model", "model_sha256"]
+    assert first_column(section("### `evaluation.json`")) == keys
+    manifest = RunManifest(OutputDir(tmp_path), RunIdentity(None))
+    manifest.begin(TrainConfig())
+    written = json.loads((tmp_path / "run.json").read_text())
+    assert first_column(section("### `run.json`")) == [*written, *written["attempts"][0]]
+    kept = [field.name for field in fields(Predictions)]
+    assert first_column(section("### `report.html`")) == kept
+
+
+def test_every_make_target_named_exists() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z0-9-]+):", makefile, re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z0-9-]+)|^make ([a-z0-9-]+)", README, re.MULTILINE))
+    assert {first or second for first, second in named} <= targets
+    assert {"demo", "train", "test", "k8s-run"} <= targets
+
+
+def test_every_file_named_exists() -> None:
+    for name in re.findall(r"`((?:job|tests|locks|docs|k8s|slurm)/[^`]*)`|\]\(([^#)]+)\)", README):
+        assert (REPOSITORY / (name[0] or name[1])).exists(), name
+
+
+def test_every_overlay_is_documented() -> None:
+    overlays = sorted(folder.name for folder in (REPOSITORY / "k8s" / "overlays").iterdir())
+    assert first_column(section("## Kubernetes")) == overlays
+
+
+# Where the commands of the README are run, by how they begin, and how that file calls them. GPUs,
+# clusters and package sources are stood in for where the gate has none.
+RUN_BY = {
+    "make demo": (".ci/run", "make demo"),
+    "make train": ("tests/test_readme.py", '"make", "train"'),
+    "make install": (".ci/run", "make install"),
+    "mkdir -p output data": ("tests/integration/test_image.py", "README.md"),
+    "docker run": ("tests/integration/test_image.py", "README.md"),
+    ".venv/bin/python -m job": ("tests/test_readme.py", "commands()"),
+    'eval "$(_CIFAR10_JOB_COMPLETE': ("tests/test_readme.py", "_CIFAR10_JOB_COMPLETE"),
+    "_CIFAR10_JOB_COMPLETE": ("tests/test_readme.py", "_CIFAR10_JOB_COMPLETE"),
+    "kubectl apply -f k8s/job.yaml": ("tests/integration/test_kube_play.py", '"play"'),
+    "kubectl apply -f k8s/multi-node.yaml": ("tests/test_manifests.py", '"multi-node.yaml"'),
+    "make k8s-run": ("tests/test_k8s_targets.py", '"k8s-run"'),
+    "make k8s-logs": ("tests/test_k8s_targets.py", '"k8s-logs"'),
+    "make k8s-fetch": ("tests/test_k8s_targets.py", '"k8s-fetch"'),
+    "sbatch slurm/train.sh": ("tests/integration/test_slurm.py", "sbatch"),
+    "TF_CONFIG=": ("tests/integration/test_workers.py", "TF_CONFIG="),
+    "sbatch --nodes=2 slurm/train.sh": ("tests/integration/test_multi_node.py", '"--nodes=2"'),
+}
+
+
+def every_command() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+
+
+def commands() -> list[str]:
+    return [line for line in every_command() if line.startswith(".venv/bin/python")]
+
+
+def test_every_command_is_run_somewhere() -> None:
+    for command in every_command():
+        (start,) = [start for start in RUN_BY if command.startswith(start)]
+        file, call = RUN_BY[start]
+        assert call in (REPOSITORY / file).read_text(), command
+
+
+def test_make_train_is_the_real_job(tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    python = venv / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    for lock in ("cpu", "gpu"):
+        (venv / f".{lock}").touch()
+    # Its 50 epochs are left out; everything before the first of them is looked at.
+    environ = {"JOB_DRY_RUN": "1", "JOB_DATA_DIR": str(tmp_path), "JOB_DEVICES": "cpu:1"}
+    environ |= {"JOB_OUTPUT_DIR": str(tmp_path / "output"), "PATH": os.environ["PATH"]}
+    command = ["make", "train", f"VENV={venv}"]
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, check=True
+    )
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert (report["config"]["dataset"], report["config"]["recipe"]) == ("cifar10", "classic")
+    assert report["batch"]["total_steps"] == 9750
+    assert not (tmp_path / "output").exists()
+
+
+def demo() -> str:
+    """The command of ``make demo``, which the gate runs in full."""
+    makefile = (REPOSITORY / "Makefile").read_text().replace("\\\n", "")
+    command: str
+    (command,) = re.findall(r"^demo:.*\n\t\$\(BIN\)/(python .*)$", makefile, re.MULTILINE)
+    return command.replace("$(DEMO_DIR)", "output/demo")
+
+
+def test_commands_run_and_the_model_loads_as_shown(tmp_path: Path) -> None:
+    # `make train` is the real job's 50 epochs.
+    assert len(commands()) == 11
+    for command in (demo(), *commands()):
+        words = shlex.split(command)
+        if words[-1].startswith("output/demo") and "train" in words:
+            words += ["--limit", "2560", "--epochs", "1"]  # the demo takes minutes
+        result = subprocess.run(
+            [sys.executable, *words[1:]],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    check = f"{snippet}\nassert model.output_shape == (None, 10)"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", check], cwd=tmp_path, check=True)

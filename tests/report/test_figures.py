@@ -1,0 +1,66 @@
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image as mpl_image
+import numpy as np
+
+from job.report.figures import draw_figures
+from job.report.page import render
+from job.run.folder import REPORT_PICTURES, OutputDir
+from job.run.predictions import Predictions, confusion_matrix
+from job.run.record import RunRecord
+from job.training.evaluate import Evaluation
+from tests.run_folders import make_run
+
+
+def test_every_picture_is_a_png_and_says_what_it_shows(whole: OutputDir) -> None:
+    figures = draw_figures(RunRecord.load(whole.path))
+    assert sorted(f"report/{name}.png" for name in figures) == sorted(REPORT_PICTURES)
+    for figure in figures.values():
+        assert mpl_image.imread(io.BytesIO(figure.png)).shape[1] == 1000
+    alts = {name: figure.alt for name, figure in figures.items()}
+    assert len(set(alts.values())) == 8
+    assert all(len(alt) > 60 for alt in alts.values())
+    assert "in training it goes from 30.0% to 43.3%" in alts["accuracy"]
+    assert "in validation from 1.900 to 0.633" in alts["loss"]
+    assert "median 502, lowest 501, highest 503" in alts["throughput"]
+
+
+def test_restarts_are_marked_at_their_time(whole: OutputDir) -> None:
+    record = RunRecord.load(whole.path)
+    # The steps 15 and 30 lie in the middle of the second epoch and at the end of the third.
+    assert record.restarts == [(15, 9.0), (30, 18.0)]
+    few = replace(record, evaluation={}, predictions=None)
+    marked = draw_figures(few)["throughput"]
+    assert "restarts at 9.0 s (step 15), 18.0 s (step 30)" in marked.alt
+    unmarked = draw_figures(replace(few, manifest={}))["throughput"]
+    assert "no restart" in unmarked.alt
+    assert unmarked.png != marked.png
+
+
+def test_a_restart_in_an_unfinished_epoch_is_marked_behind_the_last_one(tmp_path: Path) -> None:
+    ends = (("stopped", "SIGTERM"), ("failed", "a broken GPU"), ("stopped", "SIGTERM"))
+    output = make_run(tmp_path / "run", ends=ends, epochs=2)
+    figure = draw_figures(RunRecord.load(output.path))["throughput"]
+    assert "restarts at 9.0 s (step 15), 18.0 s (step 30)" in figure.alt
+
+
+def test_a_model_without_a_mistake(whole: OutputDir) -> None:
+    predictions = Predictions.load(whole.path)
+    assert predictions is not None
+    right = replace(
+        predictions,
+        labels=predictions.probabilities.argmax(axis=1).astype(np.int32),
+        mistakes=predictions.mistakes[:0],
+        mistake_images=predictions.mistake_images[:0],
+    )
+    right.save(whole)
+    confusion = confusion_matrix(right.labels, right.probabilities)
+    whole.write_json("evaluation.json", Evaluation(0.1, confusion).document(("cat", "dog", "eel")))
+    figures = draw_figures(RunRecord.load(whole.path))
+    assert "of the mistakes there is none" in figures["confusion"].alt
+    assert "mistakes" not in figures
+    assert "There is none: every test image is classified correctly." in render(
+        RunRecord.load(whole.path), {}
+    )

@@ -1,0 +1,133 @@
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import keras
+import pytest
+
+from job.config import DataConfig, TrainConfig, UserError, run_options
+from job.data import Dataset
+from job.recipes import classic
+from job.run.fingerprint import (
+    Fingerprint,
+    _code,
+    _recipe_digest,
+    require_same_run,
+    take_fingerprint,
+)
+from tests.conftest import MakeDevices
+
+CONFIG = TrainConfig(data=DataConfig(dataset="synthetic"))
+
+
+@pytest.fixture
+def take(make_devices: MakeDevices, small_dataset: Dataset) -> Any:
+    def take(config: TrainConfig = CONFIG, dataset: Dataset = small_dataset) -> Fingerprint:
+        model = classic.RECIPE.build_model(config.seed, 10)
+        classic.RECIPE.compile(model, config.learning_rate, 100)
+        return take_fingerprint(config, make_devices(1), dataset, model)
+
+    return take
+
+
+def test_the_same_command_has_the_same_fingerprint(take: Any) -> None:
+    assert take() == take()
+    require_same_run(take().run, take().run, Path("output"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 43}, "--seed received 43, expected 42;"),
+        ({"global_batch_size": 128}, "--batch-size received 128, expected 256;"),
+        ({"learning_rate": 0.1}, "--learning-rate received 0.1, expected 0.0001;"),
+        ({"recipe": "modern"}, "--recipe received modern, expected classic;"),
+        ({"data": DataConfig(dataset="cifar10")}, "--dataset received cifar10, expected synthetic"),
+        ({"data": DataConfig(dataset="synthetic", limit=9)}, "--limit received 9, expected None"),
+    ],
+)
+def test_another_run_is_refused_by_the_option_that_differs(
+    change: dict[str, Any], message: str
+) -> None:
+    other = replace(CONFIG, **change)
+    with pytest.raises(UserError, match="out holds another run: ") as error:
+        require_same_run(run_options(CONFIG), run_options(other), Path("out"))
+    assert message in str(error.value)
+
+
+def test_every_difference_is_named() -> None:
+    other = replace(CONFIG, seed=43, global_batch_size=128)
+    with pytest.raises(UserError, match="out holds another run: ") as error:
+        require_same_run(run_options(CONFIG), run_options(other), Path("out"))
+    assert "--seed" in str(error.value)
+    assert "--batch-size" in str(error.value)
+
+
+def test_other_images_and_another_network_are_refused(take: Any, small_dataset: Dataset) -> None:
+    other_data = replace(small_dataset, train_images=small_dataset.train_images[::-1].copy())
+    with pytest.raises(UserError, match="the images and labels are not those"):
+        require_same_run(take().run, take(dataset=other_data).run, Path("out"))
+    other_network = {**take().run, "network": "0" * 64}
+    with pytest.raises(UserError, match="the recipe's network or loss has changed"):
+        require_same_run(take().run, other_network, Path("out"))
+
+
+def test_another_optimizer_is_refused_by_what_differs(take: Any) -> None:
+    current = take().run
+    other = {**current, "optimizer.beta_1": 0.5}
+    with pytest.raises(UserError, match=r"the optimizer's beta_1 .* received 0.5, expected 0.9"):
+        require_same_run(current, other, Path("out"))
+    # A key that another version of Keras adds is no difference.
+    require_same_run(current, {**current, "optimizer.new": 1}, Path("out"))
+
+
+def compiled(
+    seed: int = 1, layer: Any = None, rate: float = 1e-3, optimizer: Any = keras.optimizers.Adam
+) -> keras.Model:
+    layers = keras.layers
+    middle = layer or layers.Dense(4, activation="relu")
+    drop = layers.Dropout(0.5, seed=seed)
+    model = keras.Sequential([keras.Input((8,)), middle, drop, layers.Dense(2, "softmax")])
+    model.compile(optimizer=optimizer(learning_rate=rate), loss="categorical_crossentropy")
+    return model
+
+
+def test_the_recipes_fingerprint_depends_on_no_seed_and_no_number_of_keras() -> None:
+    digest = _recipe_digest("classic", compiled())
+    assert digest == _recipe_digest("classic", compiled(seed=2))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        # All with the same layers and variables.
+        {"layer": keras.layers.Dense(4, activation="tanh")},
+        {"layer": keras.layers.Dense(4, activation="relu", kernel_initializer="he_normal")},
+        {"rate": 1e-2},
+        {"optimizer": keras.optimizers.SGD},
+    ],
+    ids=["activation", "initializer", "learning rate", "optimizer"],
+)
+def test_another_network_or_optimizer_is_another_recipe(other: dict[str, Any]) -> None:
+    assert _recipe_digest("classic", compiled(**other)) != _recipe_digest("classic", compiled())
+
+
+def test_the_recipes_code_counts_and_its_words_and_layout_do_not() -> None:
+    source = inspect.getsource(classic)
+    assert _code(source) == _code("# By hand.\n" + source.replace('"""Apply', '"""Do apply'))
+    assert _code(source) != _code(source.replace("rotation_range=20", "rotation_range=30"))
+    assert _recipe_digest("classic", compiled()) != _recipe_digest("recipe", compiled())
+
+
+def test_other_epochs_are_the_same_run() -> None:
+    assert run_options(CONFIG) == run_options(replace(CONFIG, epochs=99))
+
+
+def test_another_environment_is_told(take: Any) -> None:
+    current = take()
+    assert current.changes_since(current.environment) == []
+    earlier = {**current.environment, "replicas": 4, "threads": 16}
+    other_variables = {**current.environment, "variables": {"ONEDNN_MAX_CPU_ISA": "AVX2"}}
+    assert len(current.changes_since(other_variables)) == 1
+    assert current.changes_since(earlier) == ["replicas: 4 -> 1", "threads: 16 -> 2"]

@@ -1,0 +1,315 @@
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from job import log
+from job.cluster.scheduler import RunIdentity
+from job.config import UserError
+from job.run import lease
+from job.run.lease import Holder, Lease, LeaseLostError
+from job.run.stop import StopRequest
+from tests.conftest import REPOSITORY
+
+NOBODY = RunIdentity(None)
+JOB = RunIdentity("slurm job 1")
+OTHER_JOB = RunIdentity("slurm job 2")
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from job.cluster.scheduler import RunIdentity
+from job.run.stop import StopRequest
+from job.run.lease import acquire
+stop = StopRequest()
+stop.defer()
+held = acquire(Path(sys.argv[1]), RunIdentity(sys.argv[2] or None), stop)
+print("held", flush=True)
+while not stop.reason: time.sleep(0.05)
+print(stop.reason, flush=True)
+try: held.check()
+except Exception as error: print(type(error).__name__, flush=True)
+held.release()
+"""
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 1.5)
+    monkeypatch.setattr(lease, "UNRENEWED_SECONDS", 1.0)
+    monkeypatch.setattr(lease, "HANDOVER_SECONDS", 1.0)
+    monkeypatch.setattr(lease, "_POLL_SECONDS", 0.05)
+
+
+@pytest.fixture
+def different_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at the kernel is from another one, so that only the counter can tell."""
+    numbers = itertools.count()
+    monkeypatch.setattr(lease, "_kernel", lambda path: f"kernel {next(numbers)}")
+
+
+def make_stop() -> StopRequest:
+    stop = StopRequest()
+    stop.defer()
+    return stop
+
+
+def acquire(folder: Path, identity: RunIdentity = NOBODY, stop: StopRequest | None = None) -> Lease:
+    return lease.acquire(folder, identity, stop or make_stop())
+
+
+def abandon(held: Lease) -> None:
+    """Stop renewing, without giving the lease back or freeing its lock."""
+    held._released.set()
+    held._thread.join()
+
+
+def seconds(action: Callable[[], object]) -> float:
+    start = time.monotonic()
+    action()
+    return time.monotonic() - start
+
+
+def test_a_lease_that_was_given_back_is_free_at_once(tmp_path: Path) -> None:
+    for _ in range(3):
+        assert seconds(lambda: acquire(tmp_path).release()) < 0.5
+    assert [path.name for path in (tmp_path / ".lease").iterdir()] == ["00000003"]
+
+
+def test_a_live_holder_is_named_and_keeps_the_folder(tmp_path: Path) -> None:
+    held = acquire(tmp_path, OTHER_JOB)
+    with pytest.raises(
+        UserError, match=f"{tmp_path} is in use by slurm job 2, process .* on host .* since"
+    ):
+        acquire(tmp_path, JOB)
+    held.check()
+    held.release()
+
+
+def test_a_training_waits_for_a_holder_that_is_brief(tmp_path: Path) -> None:
+    held = lease.acquire(tmp_path, NOBODY, make_stop(), brief=True)
+    with pytest.raises(UserError, match="is in use by"):
+        lease.acquire(tmp_path, NOBODY, make_stop(), brief=True)
+    threading.Timer(2.0, held.release).start()
+    assert 1.5 < seconds(lambda: acquire(tmp_path, JOB).release()) < 5
+
+
+@pytest.mark.usefixtures("different_hosts")
+def test_a_lease_that_was_given_back_elsewhere_is_free_at_once(tmp_path: Path) -> None:
+    acquire(tmp_path).release()
+    assert seconds(lambda: acquire(tmp_path).release()) < 0.5
+
+
+@pytest.mark.usefixtures("different_hosts")
+def test_a_live_holder_on_another_host_is_known_by_its_counter(tmp_path: Path) -> None:
+    held = acquire(tmp_path)
+    with pytest.raises(UserError, match="is in use by a run without --run-id"):
+        acquire(tmp_path)
+    held.release()
+
+
+@pytest.mark.usefixtures("different_hosts")
+@pytest.mark.parametrize("first", [NOBODY, JOB, OTHER_JOB])
+def test_a_dead_holder_on_another_host_is_waited_for(
+    tmp_path: Path, first: RunIdentity, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.configure("json")
+    dead = acquire(tmp_path, first)
+    abandon(dead)
+    assert 0.9 <= seconds(lambda: acquire(tmp_path, JOB).release()) < 5
+    event = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert (event["event"], event["level"]) == ("waiting", "warning")
+    with pytest.raises(LeaseLostError, match="was taken over by slurm job 1"):
+        dead.check()
+
+
+@contextmanager
+def holding(folder: Path, run: str = "") -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, folder, run],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_holder_killed_on_the_same_host_is_replaced_at_once(tmp_path: Path) -> None:
+    with holding(tmp_path), pytest.raises(UserError, match="in use"):
+        acquire(tmp_path)
+    assert seconds(lambda: acquire(tmp_path).release()) < 0.5
+
+
+def test_a_holder_that_was_stopped_finds_its_lease_taken(tmp_path: Path) -> None:
+    with holding(tmp_path, "slurm job 1") as holder:
+        holder.send_signal(signal.SIGSTOP)
+        held = acquire(tmp_path, JOB)
+        holder.send_signal(signal.SIGCONT)
+        output, _ = holder.communicate(timeout=30)
+    reason, error = output.splitlines()
+    assert "was taken over by slurm job 1" in reason
+    assert error == "LeaseLostError"
+    held.check()
+    held.release()
+
+
+def test_an_older_attempt_of_the_same_run_is_asked_and_then_followed(tmp_path: Path) -> None:
+    stop = make_stop()
+    held = acquire(tmp_path, JOB, stop)
+
+    def save_and_release() -> None:
+        while not stop.reason:
+            time.sleep(0.01)
+        held.check()  # it may still save its work
+        held.release()
+
+    thread = threading.Thread(target=save_and_release)
+    thread.start()
+    acquire(tmp_path, JOB).release()
+    thread.join()
+    assert stop.reason
+    assert stop.reason.startswith("a newer attempt of slurm job 1 on host")
+    assert stop.advice == "it goes on with the run"
+
+
+def test_an_older_attempt_that_does_not_stop_is_replaced(tmp_path: Path) -> None:
+    stop = make_stop()
+    held = acquire(tmp_path, JOB, stop)
+    assert 0.9 <= seconds(lambda: acquire(tmp_path, JOB).release()) < 5
+    with pytest.raises(LeaseLostError):
+        held.check()
+
+
+def test_an_attempt_that_could_not_go_on_asks_nobody_to_stop(tmp_path: Path) -> None:
+    stop = make_stop()
+    held = acquire(tmp_path, JOB, stop)
+
+    def refuse() -> None:
+        raise UserError("--seed received 43, expected 42")
+
+    with pytest.raises(UserError, match="--seed"):
+        lease.acquire(tmp_path, JOB, make_stop(), refuse)
+    time.sleep(0.5)
+    assert stop.reason is None
+    held.check()
+    held.release()
+
+
+@pytest.mark.usefixtures("different_hosts")
+def test_a_volume_that_gave_no_answer_does_not_make_a_holder_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = acquire(tmp_path)
+    read = lease.read_lease
+    looks = itertools.count()
+
+    def slow(path: Path) -> tuple[bytes, Holder | None]:
+        content = read(path)
+        if next(looks) == 1:
+            time.sleep(2.0)  # longer than the lease; the holder could not write either
+        return content
+
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 60.0)
+    time.sleep(0.2)  # until it has begun to wait for that long
+    monkeypatch.setattr(lease, "read_lease", slow)
+    assert seconds(lambda: acquire(tmp_path).release()) > 3.0
+    abandon(held)
+
+
+def test_a_newer_attempt_of_the_same_run_is_not_replaced(tmp_path: Path) -> None:
+    held = acquire(tmp_path, RunIdentity("slurm job 1", attempt=2))
+    with pytest.raises(LeaseLostError, match="is held by a newer attempt of this run"):
+        acquire(tmp_path, RunIdentity("slurm job 1", attempt=1))
+    held.check()
+    held.release()
+
+
+@pytest.mark.usefixtures("different_hosts")
+def test_one_of_many_waiters_follows_a_dead_holder(tmp_path: Path) -> None:
+    abandon(acquire(tmp_path))
+
+    def attempt(_: int) -> Lease | None:
+        try:
+            return acquire(tmp_path)
+        except UserError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        winners = [held for held in pool.map(attempt, range(8)) if held]
+    assert len(winners) == 1
+    winners[0].check()
+    winners[0].release()
+
+
+def test_only_one_of_two_that_want_to_follow_can(tmp_path: Path) -> None:
+    """Both have seen the same holder die, and neither has seen the other."""
+    folder = tmp_path / ".lease"
+    folder.mkdir()
+    first, second = (
+        lease._Waiter(folder, NOBODY, make_stop(), lambda: None, False) for _ in range(2)
+    )
+    winner = first._create(1)
+    assert winner is not None
+    assert second._create(1) is None
+    winner.check()
+    winner.release()
+
+
+def test_a_lease_that_died_at_birth_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / ".lease").mkdir()
+    (tmp_path / ".lease" / "00000001").touch()
+    assert 1.4 <= seconds(lambda: acquire(tmp_path).release()) < 5
+
+
+def test_clocks_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hours = itertools.count(1_000_000, -1)
+    monkeypatch.setattr(time, "time", lambda: 3600.0 * next(hours))
+    held = acquire(tmp_path)
+    time.sleep(0.5)
+    held.check()
+    with pytest.raises(UserError, match="in use"):
+        acquire(tmp_path)
+    held.release()
+    acquire(tmp_path).release()
+
+
+def test_a_lease_that_was_removed_is_told(tmp_path: Path) -> None:
+    held = acquire(tmp_path)
+    (tmp_path / ".lease" / "00000001").unlink()
+    with pytest.raises(UserError, match=r"the lease .* is gone, expected it to stay"):
+        held.check()
+    held.release()
+
+
+def test_a_volume_that_is_gone_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "output"
+    folder.mkdir()
+    stop = make_stop()
+    held = acquire(folder, stop=stop)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match=r"lease .*00000001: No such file or directory"):
+        held.check()
+    deadline = time.monotonic() + 10
+    while not stop.reason and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert stop.reason
+    assert "the lease cannot be renewed" in stop.reason
+    with pytest.raises(UserError, match="cannot use the lease"):
+        acquire(folder)

@@ -1,0 +1,87 @@
+from dataclasses import replace
+
+import keras
+import numpy as np
+import pytest
+
+from job.cluster.devices import Compilation
+from job.data import Dataset
+from job.recipes import classic
+from job.run.predictions import confusion_matrix
+from job.training.evaluate import Evaluation, Evaluator
+from tests.conftest import MakeDevices
+
+
+@pytest.fixture
+def model() -> keras.Model:
+    model = classic.build_model(1, 10)
+    classic.RECIPE.compile(model, 1e-4, 1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("replicas", "compilation"),
+    [(1, None), (1, Compilation(True, True, loops=True)), (2, None), (4, None)],
+    ids=["1", "1-compiled", "2", "4"],
+)
+@pytest.mark.parametrize("examples", [300, 299, 3])
+def test_counts_each_example_once_whatever_the_split(
+    model: keras.Model,
+    small_dataset: Dataset,
+    make_devices: MakeDevices,
+    monkeypatch: pytest.MonkeyPatch,
+    replicas: int,
+    compilation: Compilation | None,
+    examples: int,
+) -> None:
+    monkeypatch.setattr("job.training.evaluate.ROWS_PER_REPLICA", 64)
+    images, labels = small_dataset.test_images[:examples], small_dataset.test_labels[:examples]
+    devices = make_devices(replicas, compilation=compilation)
+    evaluator = Evaluator(model, classic.RECIPE, devices, images, labels)
+    evaluation, predicted = evaluator.predict()
+
+    probabilities = model.predict(images / np.float32(255), verbose=0)
+    expected = np.zeros((10, 10), int)
+    np.add.at(expected, (labels, probabilities.argmax(axis=1)), 1)
+    np.testing.assert_array_equal(evaluation.confusion, expected)
+    assert evaluation.examples == examples
+    assert predicted.dtype == np.float32
+    # In the order of the examples, and the very ones that were counted.
+    np.testing.assert_allclose(predicted, probabilities, atol=1e-5)
+    np.testing.assert_array_equal(confusion_matrix(labels, predicted), evaluation.confusion)
+    assert evaluator().loss == evaluation.loss
+    one_hot = keras.utils.to_categorical(labels, 10)
+    loss, accuracy = model.evaluate(images / np.float32(255), one_hot, verbose=0)
+    assert evaluation.loss == pytest.approx(loss, abs=1e-5)
+    assert evaluation.accuracy == pytest.approx(accuracy, abs=1e-6)
+
+
+def test_views_are_averaged(
+    model: keras.Model, small_dataset: Dataset, make_devices: MakeDevices
+) -> None:
+    recipe = replace(
+        classic.RECIPE, tta_views=(lambda images: images, lambda images: images[:, :, ::-1])
+    )
+    images, labels = small_dataset.test_images, small_dataset.test_labels
+    evaluation = Evaluator(model, recipe, make_devices(2), images, labels)()
+    views = [images / np.float32(255), images[:, :, ::-1] / np.float32(255)]
+    mean = np.mean([model.predict(view, verbose=0) for view in views], axis=0)
+    expected = -np.log(mean[np.arange(len(labels)), labels]).mean()
+    assert evaluation.loss == pytest.approx(expected, abs=1e-5)
+    assert evaluation.accuracy == pytest.approx((mean.argmax(axis=1) == labels).mean())
+
+
+def test_document_has_precision_recall_and_support_of_each_class() -> None:
+    confusion = np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]], np.int64)
+    document = Evaluation(0.5, confusion).document(("cat", "dog", "eel"))
+    assert document == {
+        "loss": 0.5,
+        "accuracy": 11 / 14,
+        "examples": 14,
+        "classes": {
+            "cat": {"precision": 8 / 9, "recall": 0.8, "support": 10},
+            "dog": {"precision": 0.6, "recall": 0.75, "support": 4},
+            "eel": {"precision": None, "recall": None, "support": 0},
+        },
+        "confusion_matrix": [[8, 2, 0], [1, 3, 0], [0, 0, 0]],
+    }

@@ -1,0 +1,178 @@
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from job.recipes import classic
+from job.training.network import (
+    FusedBatchNormalization,
+    TrainingMaxPooling,
+    max_pool_2x2,
+    training_network,
+)
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    """Noise: flat images would give BatchNormalization variances near zero to divide by."""
+    return np.random.default_rng(0).random((128, 32, 32, 3), np.float32)
+
+
+def with_statistics(model: keras.Model) -> keras.Model:
+    """Give BatchNormalization statistics, scales and offsets that are not trivial."""
+    rng = np.random.default_rng(0)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.set_weights(
+                [rng.uniform(0.5, 1.5, weight.shape) for weight in layer.get_weights()]
+            )
+    return model
+
+
+@pytest.fixture
+def original() -> keras.Model:
+    return with_statistics(classic.build_model(3, 10))
+
+
+def gradients(model: keras.Model, images: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    for variable in model.non_trainable_variables:
+        if variable.path.endswith("seed_generator_state"):
+            variable.assign([11, 5])
+
+    @tf.function
+    def compute() -> tuple[tf.Tensor, list[tf.Tensor]]:
+        with tf.GradientTape() as tape:
+            outputs = model(images, training=True)
+            loss = -tf.reduce_mean(tf.math.log(outputs[:, 0]))
+        return outputs, tape.gradient(loss, [v.value for v in model.trainable_variables])
+
+    outputs, values = compute()
+    return outputs.numpy(), [value.numpy() for value in values]
+
+
+def test_the_classic_network_is_rebuilt_in_its_fast_form(
+    original: keras.Model, images: np.ndarray
+) -> None:
+    fast = training_network(original, "float32")
+    kinds = [type(layer) for layer in fast.layers[:3]]
+    assert kinds == [keras.layers.Conv2D, TrainingMaxPooling, FusedBatchNormalization]
+    assert [v.path.split("/", 1)[1] for v in fast.variables] == [
+        v.path.split("/", 1)[1] for v in original.variables
+    ]
+    np.testing.assert_allclose(
+        fast(images, training=False), original(images, training=False), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_moved_relu_and_elementwise_pooling_give_the_same_bits(
+    original: keras.Model, images: np.ndarray, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    monkeypatch.setattr(FusedBatchNormalization, "can_replace", lambda layer: False)
+    fast = training_network(original, "float32", compiled)
+    assert isinstance(fast.layers[1], TrainingMaxPooling)
+    outputs, values = gradients(fast, images)
+    expected_outputs, expected_values = gradients(original, images)
+    np.testing.assert_array_equal(outputs, expected_outputs)
+    for value, expected in zip(values, expected_values, strict=True):
+        np.testing.assert_array_equal(value, expected)
+
+
+@pytest.mark.parametrize("jit", [True, False], ids=["xla", "plain"])
+@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16], ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("size", [(8, 6), (5, 7)])
+def test_elementwise_pooling_equals_tensorflows_where_values_tie(
+    size: tuple[int, int], dtype: tf.DType, jit: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    # Few different values, so that most windows have several largest ones.
+    inputs = tf.cast(rng.integers(-2, 3, (16, *size, 4)), dtype)
+    upstream = tf.cast(rng.normal(size=(16, size[0] // 2, size[1] // 2, 4)), dtype)
+
+    def pool_and_gradient(pool: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            pooled = pool(inputs)
+        return pooled, tape.gradient(pooled, inputs, upstream)
+
+    results = tf.function(lambda: pool_and_gradient(max_pool_2x2), jit_compile=jit)()
+    expected = pool_and_gradient(lambda images: tf.nn.max_pool2d(images, 2, 2, "VALID"))
+    for result, right in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(result.numpy(), right.numpy())
+
+
+def test_fused_batch_normalization_computes_what_keras_computes(images: np.ndarray) -> None:
+    """Max pooling is left out here.
+
+    It hands the gradient to the largest of four values, and where the two largest differ by no more
+    than rounding, any other order of adding things up hands it to another one.
+    """
+    layers = keras.layers
+    keras.utils.set_random_seed(3)
+    original = with_statistics(
+        keras.Sequential(
+            [
+                keras.Input((32, 32, 3)),
+                layers.Conv2D(16, 3, activation="gelu"),
+                layers.AveragePooling2D(2),
+                layers.BatchNormalization(),
+                layers.Conv2D(16, 3, activation="gelu"),
+                layers.BatchNormalization(),
+                layers.Flatten(),
+                layers.Dense(10, activation="softmax"),
+            ]
+        )
+    )
+    fast = training_network(original, "float32")
+    assert isinstance(fast.layers[2], FusedBatchNormalization)
+    outputs, values = gradients(fast, images)
+    expected_outputs, expected_values = gradients(original, images)
+    np.testing.assert_allclose(outputs, expected_outputs, rtol=0, atol=1e-5)
+    for value, expected in zip(values, expected_values, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5)
+        assert np.abs(expected).max() > 1e-3
+    # Those training calls have moved the statistics.
+    for weight, expected in zip(fast.get_weights(), original.get_weights(), strict=True):
+        np.testing.assert_allclose(weight, expected, rtol=0, atol=1e-5)
+    moved = fast.layers[2].moving_mean - with_statistics(original).layers[2].moving_mean
+    assert np.abs(moved).max() > 1e-3
+
+
+def test_bfloat16_network_keeps_float32_variables_and_outputs(
+    original: keras.Model, images: np.ndarray
+) -> None:
+    fast = training_network(original, "bfloat16")
+    assert {variable.dtype for variable in fast.trainable_variables} == {"float32"}
+    assert {layer.compute_dtype for layer in fast.layers[:-1]} == {"bfloat16"}
+    outputs = fast(images, training=False)
+    assert outputs.dtype == tf.float32
+    np.testing.assert_allclose(outputs, original(images, training=False), atol=0.05)
+
+
+def test_other_layers_and_networks_are_left_as_they_are() -> None:
+    inputs = keras.Input((8, 8, 3))
+    shared = keras.layers.Conv2D(4, 3, activation="relu", name="shared")(inputs)
+    pooled = keras.layers.MaxPooling2D(name="pooled")(shared)
+    joined = keras.layers.Concatenate()(
+        [keras.layers.Flatten()(pooled), keras.layers.Flatten()(shared)]
+    )
+    normal = keras.layers.BatchNormalization(scale=False)(joined)
+    model = keras.Model(inputs, keras.layers.Dense(2)(normal))
+    fast = training_network(model, "float32")
+    expected = [type(layer) for layer in model.layers]
+    expected[expected.index(keras.layers.MaxPooling2D)] = TrainingMaxPooling
+    assert [type(layer) for layer in fast.layers] == expected
+    x = np.random.default_rng(0).random((4, 8, 8, 3), np.float32)
+    np.testing.assert_array_equal(fast(x), model(x))
+
+
+def test_fused_batch_normalization_keeps_the_biased_variance() -> None:
+    # Of eight values a channel, where the unbiased variance is a seventh larger.
+    x = np.random.default_rng(0).normal(size=(2, 2, 2, 3)).astype(np.float32)
+    fused, stock = FusedBatchNormalization(), keras.layers.BatchNormalization()
+    fused(x, training=True)
+    stock(x, training=True)
+    np.testing.assert_allclose(fused.moving_variance, stock.moving_variance, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(fused.moving_mean, stock.moving_mean, rtol=0, atol=1e-6)

@@ -1,0 +1,278 @@
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from prometheus_client import parser
+
+from job import log
+from job.config import DataConfig, StoppedError, TrainConfig, UserError
+from job.run.attempt import Attempt, open_attempt
+from job.run.checkpoint import History, Progress
+from job.run.lease import LeaseLostError
+from job.run.stop import StopRequest
+from job.training import prometheus
+from job.training.observer import Status
+from job.training.prometheus import GAUGES, MetricsTextfile, open_textfile, require_folder
+
+STATUS = Status("training", 2, 5, 15, 195, 1.5, 0.25, 20.0, 5120.0, 42.0)
+LINE = {"epoch": 2, "val_loss": 1.25, "val_accuracy": 0.5, "learning_rate": 1e-3}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        output_dir=tmp_path / "output",
+        data=DataConfig(dataset="synthetic"),
+        epochs=5,
+        run_id="mine",
+        metrics_textfile=tmp_path / "job.prom",
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prometheus, "UPDATE_SECONDS", 0.0)
+
+
+def open_file(config: TrainConfig, check: Callable[[], None] = lambda: None) -> MetricsTextfile:
+    assert config.metrics_textfile
+    return MetricsTextfile(config.metrics_textfile, config, "run mine", check)
+
+
+def samples(path: Path) -> dict[str, float]:
+    families = parser.text_string_to_metric_families(path.read_text())
+    return {
+        sample.name
+        + "".join(
+            sample.labels.get(f"cifar10_job_{name}", "") for name in ("state", "phase")
+        ): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_the_file_tells_where_the_run_is(config: TrainConfig, tmp_path: Path) -> None:
+    file = open_file(config)
+    file.begin("bfloat16", "2 x NVIDIA H200", 195, History([LINE], Progress(15)))
+    before = samples(tmp_path / "job.prom")
+    assert before["cifar10_job_finished_steps"] == 210
+    assert before["cifar10_job_validation_loss"] == 1.25
+    file.show(STATUS)
+    file.finish_epoch(LINE)
+    families = {
+        family.name: family
+        for family in parser.text_string_to_metric_families((tmp_path / "job.prom").read_text())
+    }
+    assert families.keys() == {
+        f"cifar10_job_{name}" for name in (*GAUGES, "info", "phase", "state")
+    }
+    for family in families.values():
+        assert family.type == "gauge"
+        assert len(family.documentation) > 10
+        for sample in family.samples:
+            assert sample.labels["run_id"] == "run mine"
+            assert sample.labels["output_dir"] == str(tmp_path / "output")
+    (info,) = families["cifar10_job_info"].samples
+    assert info.labels["devices"] == "2 x NVIDIA H200"
+    assert (info.labels["recipe"], info.labels["precision"]) == ("classic", "bfloat16")
+    values = samples(tmp_path / "job.prom")
+    expected = {
+        "planned_epochs": 5,
+        "finished_epochs": 2,
+        "planned_steps": 975,
+        "finished_steps": 210,
+        "training_loss": 1.5,
+        "training_accuracy_ratio": 0.25,
+        "validation_loss": 1.25,
+        "validation_accuracy_ratio": 0.5,
+        "learning_rate": 1e-3,
+        "images_per_second": 5120.0,
+        "remaining_seconds": 42.0,
+        "phasetraining": 1,
+        "phasestarting": 0,
+        "staterunning": 1,
+        "statedone": 0,
+    }
+    assert {name: values[f"cifar10_job_{name}"] for name in expected} == expected
+
+
+def test_what_is_not_known_has_no_sample(config: TrainConfig, tmp_path: Path) -> None:
+    file = open_file(config)
+    file.show(Status("compiling", 1, 5, 0, 195))
+    assert set(samples(tmp_path / "job.prom")) == {
+        "cifar10_job_planned_epochs",
+        "cifar10_job_finished_epochs",
+        "cifar10_job_finished_steps",
+        "cifar10_job_last_update_timestamp_seconds",
+        *(f"cifar10_job_phase{phase}" for phase in prometheus.PHASES),
+        *(f"cifar10_job_state{state}" for state in prometheus.STATES),
+    }
+
+
+def test_it_is_replaced_whole_and_is_never_unreadable_for_another_user(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = []
+    replace_file = Path.replace
+
+    def look(temporary: Path, target: Path) -> Path:
+        modes.append(stat.S_IMODE(temporary.stat().st_mode))
+        assert temporary.suffix != ".prom"  # or the node exporter would read it
+        return replace_file(temporary, target)
+
+    monkeypatch.setattr(Path, "replace", look)
+    umask = os.umask(0o077)
+    try:
+        file = open_file(config)
+        before = (tmp_path / "job.prom").stat()
+        file.show(STATUS)
+        after = (tmp_path / "job.prom").stat()
+    finally:
+        os.umask(umask)
+    assert after.st_ino != before.st_ino
+    assert stat.S_IMODE(after.st_mode) == 0o644
+    assert modes == [0o644, 0o644]
+    assert [path.name for path in tmp_path.iterdir()] == ["job.prom"]
+
+
+def test_what_a_killed_process_left_is_replaced_and_not_followed(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(temporary: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            open_file(config)
+    (left,) = tmp_path.iterdir()
+    left.unlink()
+    (tmp_path / "mine").write_text("mine")
+    left.symlink_to(tmp_path / "mine")
+    open_file(config)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.prom", "mine"]
+
+
+def test_a_write_that_fails_leaves_nothing_beside_the_file(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "job.prom").mkdir()
+    with pytest.raises(UserError, match="Is a directory"):
+        open_file(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["job.prom"]
+
+
+def test_spans_do_not_write_more_often_than_anybody_reads(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(prometheus, "UPDATE_SECONDS", 3600.0)
+    file = open_file(config)
+    file.show(STATUS)  # another phase is always written
+    before = (tmp_path / "job.prom").read_bytes()
+    file.show(replace(STATUS, steps=30))
+    assert (tmp_path / "job.prom").read_bytes() == before
+    file.finish_epoch(LINE)
+    assert samples(tmp_path / "job.prom")["cifar10_job_finished_steps"] == 225
+
+
+def test_every_phase_is_told_when_it_begins(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(prometheus, "UPDATE_SECONDS", 3600.0)
+
+    def phase() -> str:
+        values = samples(tmp_path / "job.prom")
+        (name,) = [name for name, value in values.items() if "_phase" in name and value == 1]
+        return name.removeprefix("cifar10_job_phase")
+
+    file = open_file(config)
+    assert phase() == "starting"
+    for shown in ("compiling", "training", "validating", "training"):
+        file.show(replace(STATUS, phase=shown))
+        assert phase() == shown
+    file.enter("evaluating")
+    assert phase() == "evaluating"
+    file.finish("stopped")
+    assert phase() == "evaluating"
+
+
+def test_a_write_that_fails_later_is_one_warning(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.configure("text")
+    (tmp_path / "node").mkdir()
+    path = tmp_path / "node" / "job.prom"
+    file = open_file(replace(config, metrics_textfile=path))
+    (tmp_path / "node").rename(tmp_path / "gone")
+    file.show(STATUS)
+    file.finish_epoch(LINE)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"warning: cannot write --metrics-textfile {path}: No such file" in line
+    (tmp_path / "gone").rename(tmp_path / "node")
+    file.finish("done")
+    assert samples(path)["cifar10_job_statedone"] == 1
+
+
+def test_a_file_that_cannot_be_written_at_the_start_is_refused(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "missing" / "job.prom"
+    for act in (
+        lambda: require_folder(path),
+        lambda: open_file(replace(config, metrics_textfile=path)),
+    ):
+        with pytest.raises(UserError, match=r"cannot write --metrics-textfile .*: No such f"):
+            act()
+    require_folder(tmp_path / "job.prom")
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(None, "done"), (StoppedError("SIGTERM"), "stopped"), (RuntimeError("broken"), "failed")],
+)
+def test_the_end_is_reported(
+    config: TrainConfig, tmp_path: Path, error: Exception | None, state: str
+) -> None:
+    def end(attempt: Attempt) -> None:
+        with open_textfile(config, attempt) as file:
+            assert file
+            assert samples(tmp_path / "job.prom")["cifar10_job_staterunning"] == 1
+            if error:
+                raise error
+
+    stop = StopRequest()
+    stop.defer()
+    with open_attempt(config, stop) as attempt:
+        if error:
+            with pytest.raises(type(error)):
+                end(attempt)
+        else:
+            end(attempt)
+    values = samples(tmp_path / "job.prom")
+    assert [values[f"cifar10_job_state{name}"] for name in (state, "running")] == [1, 0]
+
+
+def test_whoever_lost_the_run_does_not_write_over_its_successor(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    def check() -> None:
+        raise LeaseLostError("taken over")
+
+    file = open_file(config, check)
+    (tmp_path / "job.prom").write_text("the successor's")
+    with pytest.raises(LeaseLostError):
+        file.show(STATUS)
+    assert (tmp_path / "job.prom").read_text() == "the successor's"
+
+
+def test_without_the_option_there_is_none(config: TrainConfig, tmp_path: Path) -> None:
+    with (
+        open_attempt(replace(config, metrics_textfile=None), StopRequest()) as attempt,
+        open_textfile(replace(config, metrics_textfile=None), attempt) as file,
+    ):
+        assert file is None
+    assert list(tmp_path.glob("*.prom")) == []

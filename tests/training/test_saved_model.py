@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import pytest
+
+from job.config import UserError
+from job.data import Dataset
+from job.recipes import classic
+from job.run.folder import OutputDir
+from job.training.engine import Engine, Plan
+from job.training.saved_model import load_model, save_model
+from tests.conftest import MakeDevices
+
+
+def test_the_model_file_restores_every_variable_bit_for_bit_and_trains_on(
+    tmp_path: Path, small_dataset: Dataset, make_devices: MakeDevices
+) -> None:
+    plan = Plan(global_batch_size=64, steps_per_epoch=4, epochs=1, seed=42)
+    engine = Engine(classic.RECIPE, make_devices(2), small_dataset, plan, 1e-3)
+    list(engine.train_epoch(0))
+    saved = engine.export()
+    save_model(saved, OutputDir(tmp_path), "model.h5")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.h5"]
+
+    loaded = load_model(tmp_path / "model.h5")
+    assert len(loaded.optimizer.variables) == 2 + 2 * len(saved.trainable_variables)
+    for received, expected in (
+        (loaded.weights, saved.weights),
+        (loaded.optimizer.variables, saved.optimizer.variables),
+    ):
+        for one, two in zip(received, expected, strict=True):
+            np.testing.assert_array_equal(one.numpy(), two.numpy())
+    assert any(np.abs(v.numpy()).max() > 0 for v in loaded.optimizer.variables[2:])
+
+    images = small_dataset.train_images[:64] / np.float32(255)
+    labels = np.eye(10, dtype=np.float32)[small_dataset.train_labels[:64]]
+    for model in (saved, loaded):
+        model.get_layer("dropout").rate = 0.0
+        model.train_on_batch(images, labels)
+    for one, two in zip(loaded.weights, saved.weights, strict=True):
+        np.testing.assert_allclose(one.numpy(), two.numpy(), rtol=0, atol=1e-7)
+
+
+def test_something_else_in_place_of_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no model"):
+        load_model(tmp_path / "model.h5")
+    (tmp_path / "notes.txt").write_bytes(b"no HDF5")
+    with pytest.raises(UserError) as error:
+        load_model(tmp_path / "notes.txt")
+    assert str(error.value) == (
+        f"received {tmp_path}/notes.txt, which is no HDF5 file, expected a model file as train "
+        f"leaves it (cifar10_model.h5); name such a one, or its --output-dir"
+    )
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["values"] = [1, 2]
+    with pytest.raises(UserError, match="is no model of this job") as error:
+        load_model(tmp_path / "other.h5")
+    assert len(str(error.value)) < len(str(tmp_path)) + 200
+
+
+def test_the_name_of_a_model_file_does_not_matter(tmp_path: Path, model: keras.Model) -> None:
+    save_model(model, OutputDir(tmp_path), "mine")
+    for one, two in zip(load_model(tmp_path / "mine").weights, model.weights, strict=True):
+        np.testing.assert_array_equal(one.numpy(), two.numpy())
+
+
+def test_a_path_that_cannot_be_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no model"):
+        load_model(tmp_path / ("x" * 300))

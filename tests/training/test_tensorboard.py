@@ -1,0 +1,162 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tensorflow as tf
+
+from job.config import UserError
+from job.run.checkpoint import History
+from job.run.folder import OutputDir
+from job.run.lease import LeaseLostError
+from job.training.tensorboard import TAGS, EventFile
+
+
+def line(epoch: int, **changes: float) -> dict[str, Any]:
+    values = dict.fromkeys(TAGS.values(), 0.5 / epoch)
+    return {
+        **values,
+        "epoch": epoch,
+        "step": 20 * epoch,
+        "elapsed_seconds": 10.0 * epoch,
+        **changes,
+    }
+
+
+def history(*epochs: int) -> History:
+    return History([line(epoch) for epoch in epochs], elapsed_seconds=10.0 * len(epochs))
+
+
+def files(output: OutputDir) -> list[Path]:
+    return sorted((output.path / "tensorboard").iterdir())
+
+
+def events(path: Path) -> list[Any]:
+    records = tf.data.TFRecordDataset(str(path))
+    return [tf.compat.v1.Event.FromString(record.numpy()) for record in records]
+
+
+def curve(path: Path, tag: str) -> list[tuple[int, Any]]:
+    return [
+        (event.step, pytest.approx(value.simple_value))
+        for event in events(path)
+        for value in event.summary.value
+        if value.tag == tag
+    ]
+
+
+def test_every_epoch_is_a_point_of_every_curve(tmp_path: Path) -> None:
+    output = OutputDir(tmp_path)
+    event_file = EventFile(output, History())
+    for epoch in (1, 2, 3):
+        event_file.finish_epoch(line(epoch, val_loss=epoch, learning_rate=0.25))
+    (path,) = files(output)
+    first, session, *_ = events(path)
+    assert first.file_version == "brain.Event:2"
+    assert session.session_log.status == tf.compat.v1.SessionLog.START
+    assert curve(path, "loss/validation") == [(20, 1.0), (40, 2.0), (60, 3.0)]
+    assert curve(path, "learning_rate") == [(20, 0.25), (40, 0.25), (60, 0.25)]
+    for tag, key in TAGS.items():
+        assert len(curve(path, tag)) == 3, key
+    times = [event.wall_time for event in events(path)[2:]]
+    assert [later - times[0] for later in times] == pytest.approx([0.0, 10.0, 20.0])
+
+
+def test_an_attempt_leaves_no_point_that_it_will_contradict(tmp_path: Path) -> None:
+    output = OutputDir(tmp_path)
+    killed = EventFile(output, History())
+    for epoch in (1, 2, 3):
+        killed.finish_epoch(line(epoch))
+    # Its last checkpoint was that of the second epoch.
+    later = EventFile(output, history(1, 2))
+    later.finish_epoch(line(3, loss=9.0))
+    old, new = files(output)
+    # A reader that is at the old file goes on from it to the file of the next name.
+    assert old.name < new.name
+    assert "tfevents" in new.name
+    assert old.read_bytes() == b""
+    assert curve(new, "loss/train") == [(20, 0.5), (40, 0.25), (60, 9.0)]
+    third = EventFile(output, history(1, 2, 3))
+    third.finish_epoch(line(4))
+    assert [path.stat().st_size > 0 for path in files(output)] == [False, True]
+    assert len(curve(files(output)[-1], "loss/train")) == 4
+
+
+def test_a_file_cut_off_anywhere_is_read_up_to_its_last_whole_epoch(tmp_path: Path) -> None:
+    output = OutputDir(tmp_path)
+    event_file = EventFile(output, history(1))
+    (path,) = files(output)
+    size = path.stat().st_size
+    event_file.finish_epoch(line(2))
+    content = path.read_bytes()
+    for end in range(size, len(content), 7):
+        path.write_bytes(content[:end])
+        seen = []
+        try:
+            for record in tf.data.TFRecordDataset(str(path)):
+                seen.append(tf.compat.v1.Event.FromString(record.numpy()).step)
+        except tf.errors.DataLossError:
+            pass
+        assert seen == [0, 0, 20]
+    # The next attempt makes it good.
+    EventFile(output, history(1, 2))
+    assert len(curve(files(output)[-1], "loss/train")) == 2
+
+
+class LostLease:
+    token = "0" * 8
+    lost = False
+
+    def check(self) -> None:
+        if self.lost:
+            raise LeaseLostError("taken over")
+
+
+def test_an_attempt_that_lost_the_folder_writes_nothing(tmp_path: Path) -> None:
+    lease = LostLease()
+    stale = EventFile(OutputDir(tmp_path, lease), History())  # type: ignore[arg-type]
+    newer = EventFile(OutputDir(tmp_path), History())
+    newer.finish_epoch(line(1))
+    before = {path: path.read_bytes() for path in files(OutputDir(tmp_path))}
+    lease.lost = True
+    with pytest.raises(LeaseLostError):
+        stale.finish_epoch(line(1))
+    assert {path: path.read_bytes() for path in files(OutputDir(tmp_path))} == before
+
+
+def test_a_file_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
+    output = OutputDir(tmp_path)
+    event_file = EventFile(output, History())
+    files(output)[0].unlink()
+    with pytest.raises(UserError, match=r"cannot write .*tfevents\.000001: No such file"):
+        event_file.finish_epoch(line(1))
+    assert files(output) == []
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("mine")
+    with pytest.raises(UserError, match="tensorboard"):
+        EventFile(OutputDir(tmp_path), History())
+    assert (tmp_path / "tensorboard").read_text() == "mine"
+
+
+def test_event_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    output = OutputDir(tmp_path)
+    output.make_folder("tensorboard")
+    other = tmp_path / "tensorboard" / "events.out.tfevents.1700000000.host"
+    other.write_text("not this job's")
+    EventFile(output, history(1))
+    EventFile(output, history(1, 2))
+    output.discard()
+    assert [path.name for path in (tmp_path / "tensorboard").iterdir()] == [other.name]
+    assert other.read_text() == "not this job's"
+
+
+def test_starting_over_discards_it_and_a_kill_leaves_nothing_to_tidy(tmp_path: Path) -> None:
+    output = OutputDir(tmp_path)
+    EventFile(output, history(1))
+    half = tmp_path / "tensorboard" / ".events.out.tfevents.1234.partial.000002"
+    half.write_bytes(b"half")
+    output.tidy()
+    assert len(files(output)) == 1
+    output.discard()
+    assert list(tmp_path.iterdir()) == []
