@@ -14,11 +14,8 @@ VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' job/__init__.py)
 IMAGE ?= cifar10-job:$(VERSION)
 BASE_IMAGE ?= tensorflow/tensorflow:2.21.0-gpu
 KUBECTL ?= kubectl
-NAMESPACE ?=
-# Names of folders in k8s/overlays.
-OVERLAY ?=
-# Of k8s/multi-node.yaml; empty is the one node of k8s/job.yaml.
-NODES ?=
+# The folder that k8s-run applies, such as k8s/overlays/multi-node.
+K8S ?= k8s
 # Not OUTPUT_DIR, which may hold a run of this machine.
 FETCH_DIR ?= output/k8s
 
@@ -128,63 +125,17 @@ FROM_BASE := tensorflow libclang wheel setuptools
 UV_COMPILE := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
   --custom-compile-command 'make lock' --no-annotate
 
-K8S_DIR := build/k8s
-OVERLAYS := $(sort $(OVERLAY))
-K8S_UNKNOWN := $(filter-out $(notdir $(wildcard k8s/overlays/*)),$(OVERLAYS))
-ifneq ($(K8S_UNKNOWN),)
-$(error OVERLAY has $(K8S_UNKNOWN), expected any of $(notdir $(wildcard k8s/overlays/*)))
-endif
-ifneq ($(NODES),)
-ifneq ($(strip $(words $(NODES)) $(filter-out $(shell seq 999),$(NODES))),1)
-$(error NODES is $(NODES), expected a number of nodes from 1 to 999)
-endif
-ifneq ($(filter sweep,$(OVERLAYS)),)
-$(error OVERLAY has sweep, whose trainings take a node each; leave NODES out)
-endif
-endif
-K8S := $(strip $(KUBECTL) $(if $(NAMESPACE),--namespace=$(NAMESPACE)))
-# Overlay sweep adds to the names, as its nameSuffix says.
-K8S_SUFFIX := $(if $(filter sweep,$(OVERLAYS)),-sweep)
-K8S_JOB := cifar10$(if $(NODES),-multi-node)$(K8S_SUFFIX)
-K8S_DELETE_JOB := $(K8S) delete job $(K8S_JOB) --ignore-not-found --cascade=foreground
-
-# A Job's template cannot be changed. The old Job's Pods are gone, with a checkpoint, before the new
-# Job begins, because two Jobs are two runs, and a folder has room for one.
+# The template of a Job cannot be changed, so the old Job is deleted first. This waits for its Pods, which
+# write a checkpoint: two Jobs would be two runs in one folder. What kubectl refuses deletes nothing.
 .PHONY: k8s-run
-k8s-run: k8s-render ## Start the Job on Kubernetes, again if there is one; NODES=2 OVERLAY="gpus kueue"
-	@# Nothing is stopped for a Job that the cluster would refuse.
-	$(K8S) create -k $(K8S_DIR) --dry-run=client --validate=strict --output=name
-	$(K8S_DELETE_JOB)
-	$(K8S) apply -k $(K8S_DIR) --selector 'app.kubernetes.io/component!=fetch'
-
-.PHONY: k8s-logs
-k8s-logs: ## Follow the logs of all of its Pods until it has ended
-	@KUBECTL="$(K8S)" k8s/logs.sh $(K8S_JOB)
+k8s-run: ## Start the Job of K8S on Kubernetes, in place of the one that is there
+	names=$$($(KUBECTL) create -k $(K8S) --dry-run=client --validate=strict --output=name) && \
+	$(KUBECTL) delete --ignore-not-found --cascade=foreground $$(echo "$$names" | grep ^job) && \
+	$(KUBECTL) apply -k $(K8S)
 
 .PHONY: k8s-fetch
-k8s-fetch: k8s-render ## Copy the artifacts from the volume to FETCH_DIR
-	@KUBECTL="$(K8S)" k8s/fetch.sh $(K8S_DIR) cifar10-fetch$(K8S_SUFFIX) $(FETCH_DIR)
-
-.PHONY: k8s-delete
-k8s-delete: ## Delete the Job, never its volumes
-	$(K8S_DELETE_JOB)
-
-# The number of nodes in all places that tell it, and four retries for each.
-K8S_NODES = {apiVersion: batch/v1, kind: Job, metadata: {name: $(K8S_JOB)}, \
-  spec: {completions: $(NODES), parallelism: $(NODES), backoffLimit: $(shell expr 4 '*' 0$(NODES)), \
-  template: {spec: {containers: [{name: cifar10, \
-  env: [{name: KUBERNETES_JOB_COMPLETIONS, value: "$(NODES)"}]}]}}}}
-
-# kustomize takes no folder that the kustomization itself is in, so this one is not in k8s/, and no
-# file of another folder, so that one is copied.
-.PHONY: k8s-render
-k8s-render:
-	@mkdir -p $(K8S_DIR)
-	@$(if $(NODES),cp k8s/multi-node.yaml $(K8S_DIR))
-	@printf '%s\n' 'resources: [$(if $(NODES),multi-node.yaml,../../k8s)]' 'components:' \
-	  $(foreach name,fetch $(addprefix overlays/,$(OVERLAYS)),'- ../../k8s/$(name)') \
-	  $(if $(NODES),'patches:' '- patch: >-' '    $(K8S_NODES)') \
-	  > $(K8S_DIR)/kustomization.yaml
+k8s-fetch: ## Copy the artifacts of the Job of K8S from its volume to FETCH_DIR
+	@KUBECTL="$(KUBECTL)" k8s/fetch.sh $(K8S) $(FETCH_DIR)
 
 .PHONY: clean
 clean: ## Remove what was built, never the output or the data

@@ -1,34 +1,36 @@
 #!/usr/bin/env bash
-# Copy the artifacts out of the volume that a Pod holds, and remove the Pod:
+# Copy the artifacts of a Job out of its volume, with a Pod that is deleted afterwards:
 #
-#     KUBECTL="kubectl --namespace=team" k8s/fetch.sh KUSTOMIZATION POD FOLDER
+#     KUBECTL="kubectl --namespace=team" k8s/fetch.sh k8s/overlays/sweep output/k8s
 #
-# KUSTOMIZATION is a folder whose rendering has that Pod, labelled as component fetch.
+# Both folders are relative to the checkout.
 set -euo pipefail
-if (($# != 3)); then
-  echo "usage: k8s/fetch.sh KUSTOMIZATION POD FOLDER" >&2
-  exit 2
-fi
-kustomization=$1 pod=$2 folder=$3
+cd "$(dirname "$0")/.."
+kustomization=$1 folder=$2
 read -ra kubectl <<< "${KUBECTL:-kubectl}"
 
-remove() { "${kubectl[@]}" delete pod "$pod" --ignore-not-found; }
+remove() { "${kubectl[@]}" delete pod cifar10-fetch --ignore-not-found; }
 # One that was left over has ended and would never be ready.
 remove
 trap remove EXIT
 trap 'exit 130' INT TERM
-"${kubectl[@]}" apply -k "$kustomization" --selector app.kubernetes.io/component=fetch
-echo "waiting for Pod $pod, five minutes at most"
-if ! "${kubectl[@]}" wait --for=condition=Ready "pod/$pod" --timeout=300s; then
-  "${kubectl[@]}" get events --field-selector "involvedObject.name=$pod" || true
+# Not in k8s/, because kustomize takes no folder that the kustomization itself is in.
+work=build/k8s-fetch
+mkdir -p "$work"
+printf '%s\n' "resources: [../../$kustomization]" 'components: [../../k8s/fetch]' \
+  > "$work/kustomization.yaml"
+"${kubectl[@]}" apply -k "$work" --selector app.kubernetes.io/component=fetch
+echo "waiting for Pod cifar10-fetch, five minutes at most"
+if ! "${kubectl[@]}" wait --for=condition=Ready pod/cifar10-fetch --timeout=300s; then
+  "${kubectl[@]}" get events --field-selector involvedObject.name=cifar10-fetch || true
   exit 1
 fi
-# Through a file, so that nothing is taken out of a copy that broke off. With 1 tar tells that a file was
-# replaced while it was read; it has a whole one all the same.
+# Through a file, so that nothing is extracted from a copy that broke off. Exit code 1 of tar means that a
+# file was replaced while tar read it; the archive has a whole one all the same.
 # shellcheck disable=SC2016 # the Pod's shell expands it
-"${kubectl[@]}" exec "$pod" -- sh -c \
+"${kubectl[@]}" exec cifar10-fetch -- sh -c \
   'tar --create --directory=/output --exclude=checkpoints --exclude=".[!/]*" . || test $? -eq 1' \
-  > "$kustomization/artifacts.tar"
+  > "$work/artifacts.tar"
 mkdir -p "$folder"
-tar --extract --file="$kustomization/artifacts.tar" --directory="$folder" --no-same-owner
+tar --extract --file="$work/artifacts.tar" --directory="$folder" --no-same-owner
 ls -l "$folder"

@@ -255,7 +255,7 @@ def _expand_tasks(text: str, advice: str) -> list[int]:
 
 
 def _from_indexed_job(environ: Mapping[str, str]) -> ClusterSpec:
-    advice = "set it in the Pod template, as k8s/multi-node.yaml does"
+    advice = "set it in the Pod template, as k8s/overlays/multi-node does"
     count = _number(environ, "KUBERNETES_JOB_COMPLETIONS", advice, least=1)
     if count == 1:
         return ALONE

@@ -17,7 +17,15 @@ import yaml
 
 from tests.conftest import REPOSITORY
 from tests.integration.containers import HERE, podman
-from tests.manifests import Manifest, copy_of_the_repository, make
+from tests.k8s.manifests import (
+    Manifest,
+    copy_of_the_repository,
+    fetch_pod,
+    make,
+    of_kind,
+    only,
+    the_container,
+)
 
 UID = "6a41c0ac-5a6b-4f6e-9d2e-0f4f2f1c7a11"
 CONTAINER = "cifar10-cifar10"
@@ -27,14 +35,14 @@ export CONTAINERS_CONF={config}
 case $1 in
   apply) podman kube play {pod} ;;
   wait) ;;
-  exec) shift 3; exec podman exec cifar10-fetch-fetch "$@" ;;
+  exec) shift 3; exec podman exec cifar10-fetch-cifar10 "$@" ;;
   delete) podman pod rm --force --ignore --time 0 "$3" ;;
 esac
 """
 
 
-def load(name: str) -> list[Manifest]:
-    return list(yaml.safe_load_all((REPOSITORY / "k8s" / name).read_text()))
+def job_yaml() -> list[Manifest]:
+    return list(yaml.safe_load_all((REPOSITORY / "k8s" / "job.yaml").read_text()))
 
 
 def run(*args: str | Path) -> str:
@@ -46,7 +54,7 @@ def run(*args: str | Path) -> str:
 def pod_of(job: Manifest, image: str) -> Manifest:
     """The Pod that Kubernetes makes, but for the image, the GPU and the size of the run."""
     template = job["spec"]["template"]
-    (container,) = template["spec"]["containers"]
+    container = the_container(template["spec"])
     container["image"] = image
     container["args"][container["args"].index("--require-gpus") + 1] = "0"
     container["args"] += ["--epochs", "3", "--limit", "768"]
@@ -94,8 +102,7 @@ class Played:
 def volumes(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """The claims' volumes by name, from the manifest."""
     claims = tmp_path_factory.mktemp("claims") / "claims.yaml"
-    documents = load("job.yaml")
-    volumes = [one for one in documents if one["kind"] == "PersistentVolumeClaim"]
+    volumes = of_kind("PersistentVolumeClaim", job_yaml())
     claims.write_text(yaml.safe_dump_all(volumes))
     run("kube", "play", claims)  # fails where there are volumes of these names
     names = [volume["metadata"]["name"] for volume in volumes]
@@ -117,8 +124,7 @@ def played(
 ) -> Played:
     """The Job's Pod, evicted after an epoch, and the one that replaces it."""
     shutil.copytree(cifar10_dir, volumes["cifar10-data"], dirs_exist_ok=True)
-    (job,) = (one for one in load("job.yaml") if one["kind"] == "Job")
-    pod = pod_of(job, image)
+    pod = pod_of(only("Job", job_yaml()), image)
     manifest = tmp_path_factory.mktemp("pod") / "pod.yaml"
     manifest.write_text(yaml.safe_dump(pod))
     exit_codes = []
@@ -163,14 +169,13 @@ def test_it_ran_under_the_manifests_restrictions(played: Played) -> None:
 def test_k8s_fetch_copies_the_artifacts_out_of_the_volume(
     played: Played, image: str, tmp_path: Path
 ) -> None:
-    (fetch,) = load("fetch/pod.yaml")
-    (container,) = fetch["spec"]["containers"]
-    container["image"] = image
+    folder = copy_of_the_repository(tmp_path / "repository")
+    fetch = fetch_pod(folder, "k8s")
+    the_container(fetch["spec"])["image"] = image
     pod, kubectl = tmp_path / "fetch.yaml", tmp_path / "kubectl"
     pod.write_text(yaml.safe_dump(fetch))
     kubectl.write_text(KUBECTL.format(config=HERE / "containers.conf", pod=pod))
     kubectl.chmod(0o755)
-    folder = copy_of_the_repository(tmp_path / "repository")
     fetched = make(folder, "k8s-fetch", f"KUBECTL={kubectl}", "FETCH_DIR=fetched")
     assert fetched.returncode == 0, fetched.stderr
     artifacts = contents(folder / "fetched")

@@ -1,4 +1,4 @@
-"""What the cluster is told: the manifests as they are rendered, judged field by field."""
+"""The manifests as they are rendered, field by field."""
 
 import os
 import re
@@ -16,54 +16,56 @@ from job.cluster.scheduler import ALONE, ClusterSpec, RunIdentity, cluster_spec,
 from job.commands.cli import train
 from job.config import UserError
 from tests.conftest import REPOSITORY
-from tests.manifests import (
-    FETCH,
+from tests.k8s.manifests import (
     Manifest,
     copy_of_the_repository,
     kustomize,
-    make,
     of_kind,
-    read_manifests,
+    only,
     render,
     the_container,
-    the_job,
 )
 
-OVERLAYS = sorted(folder.name for folder in (REPOSITORY / "k8s" / "overlays").iterdir())
+K8S = REPOSITORY / "k8s"
+COMPONENTS = sorted(folder.name for folder in (K8S / "components").iterdir())
 VERSIONS = [
     version for version in all_versions() if tuple(map(int, version.split(".")[:2])) >= (1, 31)
 ]
+# Each overlay alone, and what `k8s/kustomization.yaml` combines with all components.
+RENDERINGS = [
+    "k8s",
+    *(f"k8s/overlays/{folder.name}" for folder in sorted((K8S / "overlays").iterdir())),
+    "base",
+    "overlays/multi-node",
+    "overlays/sweep",
+]
+MULTI_NODE = "k8s/overlays/multi-node"
 
 
-# Of what make is told: overlays, and the number of nodes.
-RENDERINGS: dict[str, tuple[tuple[str, ...], str]] = {
-    "base": ((), ""),
-    **{overlay: ((overlay,), "") for overlay in OVERLAYS},
-    "all": (tuple(OVERLAYS), ""),
-    "nodes": ((), "3"),
-    "nodes-all": (tuple(overlay for overlay in OVERLAYS if overlay != "sweep"), "4"),
-}
-
-
-@pytest.fixture(scope="module", params=["files", *RENDERINGS])
+@pytest.fixture(scope="module", params=RENDERINGS)
 def manifests(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Manifest]:
-    """The files as they are, and rendered with no overlay, with each, and with all together."""
-    if request.param == "files":
-        return read_manifests()
-    return render(tmp_path_factory.mktemp(request.param), *RENDERINGS[request.param])
+    folder = copy_of_the_repository(tmp_path_factory.mktemp("rendering"))
+    if request.param.startswith("k8s"):
+        return render(folder, request.param)
+    combination = folder / "k8s" / "kustomization.yaml"
+    listed = yaml.safe_load(combination.read_text())
+    assert listed["resources"] == ["base"]
+    listed["resources"] = [request.param]
+    listed["components"] = [f"components/{name}" for name in COMPONENTS]
+    combination.write_text(yaml.safe_dump(listed))
+    return render(folder, "k8s")
 
 
 @pytest.fixture
 def job(manifests: list[Manifest]) -> Manifest:
-    return the_job(manifests)
+    return only("Job", manifests)
 
 
 @pytest.fixture
 def pod(job: Manifest) -> Manifest:
-    template: Manifest = job["spec"]["template"]["spec"]
-    return template
+    return pod_of(job)
 
 
 @pytest.fixture
@@ -71,13 +73,15 @@ def container(pod: Manifest) -> Manifest:
     return the_container(pod)
 
 
-@pytest.fixture(params=["job", "fetch"])
+@pytest.fixture(params=["Job", "Pod"])
 def any_pod(request: pytest.FixtureRequest, manifests: list[Manifest]) -> Manifest:
     """The Job's Pod, and the one of `make k8s-fetch`."""
-    (fetch,) = of_kind("Pod", manifests)
-    spec = the_job(manifests)["spec"]["template"]["spec"]
-    chosen: Manifest = spec if request.param == "job" else fetch["spec"]
-    return chosen
+    return pod_of(only(request.param, manifests))
+
+
+def pod_of(manifest: Manifest) -> Manifest:
+    spec: Manifest = manifest["spec"]
+    return spec["template"]["spec"] if manifest["kind"] == "Job" else spec
 
 
 def test_manifests_are_valid_for_every_supported_version(manifests: list[Manifest]) -> None:
@@ -88,7 +92,7 @@ def test_manifests_are_valid_for_every_supported_version(manifests: list[Manifes
 
 
 def test_the_validation_refuses_a_field_that_does_not_exist() -> None:
-    job = the_job(read_manifests())
+    job = only("Job", kustomize(K8S))
     job["spec"]["backofLimit"] = 4
     with pytest.raises(kubernetes_validate.ValidationError, match="backofLimit"):
         kubernetes_validate.validate(job, VERSIONS[-1], strict=True)
@@ -98,11 +102,10 @@ def by_name(manifests: list[Manifest]) -> dict[tuple[str, str], Manifest]:
     return {(manifest["kind"], manifest["metadata"]["name"]): manifest for manifest in manifests}
 
 
-def test_without_overlays_kustomize_gives_the_files(tmp_path: Path) -> None:
-    assert by_name(render(tmp_path, ())) == by_name(read_manifests())
-    alone = yaml.safe_load_all(kustomize(REPOSITORY / "k8s"))
-    kinds = [manifest["kind"] for manifest in alone]
-    assert sorted(kinds) == ["Job", "PersistentVolumeClaim", "PersistentVolumeClaim"]
+def test_without_overlays_kustomize_gives_job_yaml() -> None:
+    file = list(yaml.safe_load_all((K8S / "job.yaml").read_text()))
+    assert by_name(kustomize(K8S)) == by_name(file)
+    assert {kind for kind, _ in by_name(file)} == {"Job", "PersistentVolumeClaim"}
 
 
 def test_pods_keep_to_the_restricted_standard(any_pod: Manifest) -> None:
@@ -135,20 +138,16 @@ def test_the_images_tag_is_this_version(any_pod: Manifest) -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "nodes"), [("job.yaml", ""), ("multi-node.yaml", "2")])
-def test_the_image_is_one_line_of_the_job_which_the_fetching_pod_follows(
-    tmp_path: Path, name: str, nodes: str
-) -> None:
+@pytest.mark.parametrize("kustomization", ["k8s", MULTI_NODE])
+def test_the_image_is_one_line_of_job_yaml(tmp_path: Path, kustomization: str) -> None:
     image, mine = f"image: cifar10-job:{__version__}", "registry.example.com/mine:1"
-    assert (REPOSITORY / "k8s" / name).read_text().count(image) == 1
     folder = copy_of_the_repository(tmp_path)
-    job = folder / "k8s" / name
-    job.write_text(job.read_text().replace(image, f"image: {mine}"))
-    assert make(folder, "k8s-render", f"NODES={nodes}").returncode == 0
-    rendered = list(yaml.safe_load_all(kustomize(folder / "build" / "k8s")))
-    (fetch,) = of_kind("Pod", rendered)
-    for pod in (the_job(rendered)["spec"]["template"]["spec"], fetch["spec"]):
-        assert the_container(pod)["image"] == mine
+    file = folder / "k8s" / "job.yaml"
+    assert file.read_text().count(image) == 1
+    file.write_text(file.read_text().replace(image, f"image: {mine}"))
+    rendered = render(folder, kustomization)
+    for kind in ("Job", "Pod"):
+        assert the_container(pod_of(only(kind, rendered)))["image"] == mine
 
 
 def is_sweep(job: Manifest) -> bool:
@@ -169,7 +168,7 @@ def reaction(job: Manifest, exit_code: int, disrupted: bool = False) -> str:
         else:
             codes = rule["onExitCodes"]
             assert codes["operator"] == "In"
-            name = the_container(job["spec"]["template"]["spec"])["name"]
+            name = the_container(pod_of(job))["name"]
             matches = codes["containerName"] == name and exit_code in codes["values"]
         if matches:
             return str(rule["action"])
@@ -182,22 +181,21 @@ def test_each_end_of_a_pod_has_its_consequence(job: Manifest) -> None:
     assert reaction(job, 75) == "Ignore"
     assert reaction(job, 2) == ("FailIndex" if is_sweep(job) else "FailJob")
     assert [reaction(job, exit_code) for exit_code in (1, 3, 137)] == ["Count"] * 3
-    # Said aloud, although it is what happens without a rule.
+    # Written down, although it is what happens without a rule.
     codes = [rule.get("onExitCodes", {}).get("values") for rule in rules(job)]
     assert [3] in codes
 
 
 def test_retries_are_bounded(job: Manifest) -> None:
     spec = job["spec"]
-    if is_sweep(job):
-        # A limit over all indexes would be used up by one of them.
+    if "completions" in spec:
+        # A limit over all indexes would be used up by one seed, or by one failure of all nodes.
         assert "backoffLimit" not in spec
-        assert 1 <= spec["backoffLimitPerIndex"] <= 6
-        assert spec["maxFailedIndexes"] < spec["completions"]
+        assert spec["backoffLimitPerIndex"] == 4
+        # A run cannot do without one of its nodes.
+        assert spec["maxFailedIndexes"] == (2 if is_sweep(job) else 0)
     else:
-        # One failure of a run on several nodes can count once for each.
-        retries, rest = divmod(spec["backoffLimit"], spec.get("completions", 1))
-        assert (1 <= retries <= 6, rest) == (True, 0)
+        assert spec["backoffLimit"] == 4
     assert spec["podReplacementPolicy"] == "Failed"
     assert 3600 <= spec["activeDeadlineSeconds"] <= 7 * 86400
     assert spec["ttlSecondsAfterFinished"] >= 86400
@@ -205,7 +203,7 @@ def test_retries_are_bounded(job: Manifest) -> None:
 
 def test_a_pod_has_the_time_to_write_its_checkpoint(pod: Manifest) -> None:
     assert pod["restartPolicy"] == "Never"
-    # The README tells 2.9 s; a slow volume may need ten times as long.
+    # It takes 3 s on a fast volume; a slow one may need ten times as long.
     assert pod["terminationGracePeriodSeconds"] >= 30
 
 
@@ -303,45 +301,56 @@ def test_the_folders_are_on_the_claims(
     output, data = claims.values()
     assert params["output_dir"].is_relative_to(output)
     assert params["data_dir"] == data
-    (fetch,) = of_kind("Pod", manifests)
-    (volume,) = fetch["spec"]["volumes"]
-    assert volume["persistentVolumeClaim"]["claimName"] == next(iter(claims))
 
 
-@pytest.mark.parametrize("nodes", ["", "2"])
-def test_overlay_gpus_asks_for_several(tmp_path: Path, nodes: str) -> None:
-    manifests = render(tmp_path, ("gpus",), nodes)
-    container = the_container(the_job(manifests)["spec"]["template"]["spec"])
+def test_the_fetching_pod_sleeps_on_the_output_of_the_job(
+    manifests: list[Manifest], pod: Manifest
+) -> None:
+    manifest = only("Pod", manifests)
+    # `k8s/fetch.sh` applies it by this label.
+    assert manifest["metadata"]["labels"]["app.kubernetes.io/component"] == "fetch"
+    fetch = pod_of(manifest)
+    container = the_container(fetch)
+    assert container["command"] == ["sleep", str(fetch["activeDeadlineSeconds"])]
+    assert not {"args", "env"} & container.keys()
+    # It waits for no GPU, and not for a node without the Job's Pods.
+    assert container["resources"]["limits"].keys() == {"cpu", "memory"}
+    assert fetch["affinity"].keys() == {"podAffinity"}
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    assert mounts["/output"]["readOnly"] is True
+    claims = [volume for volume in fetch["volumes"] if "persistentVolumeClaim" in volume]
+    assert claims == [volume for volume in pod["volumes"] if volume["name"] == "output"]
+    assert fetch.get("imagePullSecrets") == pod.get("imagePullSecrets")
+
+
+def test_overlay_gpus_asks_for_several() -> None:
+    container = the_container(pod_of(only("Job", kustomize(K8S / "overlays" / "gpus"))))
     assert int(container["resources"]["limits"]["nvidia.com/gpu"]) > 1
 
 
-def test_overlay_gpus_refuses_arguments_that_it_does_not_know(tmp_path: Path) -> None:
-    render(tmp_path, ("gpus",))
-    job = tmp_path / "k8s" / "job.yaml"
+def test_overlay_image_pulls_from_a_private_registry() -> None:
+    pod = pod_of(only("Job", kustomize(K8S / "overlays" / "image")))
+    assert pod["imagePullSecrets"]
+    assert "/" in the_container(pod)["image"]
+
+
+def test_overlay_gpus_refuses_arguments_in_another_order(tmp_path: Path) -> None:
+    folder = copy_of_the_repository(tmp_path)
+    job = folder / "k8s" / "job.yaml"
     job.write_text(job.read_text().replace("[train, ", '[train, --epochs, "9", '))
     with pytest.raises(AssertionError, match="args/1"):
-        kustomize(tmp_path / "build" / "k8s")
+        kustomize(folder / "k8s" / "overlays" / "gpus")
 
 
-def test_overlay_image_pulls_from_a_private_registry(tmp_path: Path) -> None:
-    manifests = render(tmp_path, ("image",))
-    (fetch,) = of_kind("Pod", manifests)
-    for pod in (the_job(manifests)["spec"]["template"]["spec"], fetch["spec"]):
-        assert pod["imagePullSecrets"]
-        assert the_container(pod)["image"].count("/") >= 1
-
-
-def test_overlay_kueue_waits_in_a_queue(tmp_path: Path) -> None:
-    job = the_job(render(tmp_path, ("kueue",)))
+def test_overlay_kueue_waits_in_a_queue() -> None:
+    job = only("Job", kustomize(K8S / "overlays" / "kueue"))
     assert job["spec"]["suspend"] is True
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
 
 
-def test_overlay_sweep_gives_each_seed_a_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    manifests = render(tmp_path, ("sweep",))
-    spec = the_job(manifests)["spec"]
+def test_overlay_sweep_gives_each_seed_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifests = kustomize(K8S / "overlays" / "sweep")
+    spec = only("Job", manifests)["spec"]
     container = the_container(spec["template"]["spec"])
     assert (spec["completionMode"], spec["parallelism"] > 1) == ("Indexed", True)
     options = [
@@ -360,86 +369,59 @@ def test_one_node_trains_alone(container: Manifest, job: Manifest) -> None:
     assert (cluster_spec(environment(container)) is ALONE) == (not several)
 
 
-MULTI_NODE = {"files": "", "two": "2", "one": "1", "sixteen": "16"}
-
-
-@pytest.fixture(scope="module", params=list(MULTI_NODE))
+@pytest.fixture(scope="module", params=[2, 16])
 def multi_node(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Manifest]:
-    """The file as it is, and rendered for a number of nodes."""
-    if request.param == "files":
-        return read_manifests("multi-node.yaml")
-    return render(tmp_path_factory.mktemp(request.param), (), MULTI_NODE[request.param])
-
-
-def only(kind: str, manifests: list[Manifest]) -> Manifest:
-    (manifest,) = of_kind(kind, manifests)
-    return manifest
-
-
-def test_two_nodes_are_what_the_file_says(tmp_path: Path) -> None:
-    rendered, file = render(tmp_path, (), "2"), read_manifests("multi-node.yaml")
-    # kustomize puts a variable that it replaces first, and none refers to another.
-    for manifests in (rendered, file):
-        environment = the_container(the_job(manifests)["spec"]["template"]["spec"])["env"]
-        assert not [variable for variable in environment if "$(" in variable.get("value", "")]
-        environment.sort(key=lambda variable: variable["name"])
-    fetch = by_name(read_manifests(FETCH))
-    del fetch["Pod", "cifar10-fetch"]["spec"]["volumes"]
-    pod = by_name(rendered)["Pod", "cifar10-fetch"]
-    (volume,) = pod["spec"].pop("volumes")
-    assert volume["persistentVolumeClaim"]["claimName"] == "cifar10-multi-node-output"
-    assert by_name(rendered) == by_name(file) | fetch
-
-
-def test_the_file_for_several_nodes_is_valid(multi_node: list[Manifest]) -> None:
-    for version in VERSIONS:
-        for manifest in multi_node:
-            kubernetes_validate.validate(manifest, version, strict=True)
+    """Overlay multi-node with `completions` as it is, and changed."""
+    folder = copy_of_the_repository(tmp_path_factory.mktemp("nodes"))
+    file = folder / MULTI_NODE / "job.yaml"
+    assert file.read_text().count("completions: 2 ") == 1
+    file.write_text(file.read_text().replace("completions: 2 ", f"completions: {request.param} "))
+    manifests = kustomize(folder / MULTI_NODE)
+    assert only("Job", manifests)["spec"]["completions"] == request.param
+    return manifests
 
 
 def test_the_number_of_nodes_is_the_same_everywhere(multi_node: list[Manifest]) -> None:
-    spec = the_job(multi_node)["spec"]
+    spec = only("Job", multi_node)["spec"]
     nodes = spec["completions"]
     variables = environment(the_container(spec["template"]["spec"]))
     assert spec["completionMode"] == "Indexed"
     assert spec["parallelism"] == int(variables["KUBERNETES_JOB_COMPLETIONS"]) == nodes
-    assert spec["backoffLimit"] == 4 * nodes
-    # The chief's end is the run's.
+    # The run is complete when the chief is.
     assert spec["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
 
 
-def test_each_pod_knows_all_by_the_names_that_kubernetes_gives_them(
+def test_each_pod_derives_the_names_that_kubernetes_gives_to_all(
     multi_node: list[Manifest],
 ) -> None:
-    job, service = the_job(multi_node), only("Service", multi_node)
-    template, name = job["spec"]["template"], job["metadata"]["name"]
-    assert template["spec"]["subdomain"] == service["metadata"]["name"]
-    assert "hostname" not in template["spec"]
-    hosts = [f"{name}-{index}.{service['metadata']['name']}" for index in range(16)]
-    assert max(len(host.partition(".")[0]) for host in hosts) <= 63
+    job, service = only("Job", multi_node), only("Service", multi_node)
+    pod, name = pod_of(job), job["metadata"]["name"]
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert "hostname" not in pod
     nodes = job["spec"]["completions"]
+    hosts = [f"{name}-{index}.{service['metadata']['name']}" for index in range(nodes)]
+    assert max(len(host.partition(".")[0]) for host in hosts) <= 63
     for index in range(nodes):
-        environ = environment(the_container(template["spec"]), index)
+        environ = environment(the_container(pod), index)
         assert environ["KUBERNETES_JOB_NAME"] == name
         spec = cluster_spec(environ)
-        if nodes > 1:
-            assert spec.index == index
-            assert [worker.partition(":")[0] for worker in spec.workers] == hosts[:nodes]
+        assert spec.index == index
+        assert [worker.partition(":")[0] for worker in spec.workers] == hosts
         assert run_identity(environ, None) == RunIdentity("kubernetes job 6a41c0ac")
+
+
+def own_pods(manifests: list[Manifest]) -> dict[str, str]:
+    """The label that Kubernetes gives to the Pods of this Job and no others."""
+    return {"batch.kubernetes.io/job-name": only("Job", manifests)["metadata"]["name"]}
 
 
 def test_names_resolve_before_the_pods_are_ready(multi_node: list[Manifest]) -> None:
     spec = only("Service", multi_node)["spec"]
     assert spec["clusterIP"] == "None"
     assert spec["publishNotReadyAddresses"] is True
-    # Set by Kubernetes on the Pods of this Job and no others.
     assert spec["selector"] == own_pods(multi_node)
-
-
-def own_pods(manifests: list[Manifest]) -> dict[str, str]:
-    return {"batch.kubernetes.io/job-name": the_job(manifests)["metadata"]["name"]}
 
 
 def test_only_its_own_pods_reach_a_worker(multi_node: list[Manifest]) -> None:
@@ -452,7 +434,7 @@ def test_only_its_own_pods_reach_a_worker(multi_node: list[Manifest]) -> None:
 
 
 def test_each_worker_has_a_node_of_its_own(multi_node: list[Manifest]) -> None:
-    affinity = the_job(multi_node)["spec"]["template"]["spec"]["affinity"]
+    affinity = pod_of(only("Job", multi_node))["affinity"]
     assert affinity["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"] == [
         {
             "topologyKey": "kubernetes.io/hostname",
@@ -464,21 +446,5 @@ def test_each_worker_has_a_node_of_its_own(multi_node: list[Manifest]) -> None:
 def test_every_node_can_mount_the_claims(multi_node: list[Manifest]) -> None:
     claims = of_kind("PersistentVolumeClaim", multi_node)
     assert [claim["spec"]["accessModes"] for claim in claims] == [["ReadWriteMany"]] * 2
-    # Applied beside job.yaml, whose claims have another access mode, nothing is changed there.
-    assert not by_name(claims).keys() & by_name(read_manifests()).keys()
-
-
-def test_several_nodes_differ_from_one_only_in_what_they_need(multi_node: list[Manifest]) -> None:
-    one, several = (the_job(manifests)["spec"] for manifests in (read_manifests(), multi_node))
-    apart = {"completionMode", "completions", "parallelism", "successPolicy", "backoffLimit"}
-    assert {key: value for key, value in several.items() if key not in {*apart, "template"}} == {
-        key: value for key, value in one.items() if key not in {"backoffLimit", "template"}
-    }
-    one, several = (spec["template"]["spec"] for spec in (one, several))
-    assert several.keys() - one.keys() == {"affinity", "subdomain"}
-    apart = {"affinity", "subdomain", "containers", "volumes"}
-    assert {key: value for key, value in several.items() if key not in apart} == {
-        key: value for key, value in one.items() if key not in apart
-    }
-    one, several = (the_container(pod) for pod in (one, several))
-    assert several | {"env": None} == one | {"env": None}
+    # Applied beside job.yaml, whose claims have another access mode, it changes nothing there.
+    assert not by_name(claims).keys() & by_name(kustomize(K8S)).keys()
