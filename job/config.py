@@ -4,7 +4,6 @@ Standard library only, so that the command line answers before TensorFlow is imp
 """
 
 import enum
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -15,7 +14,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-WEEK_SECONDS = 604_800.0
+WEEK_SECONDS = 604_800
 
 _DEVICES = re.compile(r"auto|(?:cpu|gpu):[1-9]\d{0,2}")
 
@@ -117,8 +116,8 @@ class Option:
     """
 
     help: str
-    minimum: float | None = None
-    maximum: float = math.inf
+    minimum: int | None = None
+    maximum: int | None = None
     suffix: str | None = None
     choices: Callable[[], tuple[str, ...]] | None = None
 

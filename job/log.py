@@ -2,10 +2,7 @@
 
 import contextlib
 import logging
-import os
-import shutil
 import sys
-import textwrap
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -45,9 +42,7 @@ def configure(log_format: LogFormat, worker: int | None = None) -> None:
     """
     handler = _StdoutHandler()
     is_json = resolve_format(log_format) == "json"
-    handler.setFormatter(
-        _JsonEvents(worker) if is_json else _TextEvents(worker, wrap=on_terminal())
-    )
+    handler.setFormatter(_JsonEvents(worker) if is_json else _TextEvents(worker))
     _logger.handlers = [handler]
     _logger.setLevel(logging.INFO)
     _logger.propagate = False
@@ -126,15 +121,12 @@ class _TextEvents(logging.Formatter):
 
     Args:
         worker: The rank of this worker; None where there is only one.
-        wrap: Whether to break lines between words at the terminal's width, as a progress bar below
-            them needs it; off a terminal an event is a line.
     """
 
-    def __init__(self, worker: int | None, *, wrap: bool) -> None:
+    def __init__(self, worker: int | None) -> None:
         super().__init__()
         # The chief's lines are the run's.
         self._worker = f"worker {worker}: " if worker else ""
-        self._wrap = wrap
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, Any] = dict(getattr(record, _FIELDS, {}))
@@ -142,29 +134,4 @@ class _TextEvents(logging.Formatter):
             [record.getMessage(), *(f"{key}={value}" for key, value in fields.items())]
         )
         prefix = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        text = f"{datetime.fromtimestamp(record.created):%H:%M:%S} {self._worker}{prefix}{text}"
-        return wrapped(text, len("12:00:00 ")) if self._wrap else text
-
-
-def _terminal_width() -> int:
-    """Columns of the terminal itself; the variable COLUMNS may be another one's."""
-    try:
-        return os.get_terminal_size(1).columns or 80
-    except OSError:
-        return shutil.get_terminal_size().columns
-
-
-def wrapped(text: str, indent: int) -> str:
-    """Break lines between words where the terminal ends; paths stay whole.
-
-    Args:
-        text: One or more lines.
-        indent: Spaces before what goes on in a line of its own.
-    """
-    wrapper = textwrap.TextWrapper(
-        max(_terminal_width(), indent + 10),
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return "\n".join(map(wrapper.fill, text.splitlines()))
+        return f"{datetime.fromtimestamp(record.created):%H:%M:%S} {self._worker}{prefix}{text}"

@@ -1,46 +1,105 @@
+import importlib.util
+import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from job.config import (
+    CIFAR10_URL,
     DeviceRequest,
     ExitCode,
     GpuMissingError,
     JobError,
+    LostWorkerError,
+    StoppedError,
+    TrainConfig,
     UserError,
-    modules_that_define,
+    describe_config,
+    list_datasets,
+    list_recipes,
+    option_name,
+    redact_url,
+    run_options,
 )
+from tests.conftest import REPOSITORY
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("auto", DeviceRequest("auto", 0)),
-        ("cpu:2", DeviceRequest("cpu", 2)),
-        ("gpu:16", DeviceRequest("gpu", 16)),
-    ],
-)
-def test_device_request_parses(text: str, expected: DeviceRequest) -> None:
-    assert DeviceRequest.parse(text) == expected
+def test_device_requests_are_checked_texts() -> None:
+    for text, kind, replicas in (("auto", "auto", 0), ("cpu:2", "cpu", 2), ("gpu:16", "gpu", 16)):
+        request = DeviceRequest(text)
+        assert (request, request.kind, request.replicas) == (text, kind, replicas)
 
 
 @pytest.mark.parametrize(
     "text", ["", "cpu", "cpu:0", "cpu:-1", "tpu:1", "gpu:x", "gpu:1 ", "cpu:1000"]
 )
-def test_device_request_refuses_anything_else(text: str) -> None:
+def test_a_device_request_refuses_anything_else(text: str) -> None:
     with pytest.raises(ValueError, match="expected auto, cpu:N or gpu:N"):
-        DeviceRequest.parse(text)
+        DeviceRequest(text)
 
 
 def test_errors_carry_the_documented_exit_codes() -> None:
-    assert (JobError.exit_code, UserError.exit_code, GpuMissingError.exit_code) == (1, 2, 3)
+    errors = (JobError, UserError, GpuMissingError, StoppedError, LostWorkerError)
+    assert [error.exit_code for error in errors] == [1, 2, 3, 75, 75]
     assert [code.value for code in ExitCode] == [0, 1, 2, 3, 75]
 
 
-def test_recipes_are_found_beside_what_an_editor_leaves(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("RECIPE: Recipe = Recipe()\n")
-    (tmp_path / "yours.py").write_text("RECIPE = Recipe()\n")
-    (tmp_path / "other.py").write_text("RECIPES = ()\nif RECIPE == 1: pass\n")
-    (tmp_path / ".#mine.py").symlink_to("nowhere")
-    (tmp_path / "._mine.py").write_bytes(b"\xff\x00")
-    assert modules_that_define("RECIPE", tmp_path) == ("mine", "yours")
+def test_recipes_and_data_sets_are_the_modules_of_their_folders(tmp_path: Path) -> None:
+    assert (list_recipes(), list_datasets()) == (("classic",), ("cifar10", "synthetic"))
+    # In a copy of the program, beside what an editor leaves.
+    (tmp_path / "config.py").write_bytes((REPOSITORY / "job" / "config.py").read_bytes())
+    (tmp_path / "recipes").mkdir()
+    for name in ("yours.py", "mine.py", "__init__.py", "_augment.py", "mine.py~", "notes.md"):
+        (tmp_path / "recipes" / name).touch()
+    (tmp_path / "recipes" / ".#mine.py").symlink_to("nowhere")
+    spec = importlib.util.spec_from_file_location("copy_of_config", tmp_path / "config.py")
+    assert spec
+    assert spec.loader
+    copy = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, copy)
+        spec.loader.exec_module(copy)
+    assert copy.list_recipes() == ("mine", "yours")
+
+
+def test_a_configuration_is_described_by_its_options_as_json_has_them() -> None:
+    address = "https://me:secret@mirror/c.tar.gz"
+    config = TrainConfig(Path("out"), cifar10_url=address, devices=DeviceRequest("cpu:2"))
+    described = describe_config(config)
+    assert list(described) == [field.name for field in fields(TrainConfig)]
+    assert (described["output_dir"], described["devices"]) == ("out", "cpu:2")
+    assert (described["batch_size"], described["limit"], described["fresh"]) == (256, None, False)
+    assert described["cifar10_url"] == "https://REMOVED@mirror/c.tar.gz"
+    assert option_name("batch_size") == "--batch-size"
+
+
+def test_folders_and_times_do_not_make_another_run() -> None:
+    config = TrainConfig()
+    others = replace(config, output_dir=Path("b"), epochs=3, stall_timeout=5, jit="off", fresh=True)
+    assert run_options(others) == run_options(config)
+    changed = replace(config, seed=1, limit=512, batch_size=128, dataset="synthetic")
+    assert run_options(changed) == {
+        **run_options(config),
+        **{"seed": 1, "limit": 512, "batch_size": 128, "dataset": "synthetic"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (CIFAR10_URL, CIFAR10_URL),
+        ("https://me:secret@mirror:8080/c.tar.gz", "https://REMOVED@mirror:8080/c.tar.gz"),
+        ("https://me@mirror/c.tar.gz", "https://REMOVED@mirror/c.tar.gz"),
+        ("https://a@b:secret@mirror/c", "https://REMOVED@mirror/c"),
+        ("me:secret@mirror/c", "REMOVED@mirror/c"),
+        ("https://mirror/a@b.tar.gz", "https://mirror/a@b.tar.gz"),
+        ("https://mirror/c?token=secret&x=1", "https://mirror/c?REMOVED"),
+        ("https://mirror/c#secret", "https://mirror/c#REMOVED"),
+        ("https://mirror/c?a=secret\nsecret", "https://mirror/c?REMOVED"),
+        ("", ""),
+    ],
+)
+def test_what_opens_a_door_is_removed(url: str, shown: str) -> None:
+    assert redact_url(url) == shown
+    assert redact_url(shown) == shown

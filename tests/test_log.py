@@ -33,3 +33,27 @@ def test_auto_is_json_where_stdout_is_no_terminal(capsys: pytest.CaptureFixture[
     assert log.is_json()
     log.configure("text")
     assert not log.is_json()
+
+
+def test_an_event_is_a_line_however_long_and_whatever_the_terminals_width(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    log.configure("auto")
+    log.event("epoch", message="epoch 3 of 5 " + "and so on " * 20)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith(" epoch 3 of 5 " + "and so on " * 20)
+
+
+def test_the_events_of_several_workers_tell_them_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in (0, 1):
+        log.configure("json", worker=rank)
+        log.event("retry", count=2)
+        log.configure("text", worker=rank)
+        log.event("retry", count=2)
+    chief, chief_text, other, other_text = capsys.readouterr().out.splitlines()
+    assert list(json.loads(chief)) == ["time", "level", "event", "worker", "count"]
+    assert [json.loads(line)["worker"] for line in (chief, other)] == [0, 1]
+    assert chief_text[len("12:00:00") :] == " retry count=2"  # the chief's lines are the run's
+    assert other_text[len("12:00:00") :] == " worker 1: retry count=2"

@@ -251,14 +251,15 @@ def doctor(log_format: log.LogFormat, output_dir: Path, data_dir: Path, require_
     sys.exit(print_examination(folders, require_gpus, startup_lines))
 
 
-def main(stop: StopRequest) -> NoReturn:
+def main(stop: StopRequest, stderr: TextIO | None = None) -> NoReturn:
     """Run the command line and end the process with one of the job's exit codes.
 
     Args:
         stop: Is asked by signals.
+        stderr: Receives the line that tells of an error; by default what descriptor 2 is now.
     """
     # While TensorFlow is imported, descriptor 2 leads elsewhere.
-    stderr = _duplicate_stderr()
+    stderr = stderr or _duplicate_stderr()
 
     def say_why(exit_code: ExitCode, reason: str) -> None:
         stopped = exit_code == ExitCode.RUN_AGAIN

@@ -110,10 +110,11 @@ def read_run(folder: str) -> Run:
             f"it holds no {RUN}, nor does a folder in it" if there else "there is no such folder"
         )
     record = RunRecord.load(Path(folder), with_predictions=False)
-    manifest, evaluation, problem = record.manifest, record.evaluation, _problem(record)
+    manifest = record.manifest
     if manifest is None:
         raise UserError(f"its {RUN} is gone")
-    finished = evaluation if problem is None else None
+    problem = _problem(record, manifest)
+    finished = record.evaluation if problem is None else None
     return Run(
         folder=folder,
         seed=manifest.config.seed,
@@ -142,13 +143,11 @@ def _settings(manifest: Manifest) -> dict[str, Value]:
     return {name: known[name] for name in SETTINGS}
 
 
-def _problem(record: RunRecord) -> str | None:
-    """Why a run cannot be compared."""
-    if record.manifest is None:
-        return f"it holds no {RUN}"
-    epochs, expected = len(record.epochs), record.manifest.config.epochs
-    if not record.is_done:
-        return f"{record.manifest.outcome} after {epochs} of {expected} epochs"
+def _problem(record: RunRecord, manifest: Manifest) -> str | None:
+    """Why a run cannot be compared; None where it can."""
+    epochs, expected = len(record.epochs), manifest.config.epochs
+    if manifest.outcome != "done":
+        return f"{manifest.outcome} after {epochs} of {expected} epochs"
     if epochs != expected:
         return f"its {METRICS} has {epochs} lines, expected {expected}"
     return None if record.evaluation else f"it holds no {EVALUATION}"

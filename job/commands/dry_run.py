@@ -23,7 +23,7 @@ from job.run.folder import OutputDir, prepare_output_dir
 from job.run.lease import read_holder, refusal
 from job.run.stop import StopRequest
 from job.training.prometheus import require_folder
-from job.training.train import make_plan, previous_of
+from job.training.train import LoadDataset, OpenDevices, make_plan, previous_of
 
 _LABEL_WIDTH = 13
 
@@ -47,7 +47,7 @@ class Preview:
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
-        """Go on after the body's problem, if it has one."""
+        """Collect the body's problem, if it has one, so that the rest is found out too."""
         try:
             yield
         except JobError as error:
@@ -66,8 +66,17 @@ class Preview:
         return "\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in lines)
 
 
-def preview(config: TrainConfig, stop: StopRequest) -> Preview:
-    """Find out what a training with this configuration would do."""
+def preview(
+    config: TrainConfig, stop: StopRequest, open_devices: OpenDevices, load: LoadDataset
+) -> Preview:
+    """Find out what a training with this configuration would do.
+
+    Args:
+        config: Of the training.
+        stop: Is told what the training would advise once it has stopped.
+        open_devices: Sets the devices up, with what the attempt before had resolved "auto" to.
+        load: Loads the data set where nothing has to be downloaded.
+    """
     found = Preview()
     found.add("config", describe_config(config))
     attempt = None
@@ -84,9 +93,9 @@ def preview(config: TrainConfig, stop: StopRequest) -> Preview:
         if config.metrics_textfile:
             require_folder(config.metrics_textfile)
     with found.collecting():
-        devices = _preview_devices(found, config, attempt)
+        devices = _preview_devices(found, config, attempt, open_devices)
     with found.collecting():
-        _preview_data(found, config, devices)
+        _preview_data(found, config, devices, load)
     return found
 
 
@@ -114,7 +123,9 @@ def _preview_output(found: Preview, config: TrainConfig, stop: StopRequest) -> A
     return attempt
 
 
-def _preview_devices(found: Preview, config: TrainConfig, attempt: Attempt | None) -> Devices:
+def _preview_devices(
+    found: Preview, config: TrainConfig, attempt: Attempt | None, open_devices: OpenDevices
+) -> Devices:
     spec = cluster_spec(os.environ)
     if spec.count > 1:
         text = f"{spec.count}, of which this is {spec.name(spec.index)}; the others are not asked"
@@ -142,7 +153,9 @@ def _preview_devices(found: Preview, config: TrainConfig, attempt: Attempt | Non
     return devices
 
 
-def _preview_data(found: Preview, config: TrainConfig, devices: Devices | None) -> None:
+def _preview_data(
+    found: Preview, config: TrainConfig, devices: Devices | None, load: LoadDataset
+) -> None:
     name, location = config.dataset, get_source(config.dataset).find(config)
     if location.download:
         (train, test), shape, classes = location.download, None, None
@@ -151,7 +164,7 @@ def _preview_data(found: Preview, config: TrainConfig, devices: Devices | None) 
             train = config.limit
         text = ", once they are there"
     else:
-        dataset = load_dataset(config)
+        dataset = load(config)
         train, test = len(dataset.train_images), len(dataset.test_images)
         shape, classes = list(dataset.train_images.shape[1:]), list(dataset.class_names)
         text = f"; {'x'.join(map(str, shape))}, {len(classes)} classes"
@@ -211,7 +224,7 @@ def print_dry_run(config: TrainConfig, stop: StopRequest) -> None:
     Raises:
         JobError: The first reason why it would not start, after everything is printed.
     """
-    found = preview(config, stop)
+    found = preview(config, stop, open_devices, load_dataset)
     if log.is_json():
         log.event("dry_run", **found.report, problems=[str(problem) for problem in found.problems])
     else:

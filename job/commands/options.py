@@ -111,12 +111,7 @@ def _kind(annotation: Any, settings: Option) -> dict[str, Any]:
     if kind is bool:
         return {"is_flag": True}
     if kind is int:
-        least, most = settings.minimum, settings.maximum
-        return {
-            "type": click.IntRange(
-                None if least is None else int(least), None if most == math.inf else int(most)
-            )
-        }
+        return {"type": click.IntRange(settings.minimum, settings.maximum)}
     if kind is float:
         return {"type": _PositiveFloatType(settings.minimum, settings.maximum, min_open=True)}
     if kind is Path:

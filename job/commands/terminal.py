@@ -203,7 +203,7 @@ class EpochBar(Observer):
         self._status: Status | None = None
         self._live = Live(
             console=console,
-            get_renderable=lambda: _StatusLines(self._status),
+            get_renderable=lambda: StatusLines(self._status),
             transient=True,
             redirect_stderr=bool(sys.stderr and sys.stderr.isatty()),
         )
@@ -235,7 +235,7 @@ class EpochBar(Observer):
         self._status = status
 
 
-class _StatusLines:
+class StatusLines:
     """A status laid out for the width of the terminal."""
 
     def __init__(self, status: Status | None) -> None:

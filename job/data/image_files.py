@@ -23,6 +23,24 @@ STDIN = "-"
 UNREAD_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
 """Formats whose pixels Pillow cannot read, or only on Windows."""
 
+ImageShape = tuple[int, int, int]
+"""Height, width and channels of a network's images: 1 for grey ones, 3 for RGB."""
+
+BACKGROUND = "white"
+"""What shows through transparent pixels."""
+
+MODES = {1: "L", 3: "RGB"}
+"""Pillow's mode for each number of channels."""
+
+# Formats that an external program draws, or that may have such a one inside.
+_REFUSED_FORMATS = {*UNREAD_FORMATS, "EPS", "IPTC"}
+_POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
+# JPEGs are decoded at an eighth, a quarter or half of their size where that leaves this many times
+# the pixels asked for in each direction: a photograph is decoded three times as fast.
+_DRAFT_FACTOR = 4
+_IMAGES_A_TASK = 25
+_BATCHES_AHEAD = 2
+
 
 @dataclass(frozen=True)
 class ImageFile:
@@ -108,25 +126,6 @@ def _walk(folder: str, suffixes: frozenset[str]) -> Iterator[ImageFile]:
 
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()  # noqa: PTH122 (`Path.suffix` makes a path first)
-
-
-ImageShape = tuple[int, int, int]
-"""Height, width and channels of a network's images: 1 for grey ones, 3 for RGB."""
-
-BACKGROUND = "white"
-"""What shows through transparent pixels."""
-
-MODES = {1: "L", 3: "RGB"}
-"""Pillow's mode for each number of channels."""
-
-# Formats that an external program draws, or that may have such a one inside.
-_REFUSED_FORMATS = {*UNREAD_FORMATS, "EPS", "IPTC"}
-_POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
-# JPEGs are decoded at an eighth, a quarter or half of their size where that leaves this many times
-# the pixels asked for in each direction: a photograph is decoded three times as fast.
-_DRAFT_FACTOR = 4
-_IMAGES_A_TASK = 25
-_BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)

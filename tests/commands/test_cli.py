@@ -1,160 +1,290 @@
+import io
+import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from job import __version__
-from job.commands.cli import cli
+from job.commands.cli import cli, main, train
+from job.config import (
+    DeviceRequest,
+    GpuMissingError,
+    JobError,
+    StoppedError,
+    TrainConfig,
+    UserError,
+    option_name,
+)
+from job.run.stop import StopRequest
 from tests.conftest import REPOSITORY, RunJob
 
+# Each option at another value than its default, as far as there is one.
+OTHERS = TrainConfig(
+    output_dir=Path("elsewhere"),
+    data_dir=Path("images"),
+    dataset="synthetic",
+    cifar10_url="https://mirror/c.tar.gz",
+    seed=7,
+    recipe="classic",
+    epochs=3,
+    batch_size=96,
+    learning_rate=0.5,
+    limit=512,
+    precision="bfloat16",
+    jit="off",
+    deterministic="on",
+    devices=DeviceRequest("cpu:2"),
+    require_gpus=2,
+    join_timeout=30.5,
+    stall_timeout=60.5,
+    checkpoint_every=0.5,
+    stop_after=1.5,
+    fresh=True,
+    run_id="mine",
+    tensorboard=True,
+    metrics_textfile=Path("job.prom"),
+)
+FIELDS = [field.name for field in fields(TrainConfig)]
+TEXTS = {name: str(getattr(OTHERS, name)) for name in FIELDS}
 
-@pytest.fixture
-def runner() -> CliRunner:
-    return CliRunner()
+
+def values_of(config: TrainConfig) -> list[tuple[str, type, Any]]:
+    values = [(name, getattr(config, name)) for name in FIELDS]
+    return [(name, type(value), value) for name, value in values]
 
 
-def test_help_lists_the_commands_and_exit_codes(runner: CliRunner) -> None:
-    result = runner.invoke(cli, ["--help"])
-    assert result.exit_code == 0
-    commands = ("train", "evaluate", "report", "predict", "compare", "doctor")
-    for text in (*commands, "3 a GPU is missing"):
-        assert text in result.output
+def parse(*arguments: str) -> TrainConfig:
+    params = train.make_context("train", [*arguments]).params
+    return TrainConfig(**{name: params[name] for name in FIELDS})
 
 
-def test_version(runner: CliRunner) -> None:
+def test_every_field_of_the_configuration_is_an_option_of_train_with_its_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in FIELDS:
+        monkeypatch.delenv(f"JOB_{name.upper()}", raising=False)
+    assert values_of(parse()) == values_of(TrainConfig())
+    # A new option needs another value above; there is one recipe alone.
+    assert [one for one in values_of(OTHERS) if one in values_of(TrainConfig())] == [
+        ("recipe", str, "classic")
+    ]
+    arguments = []
+    for name, kind, _ in values_of(OTHERS):
+        arguments += [option_name(name)] if kind is bool else [option_name(name), TEXTS[name]]
+    assert values_of(parse(*arguments)) == values_of(OTHERS)
+    for name, text in TEXTS.items():
+        monkeypatch.setenv(f"JOB_{name.upper()}", text)
+    assert values_of(parse()) == values_of(OTHERS)
+
+
+def test_help_tells_commands_exit_codes_variables_and_ranges() -> None:
+    runner = CliRunner()
+    text = runner.invoke(cli, ["--help"]).output
+    for word in (*cli.commands, "3 a GPU is missing"):
+        assert word in text
+    text = " ".join(runner.invoke(cli, ["train", "--help"]).output.split())
+    for name in FIELDS:
+        assert f" {option_name(name)} " in text
+        assert f"JOB_{name.upper()}" in text
+    assert "x>0]" in text
+    assert "inf" not in text
     assert __version__ in runner.invoke(cli, ["--version"]).output
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        "output-dir",
-        "data-dir",
-        "dataset",
-        "recipe",
-        "epochs",
-        "batch-size",
-        "learning-rate",
-        "seed",
-        "limit",
-        "precision",
-        "jit",
-        "devices",
-        "require-gpus",
-        "deterministic",
-        "checkpoint-every",
-        "stop-after",
-        "fresh",
-        "tensorboard",
-        "metrics-textfile",
-        "dry-run",
-        "stall-timeout",
-        "run-id",
-        "expect-mount",
-        "log-format",
-    ],
-)
-def test_train_takes_every_option_from_its_environment_variable_too(
-    runner: CliRunner, option: str
-) -> None:
-    output = runner.invoke(cli, ["train", "--help"]).output
-    assert f"--{option} " in output
-    assert f"JOB_{option.replace('-', '_').upper()}" in output
+def test_help_and_completion_import_nothing_that_takes_its_time() -> None:
+    script = """if True:
+        import json, sys
+        from click.shell_completion import ShellComplete
+        from job.commands.cli import cli
+
+        for command in ([], *([name] for name in cli.commands)):
+            cli.main([*command, "--help"], standalone_mode=False)
+        complete = ShellComplete(cli, {}, "cifar10-job", "_COMPLETE").get_completions
+        given = json.loads(sys.argv[1])
+        print(json.dumps([[item.value for item in complete(*words)] for words in given]))
+        print(json.dumps(sorted(name for name in sys.modules if "." not in name)))
+    """
+    given = [[[], ""], [["train"], "--prec"], [["train", "--precision"], ""]]
+    given.append([["train", "--dataset"], "syn"])
+    command = [sys.executable, "-c", script, json.dumps(given)]
+    result = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    completed, modules = map(json.loads, result.stdout.splitlines()[-2:])
+    assert {*completed[0]} == {*cli.commands} >= {"train", "evaluate", "doctor"}
+    assert completed[1:] == [["--precision"], ["auto", "float32", "bfloat16"], ["synthetic"]]
+    assert not {"tensorflow", "keras", "numpy", "matplotlib", "PIL"} & {*modules}
 
 
-@pytest.mark.parametrize("command", ["train", "predict", "compare"])
-def test_help_does_not_import_tensorflow(command: str) -> None:
-    script = (
-        "import sys\nfrom job.cli import cli\n"
-        f"try: cli(['{command}', '--help'])\n"
-        "except SystemExit: pass\n"
-        "assert not {'tensorflow', 'keras', 'numpy', 'matplotlib', 'PIL'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True, capture_output=True)
+RunMain = Callable[..., tuple[object, list[str]]]
+
+
+@pytest.fixture
+def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunMain:
+    """Run the program in this process; gives its exit code and the lines about its end."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[object, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["job", *arguments])
+        stderr = io.StringIO()
+        with pytest.raises(SystemExit) as ending:
+            main(StopRequest(), stderr)
+        return ending.value.code, stderr.getvalue().splitlines()
+
+    return run
 
 
 BAD_OPTIONS = [
-    (["--epochs", "0"], "'--epochs'"),
-    (["--epochs", "-3"], "'--epochs'"),
-    (["--epochs", "many"], "'many' is not a valid integer"),
-    (["--batch-size", "-256"], "'--batch-size'"),
-    (["--learning-rate", "-0.1"], "'--learning-rate'"),
-    (["--learning-rate", "nan"], "'--learning-rate'"),
-    (["--learning-rate", "inf"], "'--learning-rate'"),
-    (["--learning-rate", "fast"], "'fast' is not a valid float"),
-    (["--seed", "-1"], "'--seed'"),
-    (["--limit", "0"], "'--limit'"),
-    (["--stall-timeout", "0"], "'--stall-timeout'"),
-    (["--checkpoint-every", "0"], "'--checkpoint-every'"),
-    (["--stop-after", "soon"], "'soon' is not a valid float"),
-    (["--deterministic", "yes"], "'yes' is not one of 'auto', 'on', 'off'"),
-    (["--recipe", "modern"], "'modern' is not 'classic'"),
-    (["--dataset", "mnist"], "'mnist' is not one of 'cifar10', 'synthetic'"),
-    (["--precision", "float16"], "'float16' is not one of"),
-    (["--devices", "tpu:1"], "expected auto, cpu:N or gpu:N"),
-    (["--require-gpus", "-1"], "'--require-gpus'"),
-    (["--metrics-textfile", "job.txt"], "received 'job.txt', expected a name that ends in .prom"),
-    (["--metrics-textfile", "/"], "'--metrics-textfile'"),
-    (["--epoch", "3"], "No such option"),
+    ("--epochs 0", "'--epochs'"),
+    ("--epochs -3", "'--epochs'"),
+    ("--epochs many", "'many' is not a valid integer"),
+    ("--batch-size -256", "'--batch-size'"),
+    ("--learning-rate -0.1", "'--learning-rate'"),
+    ("--learning-rate nan", "'--learning-rate'"),
+    ("--learning-rate inf", "'--learning-rate'"),
+    ("--learning-rate fast", "'fast' is not a valid float"),
+    ("--seed -1", "'--seed'"),
+    ("--limit 0", "'--limit'"),
+    ("--stall-timeout 0", "'--stall-timeout'"),
+    ("--join-timeout 604801", "'--join-timeout'"),
+    ("--checkpoint-every 0", "'--checkpoint-every'"),
+    ("--stop-after soon", "'soon' is not a valid float"),
+    ("--deterministic yes", "'yes' is not one of 'auto', 'on', 'off'"),
+    ("--recipe modern", "'modern' is not 'classic'"),
+    ("--dataset mnist", "'mnist' is not one of 'cifar10', 'synthetic'"),
+    ("--precision float16", "'float16' is not one of"),
+    ("--devices tpu:1", "expected auto, cpu:N or gpu:N"),
+    ("--require-gpus -1", "'--require-gpus'"),
+    ("--metrics-textfile job.txt", "received 'job.txt', expected a name that ends in .prom"),
+    ("--metrics-textfile /", "'--metrics-textfile'"),
+    ("--output-dir caf\udce9", r"received caf\xe9, expected a name in UTF-8"),
+    ("--epoch 3", "No such option"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD_OPTIONS)
-def test_a_bad_option_is_one_line_and_exit_code_2(
-    run_job: RunJob, tmp_path: Path, arguments: list[str], message: str
-) -> None:
-    result = run_job("train", *arguments)
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith("cifar10-job: error: ")
-    assert message in result.stderr
+def test_a_bad_option_is_one_line_and_exit_code_2(run_main: RunMain, tmp_path: Path) -> None:
+    for arguments, message in BAD_OPTIONS:
+        exit_code, lines = run_main("train", *arguments.split())
+        assert (exit_code, len(lines)) == (2, 1), arguments
+        assert lines[0].startswith("cifar10-job: error: ")
+        assert message in lines[0]
+        assert "after a command" not in lines[0]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bad_environment_variable_is_named(run_job: RunJob) -> None:
-    result = run_job("train", env={"JOB_EPOCHS": "ten"})
+def test_a_mistyped_command_is_one_line_and_one_event(run_job: RunJob) -> None:
+    result = run_job("--epochs", "3")
     assert result.returncode == 2
-    assert "JOB_EPOCHS" in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert "No such option '--epochs'. Options come after a command: train --epochs 3." in line
+    (event,) = result.stdout.splitlines()
+    assert json.loads(event)["exit_code"] == 2
+
+
+def test_no_command_at_all_is_answered_with_the_help(
+    run_main: RunMain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main() == (2, [])
+    output, errors = capsys.readouterr()
+    assert (output, errors.splitlines()[0]) == (
+        "",
+        "Usage: cifar10-job [OPTIONS] COMMAND [ARGS]...",
+    )
+
+
+def test_a_bad_environment_variable_is_named(
+    run_main: RunMain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOB_EPOCHS", "ten")
+    exit_code, (line,) = run_main("train")
+    assert exit_code == 2
+    assert "JOB_EPOCHS" in line
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_a_misspelt_environment_variable_is_warned_of(run_job: RunJob, command: str) -> None:
+def test_a_misspelt_environment_variable_is_warned_of(
+    run_main: RunMain,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
     misspelt = {"JOB_DATA": "JOB_DATA_DIR", "JOB_SEEDS": "JOB_SEED"}
     # Kubernetes', Jenkins', or of another program.
     others = "COMPLETION_INDEX SERVICE_HOST NAME URL STATE TMP_DIR INPUT_DIR TIME_LIMIT TIMEOUT"
-    names = ("JOB_DATA_DIR", *misspelt, *(f"JOB_{name}" for name in others.split()))
+    for name in ("JOB_DATA_DIR", *misspelt, *(f"JOB_{name}" for name in others.split())):
+        monkeypatch.setenv(name, "3")
     # Where neither finds anything to do.
-    no_folder = ("--output-dir", "/dev/null/a", "--log-format", "text")
-    result = run_job(command, *no_folder, env=dict.fromkeys(names, "3"))
-    assert [line.partition("warning: ")[2] for line in result.stdout.splitlines()] == [
+    run_main(command, "--output-dir", "/dev/null/a", "--log-format", "text")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("warning: ")[2] for line in lines] == [
         f"the environment variable {name} is no option and is ignored; did you mean {option}?"
         for name, option in misspelt.items()
     ]
 
 
-def completions(*words: str) -> list[str]:
-    script = (
-        "import sys\nfrom job.cli import cli\n"
-        "try: cli(prog_name='cifar10-job')\n"
-        "except SystemExit: pass\n"
-        "assert not {'tensorflow', 'keras', 'numpy', 'matplotlib'} & set(sys.modules)"
-    )
-    environ = {
-        "COMP_WORDS": " ".join(("cifar10-job", *words)),
-        "COMP_CWORD": str(len(words)),
-        "_CIFAR10_JOB_COMPLETE": "bash_complete",
-    }
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(
-        command, cwd=REPOSITORY, env=environ, check=True, capture_output=True, text=True
-    )
-    return [line.partition(",")[2] for line in result.stdout.splitlines()]
+@pytest.mark.parametrize(("log_format", "lines"), [("text", 0), ("json", 1), ("nonsense", 1)])
+def test_a_usage_error_keeps_to_the_variable_of_the_log_format(
+    run_main: RunMain,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    log_format: str,
+    lines: int,
+) -> None:
+    monkeypatch.setenv("JOB_LOG_FORMAT", log_format)
+    exit_code, errors = run_main("train", "--epoch", "3")
+    assert (exit_code, len(errors)) == (2, 1)
+    assert len(capsys.readouterr().out.splitlines()) == lines
 
 
-def test_commands_options_and_choices_are_completed_without_tensorflow() -> None:
-    assert {"train", "evaluate", "doctor"} <= set(completions(""))
-    assert completions("train", "--prec") == ["--precision"]
-    assert completions("train", "--precision", "") == ["auto", "float32", "bfloat16"]
-    assert completions("train", "--dataset", "syn") == ["synthetic"]
+@pytest.fixture
+def end(monkeypatch: pytest.MonkeyPatch, run_main: RunMain) -> RunMain:
+    """Run a command that ends with an error, or without one."""
+    monkeypatch.setenv("JOB_LOG_FORMAT", "json")
+
+    def end(error: BaseException | None) -> tuple[object, list[str]]:
+        def callback() -> None:
+            if error:
+                raise error
+
+        monkeypatch.setitem(cli.commands, "end", click.Command("end", callback=callback))
+        return run_main("end")
+
+    return end
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "line"),
+    [
+        (JobError("a loss\nthat is no number"), 1, "error: a loss that is no number"),
+        (UserError("name another"), 2, "error: name another"),
+        (GpuMissingError("no GPU"), 3, "error: no GPU"),
+        (StoppedError("SIGTERM"), 75, "stopped: SIGTERM"),
+    ],
+)
+def test_an_explained_end_is_one_line_one_event_and_its_exit_code(
+    end: RunMain, capsys: pytest.CaptureFixture[str], error: JobError, exit_code: int, line: str
+) -> None:
+    assert end(error) == (exit_code, [f"cifar10-job: {line}"])
+    event = json.loads(capsys.readouterr().out)
+    assert (event["exit_code"], event["event"]) == (exit_code, line.partition(":")[0])
+    assert event["level"] == ("warning" if exit_code == 75 else "error")
+
+
+def test_a_defect_leaves_its_trace_above_the_line(end: RunMain) -> None:
+    exit_code, (*trace, line) = end(ZeroDivisionError("broken"))
+    assert exit_code == 1
+    assert trace[0] == "Traceback (most recent call last):"
+    assert trace[-1] == "ZeroDivisionError: broken"
+    assert line.endswith("this is a defect of the job: please report the trace above")
+
+
+def test_a_command_that_returns_is_done_without_a_word(
+    end: RunMain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert end(None) == (0, [])
+    assert capsys.readouterr() == ("", "")

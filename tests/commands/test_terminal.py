@@ -1,14 +1,39 @@
 import io
 import os
 import sys
+from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
-from job.commands.terminal import padded, printable, write_lines, write_table
-from job.config import UserError
+from job import log
+from job.commands.terminal import (
+    DownloadBar,
+    EpochBar,
+    StatusLines,
+    padded,
+    printable,
+    write_lines,
+    write_table,
+)
+from job.config import ExitCode, UserError
+from job.run.checkpoint import History
+from job.training.observer import Start, Status
 
 COLUMNS = ("run", "learning rate", "model")
 ROWS = [("output/[a] sweep/seed-42", "0.001", "66.73%"), ("output/seed-7", "0.0003", "6.82%")]
+STATUS = Status(
+    phase="training",
+    epoch=12,
+    epochs=50,
+    steps=120,
+    steps_per_epoch=195,
+    loss=1.23456,
+    accuracy=0.5534,
+    steps_per_second=23.44,
+    images_per_second=6000.6,
+    seconds_left=3723.4,
+)
 
 
 class Terminal(io.TextIOWrapper):
@@ -119,3 +144,142 @@ def test_no_cell_can_command_a_terminal(monkeypatch: pytest.MonkeyPatch, columns
     assert not {"\x1b", "\x9b", "\r"} & set(text)
     for cell in (r"a\x1b[2J\nb", r"\x9b2J", r"\r"):
         assert cell in text
+
+
+def rendered(status: Status, width: int, **settings: bool) -> list[str]:
+    file = io.StringIO()
+    console = Console(file=file, width=width, force_terminal=True, **settings)  # type: ignore[arg-type]
+    console.print(StatusLines(status), end="")
+    return file.getvalue().splitlines()
+
+
+def plain(status: Status, width: int) -> list[str]:
+    file = io.StringIO()
+    Console(file=file, width=width, color_system=None).print(StatusLines(status), end="")
+    return file.getvalue().splitlines()
+
+
+def test_a_wide_terminal_has_everything_in_one_line() -> None:
+    (line,) = plain(STATUS, 120)
+    assert line.startswith("epoch 12/50 ━━━━")
+    assert line.endswith(
+        " 120/195  loss 1.2346  acc 55.3%  23.4 steps/s  6,001 img/s  1:02:03 left"
+    )
+
+
+def test_a_narrow_terminal_has_everything_in_two_lines() -> None:
+    first, second = plain(STATUS, 60)
+    assert first.startswith("epoch 12/50 ━━━━")
+    assert first.endswith(" 120/195  1:02:03 left")
+    assert second == "loss 1.2346  acc 55.3%  23.4 steps/s  6,001 img/s"
+
+
+@pytest.mark.parametrize("phase", ["compiling", "training", "validating"])
+def test_no_line_is_as_wide_as_the_terminal(phase: str) -> None:
+    large = replace(STATUS, epoch=10_000, epochs=10_000, steps=99_999, steps_per_epoch=100_000)
+    for status in (STATUS, large):
+        for width in range(12, 200):
+            lines = plain(replace(status, phase=phase), width)  # type: ignore[arg-type]
+            assert 1 <= len(lines) <= 2
+            # A terminal shows ^C behind the last line.
+            assert max(map(len, lines)) <= width - 2, lines
+            assert lines[0].startswith("epoch 1"[: width - 2])
+
+
+def test_what_is_not_known_yet_is_not_shown() -> None:
+    start = Status("compiling", 1, 50, 0, 195, seconds_left_is_least=True)
+    (line,) = plain(start, 60)
+    assert line.endswith(" 0/195  compiling")
+    first = replace(STATUS, epoch=1, steps_per_second=None, seconds_left=None)
+    (line,) = plain(first, 120)
+    assert line.endswith(" 120/195  loss 1.2346  acc 55.3%")
+
+
+def test_a_time_left_without_validations_is_a_least_one() -> None:
+    (line,) = plain(replace(STATUS, seconds_left=59.6, seconds_left_is_least=True), 120)
+    assert line.endswith("  >1:00 left")
+
+
+def test_a_validation_has_no_pace() -> None:
+    (line,) = plain(replace(STATUS, phase="validating", steps=195), 120)
+    assert line.endswith(" 195/195  validating  loss 1.2346  acc 55.3%  1:02:03 left")
+
+
+def test_colours_are_left_out_where_they_are_not_wanted() -> None:
+    assert "\x1b[" in rendered(STATUS, 60)[0]
+    assert all("\x1b[" not in line for line in rendered(STATUS, 60, no_color=True))
+
+
+START = Start("float32", "1 x a processor", 195, History())
+
+
+@pytest.mark.parametrize(
+    ("on_terminal", "variables", "is_drawn"),
+    [
+        (True, {"TERM": "xterm"}, True),
+        (True, {"TERM": "dumb"}, False),
+        (False, {"TERM": "xterm"}, False),
+        (False, {"TERM": "xterm", "FORCE_COLOR": "1"}, False),
+    ],
+)
+def test_bars_are_drawn_on_terminals_that_can(
+    monkeypatch: pytest.MonkeyPatch, on_terminal: bool, variables: dict[str, str], is_drawn: bool
+) -> None:
+    stdout = open_terminal(monkeypatch, 80, **variables)
+    monkeypatch.setattr(stdout, "isatty", lambda: on_terminal)
+    with EpochBar(enabled=True) as bar:
+        bar.begin(START)
+        bar.show(STATUS)
+    with DownloadBar(enabled=True) as download:
+        download.total = 10
+        download.update(5)
+    written = stdout.text()
+    assert ("epoch 12/50" in written) == ("download" in written) == is_drawn
+    if is_drawn:
+        assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")
+    else:
+        assert written == ""
+
+
+def test_bars_that_are_not_wanted_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = open_terminal(monkeypatch, 80)
+    with EpochBar(enabled=False) as bar, DownloadBar(enabled=False) as download:
+        bar.begin(START)
+        bar.show(STATUS)
+        download.update(5)
+        download.close()
+    assert stdout.text() == ""
+
+
+def test_a_bar_is_erased_once_and_from_any_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = open_terminal(monkeypatch, 80)
+    with EpochBar(enabled=True) as bar:
+        bar.begin(START)
+        bar.show(STATUS)
+        bar.erase(ExitCode.RUN_AGAIN, "SIGINT")
+        written = stdout.text()
+        assert written.endswith("\x1b[2K")
+        assert "\x1b[?25h" in written
+        assert sys.stdout is stdout
+    assert stdout.text() == written
+
+
+def test_events_go_above_the_bar_which_leaves_the_screen_for_the_evaluation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stdout = open_terminal(monkeypatch, 60)
+    log.configure("text")
+    message = "epoch 3 of 5 " + "and so on " * 8
+    with EpochBar(enabled=True) as bar:
+        bar.begin(START)
+        bar.show(STATUS)
+        log.event("epoch", message=message)
+        bar.evaluate()
+        written = stdout.text()
+        log.event("evaluation", message="accuracy 66.7%")
+    above, _, bar_lines = written.partition("epoch 12/50 ")
+    assert message in "".join(above.splitlines())
+    assert max(map(len, above.removeprefix("\x1b[?25l").splitlines())) <= 60
+    assert "\n" in bar_lines
+    assert stdout.text().removeprefix(written).endswith(" accuracy 66.7%\n")
+    assert "\x1b" not in stdout.text().removeprefix(written)

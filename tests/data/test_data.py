@@ -1,0 +1,78 @@
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from job.config import TrainConfig, UserError
+from job.data import Dataset, Location, ProgressBar, Source, get_source, load_dataset
+
+
+def test_limit_keeps_the_first_training_images_and_every_test_image(small_dataset: Dataset) -> None:
+    limited = small_dataset.limited_to(100)
+    np.testing.assert_array_equal(limited.train_images, small_dataset.train_images[:100])
+    np.testing.assert_array_equal(limited.train_labels, small_dataset.train_labels[:100])
+    assert len(limited.test_images) == len(small_dataset.test_images)
+
+
+def test_limit_above_the_data_is_refused(small_dataset: Dataset) -> None:
+    with pytest.raises(UserError, match="--limit received 513, expected at most the 512"):
+        small_dataset.limited_to(513)
+
+
+def test_fingerprint_changes_with_any_byte_or_label(small_dataset: Dataset) -> None:
+    images, labels = small_dataset.train_images.copy(), small_dataset.test_labels.copy()
+    images[3, 2, 1, 0] ^= 1
+    labels[5] = (labels[5] + 1) % 10
+    prints = {
+        small_dataset.fingerprint,
+        replace(small_dataset, train_images=images).fingerprint,
+        replace(small_dataset, test_labels=labels).fingerprint,
+        small_dataset.limited_to(511).fingerprint,
+    }
+    assert len(prints) == 4
+    assert replace(small_dataset).fingerprint == small_dataset.fingerprint
+
+
+@pytest.fixture
+def downloads(small_dataset: Dataset) -> Iterator[list[ProgressBar | None]]:
+    """The bars of the downloads of a data set of our own, which has to be downloaded once."""
+    bars: list[ProgressBar | None] = []
+
+    def find(config: TrainConfig) -> Location:
+        return Location("here") if bars else Location("not here", download=(512, 300))
+
+    module = ModuleType("job.data.mine")
+    module.__dict__["SOURCE"] = Source(
+        lambda config: small_dataset, find, lambda config, bar: bars.append(bar)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
+        yield bars
+
+
+def test_a_data_set_is_downloaded_if_it_is_not_there_and_limited(
+    downloads: list[ProgressBar | None], small_dataset: Dataset
+) -> None:
+    class Bar:
+        total = 0
+
+        def update(self, amount: int) -> None: ...
+        def reset(self) -> None: ...
+        def close(self) -> None: ...
+
+    bar = Bar()
+    config = TrainConfig(dataset="mine", limit=100)
+    assert len(load_dataset(config, bar).train_images) == 100
+    assert load_dataset(replace(config, limit=None)) is small_dataset
+    assert downloads == [bar]
+
+
+def test_a_data_set_without_a_search_of_its_own_is_described_by_its_module() -> None:
+    source = Source(get_source("synthetic").load)
+    config = TrainConfig(dataset="synthetic", data_dir=Path("nowhere"))
+    assert source.find(config) == Location("read by job/data/synthetic.py")
+    assert get_source("synthetic").find(config) == Location("drawn from seed 42")
