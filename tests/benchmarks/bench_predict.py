@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from job import log
-from job.config import DataConfig, TrainConfig
+from job.config import TrainConfig
 from job.data import load_dataset
 
 SIDES = ("evaluation", "prediction")
@@ -41,7 +41,7 @@ def main(
     if side and folder:
         click.echo(json.dumps(_measure(data_dir, folder, side)))
         return
-    images = load_dataset(DataConfig(data_dir=data_dir)).test_images
+    images = load_dataset(TrainConfig(data_dir=data_dir)).test_images
     results: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory() as pngs:
         _write_pngs(Path(pngs), images)
@@ -74,14 +74,14 @@ def _measure(data_dir: Path, folder: str, side: str) -> dict[str, float]:
     from job.commands.cli import load_tensorflow
 
     load_tensorflow()
-    from job.cluster.devices import open_promised_devices
+    from job.cluster.devices import open_visible_devices
     from job.commands.predict import Classifier, Predictor, json_line, predict_batches
     from job.data.image_files import find_images
     from job.recipes import classic
     from job.training.evaluate import ROWS_PER_REPLICA, Evaluator
 
-    dataset = load_dataset(DataConfig(data_dir=data_dir))
-    devices = open_promised_devices(TrainConfig())
+    dataset = load_dataset(TrainConfig(data_dir=data_dir))
+    devices = open_visible_devices(TrainConfig())
     with devices.strategy.scope():
         model = classic.build_model(42, len(dataset.class_names))
     evaluate = Evaluator(model, classic.RECIPE, devices, dataset.test_images, dataset.test_labels)

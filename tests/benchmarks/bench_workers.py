@@ -69,6 +69,7 @@ def _measure(data_dir: Path, workers: int, replicas: int) -> tuple[float, float]
             workers,
             *("train", *OPTIONS.split(), "--devices", f"cpu:{replicas}"),
             *("--data-dir", data_dir.absolute(), "--log-format", "json"),
+            module="tests.integration.cpu_replicas",
         ).start()
         try:
             lines: list[dict[str, Any]] = []

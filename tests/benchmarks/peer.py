@@ -1,7 +1,7 @@
 """What the programs that train the recipe `classic` in other frameworks share.
 
 NumPy and the standard library only: a peer runs where TensorFlow is not installed. The numbers are
-those of `job/classic.py` and of Keras's defaults, restated because that module imports TensorFlow.
+those of `job/recipes/classic.py` and of Keras's defaults, restated because it imports TensorFlow.
 """
 
 import argparse

@@ -110,7 +110,7 @@ def batch_norm(x: jax.Array, layer: Tree, moving: Tree, training: bool) -> tuple
 def forward(
     parameters: Tree, statistics: Tree, x: jax.Array, dropout_key: jax.Array | None
 ) -> tuple[jax.Array, Tree]:
-    """The network of `job/classic.py`, in the dtype of its input.
+    """The network of `job/recipes/classic.py`, in the dtype of its input.
 
     Args:
         parameters: By layer.

@@ -25,7 +25,7 @@ COMPILE_MODES = {
 
 
 class Network(nn.Module):  # type: ignore[misc]
-    """The network of `job/classic.py`: from images [batch, 32, 32, 3] to logits [batch, 10]."""
+    """Network of `job/recipes/classic.py`: from images [batch, 32, 32, 3] to logits [batch, 10]."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -113,13 +113,13 @@ def count_correct(model: Network, images: torch.Tensor, labels: torch.Tensor) ->
 
 
 class Trainer:
-    """The training loop: an epoch is so many spans, a span so many steps.
+    """The training loop: an epoch is so many executions of so many steps.
 
     Args:
         data: The training images go to the device.
         device: Where to train.
         dtype: What to compute in; parameters and statistics are float32.
-        span_steps: Steps of a span.
+        steps_per_execution: Steps of an execution.
         compiled: Compiles a function.
     """
 
@@ -128,7 +128,7 @@ class Trainer:
         data: peer.Cifar10,
         device: torch.device,
         dtype: torch.dtype,
-        span_steps: int,
+        steps_per_execution: int,
         compiled: Callable[[Any], Any],
     ) -> None:
         self.model = Network(dtype).to(device, memory_format=torch.channels_last)
@@ -150,10 +150,10 @@ class Trainer:
         self._loss, self._count_correct = compiled(loss_of), compiled(count_correct)
 
         # A CUDA graph reads and writes the same memory each time.
-        self._span_steps = span_steps
+        self._steps_per_execution = steps_per_execution
         self._steps = data.steps_per_epoch
-        self._rows = torch.zeros(span_steps * BATCH_SIZE, dtype=torch.int64, device=device)
-        self._transforms = torch.zeros(span_steps * BATCH_SIZE, 6, device=device)
+        self._rows = torch.zeros(steps_per_execution * BATCH_SIZE, dtype=torch.int64, device=device)
+        self._transforms = torch.zeros(steps_per_execution * BATCH_SIZE, 6, device=device)
         self._loss_sum = torch.zeros((), device=device)
         self._stream = torch.cuda.Stream() if on_gpu else None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -164,13 +164,13 @@ class Trainer:
         del epoch
         self.model.train()
         self._loss_sum.zero_()
-        size = self._span_steps * BATCH_SIZE
+        size = self._steps_per_execution * BATCH_SIZE
         order = torch.randperm(len(self._labels), device=self._device)[: self._steps * BATCH_SIZE]
         transforms = self._draw(len(order), self._device)
         for rows, maps in zip(order.split(size), transforms.split(size), strict=True):
             self._rows.copy_(rows)
             self._transforms.copy_(maps)
-            self._run_span()
+            self._execute()
         self._synchronize()
         return float(self._loss_sum) / self._steps
 
@@ -182,27 +182,27 @@ class Trainer:
         self._synchronize()
         return int(correct) / len(self._test_labels)
 
-    def _run_span(self) -> None:
-        """Train a span: the first as it is, which compiles, the later ones by their graph."""
+    def _execute(self) -> None:
+        """Train an execution: the first as it is, which compiles, the later ones by their graph."""
         if self._stream is None:
-            self._train_span()
+            self._train_steps()
         elif not self._warm:
             # On the stream of the capture, as PyTorch asks of what comes before one.
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                self._train_span()
+                self._train_steps()
             torch.cuda.current_stream().wait_stream(self._stream)
             self._warm = True
         else:
             if self._graph is None:
                 self._optimizer.zero_grad(set_to_none=True)
                 self._graph = torch.cuda.CUDAGraph()
-                # Records the span without running it.
+                # Records the steps without running it.
                 with torch.cuda.graph(self._graph, stream=self._stream):
-                    self._train_span()
+                    self._train_steps()
             self._graph.replay()
 
-    def _train_span(self) -> None:
+    def _train_steps(self) -> None:
         # One kernel makes the images of all steps.
         images = self._augment(self._pixels, self._rows, self._transforms, self._dtype)
         labels = self._labels[self._rows].split(BATCH_SIZE)

@@ -15,6 +15,8 @@ from PIL import Image, ImageDraw
 
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 PAGE = (REPOSITORY / "docs" / "make-it-yours.md").read_text()
 
 
@@ -23,9 +25,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the program with the page's two files, and pictures of leaves."""
     folder = tmp_path_factory.mktemp("copy")
     shutil.copytree(REPOSITORY / "job", folder / "job")
-    names = re.findall(r"Save it as `(job/\w+\.py)`", PAGE)
+    names = re.findall(r"Save it as `(job/\w+/\w+\.py)`", PAGE)
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert names == ["job/leaves.py", "job/leafnet.py"]
+    assert names == ["job/data/leaves.py", "job/recipes/leafnet.py"]
     for name, code in zip(names, blocks, strict=True):
         (folder / name).write_text(code)
     rng = np.random.default_rng(0)
@@ -140,12 +142,14 @@ def test_a_network_for_other_images_is_refused_before_training(copy: Path) -> No
 
 
 def test_every_file_named_is_in_the_repository_or_made_by_the_page(copy: Path) -> None:
-    for name in re.findall(r"`(job/\w+\.py)`", PAGE):
+    named = set(re.findall(r"`(job/[^`]+)`", PAGE))
+    assert len(named) == 8
+    for name in named:
         assert (copy / name).exists(), name
 
 
 def test_the_pages_code_is_formatted_and_clean(copy: Path) -> None:
-    files = [str(copy / "job" / name) for name in ("leaves.py", "leafnet.py")]
+    files = [str(copy / "job" / name) for name in ("data/leaves.py", "recipes/leafnet.py")]
     for check in (["format", "--check"], ["check"]):
         command = [sys.executable, "-m", "ruff", *check, "--config", "pyproject.toml", *files]
         result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)

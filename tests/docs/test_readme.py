@@ -10,18 +10,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import click
-import numpy as np
+import pytest
 
-from job.cluster.scheduler import RunIdentity
-from job.commands.cli import cli
-from job.config import ExitCode, TrainConfig
-from job.run.folder import OutputDir
-from job.run.manifest import RunManifest
+from job.commands.cli import cli, train
+from job.config import CIFAR10_URL, ExitCode, TrainConfig, option_name
 from job.run.predictions import Predictions
-from job.training.evaluate import Evaluation
 from job.training.prometheus import GAUGES
 from tests.conftest import REPOSITORY
-from tests.test_train import METRICS_KEYS
+from tests.run_folders import add_evaluation, make_run
 
 README = (REPOSITORY / "README.md").read_text()
 
@@ -35,15 +31,51 @@ def first_column(text: str) -> list[str]:
     return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
 
 
-def test_every_option_is_documented_with_its_variable() -> None:
-    rows = re.findall(r"^\| `--([a-z0-9-]+)` \| `(JOB_[A-Z0-9_]+)` \|", README, re.MULTILINE)
-    options = {
-        option.opts[0].removeprefix("--"): option.envvar
+# What the table says where the default is no text or number.
+NO_VALUE = {"all", "never", "none", "the scheduler's job", "that of `--output-dir`"}
+
+
+def documented_default(option: click.Option) -> set[str]:
+    """The texts by which a default may be documented."""
+    default = option.to_info_dict()["default"]
+    if default is None:
+        return NO_VALUE
+    if default is False:
+        return {"off"}
+    if default == CIFAR10_URL:
+        return {"the official address"}
+    return {f"{default:g}"} if isinstance(default, int | float) else {f"`{default}`"}
+
+
+def test_every_option_is_documented_with_its_variable_and_default() -> None:
+    rows = re.findall(
+        r"^\| `(--[a-z0-9-]+)` \| `(JOB_[A-Z0-9_]+)` \| (.*?) \|", README, re.MULTILINE
+    )
+    documented = {name: (variable, default) for name, variable, default in rows}
+    assert len(documented) == len(rows)
+    options = [
+        option
         for command in cli.commands.values()
         for option in command.params
-        if isinstance(option, click.Option) and isinstance(option.envvar, str)
-    }
-    assert dict(rows) == options
+        if isinstance(option, click.Option) and option.envvar
+    ]
+    assert documented.keys() == {option.opts[0] for option in options}
+    for option in options:
+        variable, default = documented[option.opts[0]]
+        assert option.envvar == variable
+        assert default in documented_default(option), option.opts
+
+
+def test_the_table_of_train_has_the_fields_of_its_configuration() -> None:
+    (table,) = (
+        block for block in section("## Commands").split("\n\n") if block.startswith("| option")
+    )
+    named = set(first_column(table))
+    configured = {option_name(field.name) for field in fields(TrainConfig)}
+    # How it is said and looked at is no part of what a run is asked to do.
+    assert named - configured == {"--expect-mount", "--log-format", "--dry-run"}
+    assert configured <= named
+    assert named == {parameter.opts[0] for parameter in train.params}
 
 
 def test_every_metric_is_documented() -> None:
@@ -88,14 +120,14 @@ def test_every_command_is_documented() -> None:
 
 
 def test_artifact_tables_name_what_the_program_writes(tmp_path: Path) -> None:
-    assert first_column(section("### `metrics.jsonl`")) == METRICS_KEYS
-    evaluation = Evaluation(0.0, np.eye(2, dtype=np.int64)).document(("a", "b"))
-    keys = [*evaluation, "model", "model_sha256"]
-    assert first_column(section("### `evaluation.json`")) == keys
-    manifest = RunManifest(OutputDir(tmp_path), RunIdentity(None))
-    manifest.begin(TrainConfig())
-    written = json.loads((tmp_path / "run.json").read_text())
-    assert first_column(section("### `run.json`")) == [*written, *written["attempts"][0]]
+    output = make_run(tmp_path / "run")
+    add_evaluation(output)
+    line, *_ = (output.path / "metrics.jsonl").read_text().splitlines()
+    assert first_column(section("### `metrics.jsonl`")) == list(json.loads(line))
+    evaluation = json.loads((output.path / "evaluation.json").read_text())
+    assert first_column(section("### `evaluation.json`")) == list(evaluation)
+    manifest = json.loads((output.path / "run.json").read_text())
+    assert first_column(section("### `run.json`")) == [*manifest, *manifest["attempts"][0]]
     kept = [field.name for field in fields(Predictions)]
     assert first_column(section("### `report.html`")) == kept
 
@@ -122,13 +154,13 @@ def test_every_overlay_is_documented() -> None:
 # clusters and package sources are stood in for where the gate has none.
 RUN_BY = {
     "make demo": (".ci/run", "make demo"),
-    "make train": ("tests/test_readme.py", '"make", "train"'),
+    "make train": ("tests/docs/test_readme.py", '"make", "train"'),
     "make install": (".ci/run", "make install"),
     "mkdir -p output data": ("tests/integration/test_image.py", "README.md"),
     "docker run": ("tests/integration/test_image.py", "README.md"),
-    ".venv/bin/python -m job": ("tests/test_readme.py", "commands()"),
-    'eval "$(_CIFAR10_JOB_COMPLETE': ("tests/test_readme.py", "_CIFAR10_JOB_COMPLETE"),
-    "_CIFAR10_JOB_COMPLETE": ("tests/test_readme.py", "_CIFAR10_JOB_COMPLETE"),
+    ".venv/bin/python -m job": ("tests/docs/test_readme.py", "commands()"),
+    'eval "$(_CIFAR10_JOB_COMPLETE': ("tests/docs/test_readme.py", "_CIFAR10_JOB_COMPLETE"),
+    "_CIFAR10_JOB_COMPLETE": ("tests/docs/test_readme.py", "_CIFAR10_JOB_COMPLETE"),
     "kubectl apply -f k8s/job.yaml": ("tests/integration/test_kube_play.py", '"play"'),
     "kubectl apply -k k8s/overlays/multi-node": ("tests/k8s/test_manifests.py", "MULTI_NODE"),
     "make k8s-fetch": ("tests/k8s/test_targets.py", '"k8s-fetch"'),
@@ -154,6 +186,7 @@ def test_every_command_is_run_somewhere() -> None:
         assert call in (REPOSITORY / file).read_text(), command
 
 
+@pytest.mark.slow
 def test_make_train_is_the_real_job(tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     (venv / "bin").mkdir(parents=True)
@@ -183,6 +216,7 @@ def demo() -> str:
     return command.replace("$(DEMO_DIR)", "output/demo")
 
 
+@pytest.mark.slow
 def test_commands_run_and_the_model_loads_as_shown(tmp_path: Path) -> None:
     # `make train` is the real job's 50 epochs.
     assert len(commands()) == 11

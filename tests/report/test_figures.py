@@ -1,15 +1,16 @@
+import dataclasses
 import io
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image as mpl_image
 import numpy as np
+from msgspec.structs import replace
 
 from job.report.figures import draw_figures
 from job.report.page import render
 from job.run.folder import REPORT_PICTURES, OutputDir
 from job.run.predictions import Predictions, confusion_matrix
-from job.run.record import RunRecord
+from job.run.record import RunRecord, encode
 from job.training.evaluate import Evaluation
 from tests.run_folders import make_run
 
@@ -31,25 +32,34 @@ def test_restarts_are_marked_at_their_time(whole: OutputDir) -> None:
     record = RunRecord.load(whole.path)
     # The steps 15 and 30 lie in the middle of the second epoch and at the end of the third.
     assert record.restarts == [(15, 9.0), (30, 18.0)]
-    few = replace(record, evaluation={}, predictions=None)
+    few = replace(record, evaluation=None, predictions=None)
     marked = draw_figures(few)["throughput"]
     assert "restarts at 9.0 s (step 15), 18.0 s (step 30)" in marked.alt
-    unmarked = draw_figures(replace(few, manifest={}))["throughput"]
+    unmarked = draw_figures(replace(few, manifest=None))["throughput"]
     assert "no restart" in unmarked.alt
     assert unmarked.png != marked.png
 
 
 def test_a_restart_in_an_unfinished_epoch_is_marked_behind_the_last_one(tmp_path: Path) -> None:
-    ends = (("stopped", "SIGTERM"), ("failed", "a broken GPU"), ("stopped", "SIGTERM"))
-    output = make_run(tmp_path / "run", ends=ends, epochs=2)
+    output = make_run(
+        tmp_path / "run",
+        ends=(("stopped", "SIGTERM"), ("failed", "a broken GPU"), ("stopped", "SIGTERM")),
+        epochs=2,
+    )
     figure = draw_figures(RunRecord.load(output.path))["throughput"]
     assert "restarts at 9.0 s (step 15), 18.0 s (step 30)" in figure.alt
+
+
+def test_without_predictions_there_are_no_figures_of_them(whole: OutputDir) -> None:
+    record = replace(RunRecord.load(whole.path), predictions=None)
+    names = {"accuracy", "loss", "throughput", "confusion", "classes"}
+    assert draw_figures(record).keys() == names
 
 
 def test_a_model_without_a_mistake(whole: OutputDir) -> None:
     predictions = Predictions.load(whole.path)
     assert predictions is not None
-    right = replace(
+    right = dataclasses.replace(
         predictions,
         labels=predictions.probabilities.argmax(axis=1).astype(np.int32),
         mistakes=predictions.mistakes[:0],
@@ -57,7 +67,9 @@ def test_a_model_without_a_mistake(whole: OutputDir) -> None:
     )
     right.save(whole)
     confusion = confusion_matrix(right.labels, right.probabilities)
-    whole.write_json("evaluation.json", Evaluation(0.1, confusion).document(("cat", "dog", "eel")))
+    names = ("cat", "dog", "eel")
+    evaluation = Evaluation(0.1, confusion).record(names, "cifar10_model.h5", "0" * 64)
+    whole.write_bytes("evaluation.json", encode(evaluation))
     figures = draw_figures(RunRecord.load(whole.path))
     assert "of the mistakes there is none" in figures["confusion"].alt
     assert "mistakes" not in figures

@@ -1,17 +1,41 @@
+import base64
 import json
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
-from job.config import DataConfig, TrainConfig
-from job.report.figures import draw_figures, reliability
-from job.report.page import render, write_report
-from job.run.folder import OutputDir
-from job.run.predictions import Predictions
-from job.run.record import RunRecord
+from job import log
+from job.commands.cli import evaluate, train
+from job.config import DeviceRequest, TrainConfig, UserError
+from job.report.page import (
+    attempt_table,
+    class_table,
+    confusion_table,
+    epoch_table,
+    facts,
+    mistake_table,
+    render,
+    rerun_command,
+    resume_command,
+    try_to_write_report,
+    write_report,
+)
+from job.run.attempt import hold_output_dir
+from job.run.folder import REPORT_PICTURES, OutputDir
+from job.run.predictions import Predictions, reliability
+from job.run.record import ClassRecord, Manifest, Outcome, RunRecord, decode, encode
+from job.run.stop import StopRequest
+from tests.conftest import REPOSITORY, RunJob
 from tests.run_folders import add_evaluation, change, make_run, make_whole_run
 
 HOSTILE = "\"><script>alert('x')</script>&amp;<img src=http://example.com/x>$\\frac"
@@ -49,6 +73,18 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output.path
 
 
+@pytest.fixture
+def record(whole: OutputDir) -> RunRecord:
+    return RunRecord.load(whole.path)
+
+
+@pytest.fixture
+def manifest(record: RunRecord) -> Manifest:
+    """That of the record, to be changed."""
+    assert record.manifest is not None
+    return record.manifest
+
+
 def written(folder: Path) -> Page:
     return Page((folder / "report.html").read_text())
 
@@ -67,7 +103,7 @@ def test_the_page_has_every_section_and_needs_nothing_else(reported: Path) -> No
         *("How to run it again", "Configuration", "Devices", "Data", "Versions"),
     ):
         assert heading in page.text
-    assert "python -m job train --output-dir out-again --data-dir data --epochs 3" in page.text
+    assert "python -m job train --output-dir out-again --epochs 3\n" in f"{page.text}\n"
     assert "model a processor, memory 23.5 GiB" in page.text
     assert not page.all("script")
     links = [*page.all("a"), *page.all("link"), *page.all("img")]
@@ -77,6 +113,14 @@ def test_the_page_has_every_section_and_needs_nothing_else(reported: Path) -> No
     assert page.text.count("undefined") == 0
     (root,) = page.all("html")
     assert root["lang"] == "en"
+
+
+def test_the_page_has_the_pictures_that_lie_beside_it(reported: Path) -> None:
+    files = sorted(reported / name for name in REPORT_PICTURES)
+    assert sorted((reported / "report").iterdir()) == files
+    sources = [(image["src"] or "").split(",")[1] for image in written(reported).all("img")]
+    embedded = [base64.b64decode(source) for source in sources]
+    assert sorted(embedded) == sorted(path.read_bytes() for path in files)
 
 
 def test_the_calibration_error_is_that_of_the_predictions(reported: Path) -> None:
@@ -93,7 +137,7 @@ def test_the_calibration_error_is_that_of_the_predictions(reported: Path) -> Non
 
 
 def test_what_anybody_named_is_text_and_nothing_else(tmp_path: Path) -> None:
-    config = TrainConfig(output_dir=Path(HOSTILE), data=DataConfig(data_dir=Path(HOSTILE)))
+    config = TrainConfig(output_dir=Path(HOSTILE), data_dir=Path(HOSTILE))
     output = make_run(tmp_path / "run", config, (("failed", HOSTILE),))
     add_evaluation(output, (HOSTILE_CLASS, "a$b$", "c'd"))
     write_report(output)
@@ -106,16 +150,16 @@ def test_what_anybody_named_is_text_and_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "sentence"),
+    ("outcome", "reason", "sentence"),
     [
-        (("stopped", "SIGTERM"), r"it was stopped on .* UTC \(SIGTERM\); 2 of 3 epochs are done"),
-        (("failed", "a broken GPU"), r"it failed on .* UTC \(a broken GPU\); 2 of 3 epochs"),
+        ("stopped", "SIGTERM", r"it was stopped on .* UTC \(SIGTERM\); 2 of 3 epochs are done"),
+        ("failed", "a broken GPU", r"it failed on .* UTC \(a broken GPU\); 2 of 3 epochs"),
     ],
 )
 def test_a_run_that_is_not_finished_says_so(
-    tmp_path: Path, end: tuple[str, str], sentence: str
+    tmp_path: Path, outcome: Outcome, reason: str, sentence: str
 ) -> None:
-    output = make_run(tmp_path / "run", ends=(end,), epochs=2)
+    output = make_run(tmp_path / "run", ends=((outcome, reason),), epochs=2)
     page = without_pictures(output.path)
     assert re.search(f"Not finished: {sentence}", page.text)
     assert "There is no evaluation of the saved model yet" in page.text
@@ -138,8 +182,7 @@ def test_a_run_of_which_little_is_left_gets_a_page_of_that(tmp_path: Path) -> No
 def test_an_attempt_that_left_no_word_and_an_evaluation_of_an_earlier_model(
     whole: OutputDir,
 ) -> None:
-    manifest = json.loads((whole.path / "run.json").read_text())
-    whole.write_json("run.json", manifest | {"outcome": "running", "end": None})
+    change(whole.path, outcome="running", end=None)
     page = without_pictures(whole.path)
     assert "Not finished: its last attempt has left no word of its end" in page.text
     assert "The evaluation is of the model that an earlier attempt saved" in page.text
@@ -149,9 +192,6 @@ def test_a_folder_of_an_earlier_version_gets_a_report_without_predictions(
     whole: OutputDir,
 ) -> None:
     (whole.path / "predictions.npz").unlink()
-    record = RunRecord.load(whole.path)
-    names = {"accuracy", "loss", "throughput", "confusion", "classes"}
-    assert draw_figures(record).keys() == names
     page = without_pictures(whole.path)
     assert "There is no predictions.npz in the folder" in page.text
     assert "python -m job evaluate --output-dir out" in page.text
@@ -163,7 +203,7 @@ def tiles(page: Page) -> str:
 
 
 def test_a_run_stopped_in_its_first_epoch_tells_how_far_it_is(tmp_path: Path) -> None:
-    config = TrainConfig(output_dir=Path("out"), epochs=20, global_batch_size=100)
+    config = TrainConfig(output_dir=Path("out"), epochs=20, batch_size=100)
     output = make_run(tmp_path / "run", config, (("stopped", "SIGTERM"),), epochs=0)
     text = tiles(without_pictures(output.path))
     # 2,560 training images are 25 steps an epoch.
@@ -173,29 +213,181 @@ def test_a_run_stopped_in_its_first_epoch_tells_how_far_it_is(tmp_path: Path) ->
     assert "Throughput" not in text
 
 
-def test_an_unfinished_run_tells_its_epoch_and_a_finished_one_its_epochs(tmp_path: Path) -> None:
-    ends = (("stopped", "SIGTERM"), ("stopped", "SIGTERM"))
-    output = make_run(tmp_path / "run", TrainConfig(epochs=5), ends, epochs=2)
+def test_an_unfinished_run_tells_its_epoch_and_a_finished_one_its_epochs(
+    tmp_path: Path, whole: OutputDir
+) -> None:
+    ends: tuple[tuple[Outcome, str], ...] = (("stopped", "SIGTERM"), ("stopped", "SIGTERM"))
+    output = make_run(tmp_path / "two", TrainConfig(epochs=5), ends, epochs=2)
     assert "Progressepoch 4 of 530 of 50 steps" in tiles(without_pictures(output.path))
-    done = make_whole_run(tmp_path / "done")
-    assert "Epochs345 steps" in tiles(without_pictures(done.path))
+    assert "Epochs345 steps" in tiles(without_pictures(whole.path))
 
 
-def test_a_stopped_run_tells_first_how_to_go_on(tmp_path: Path) -> None:
+def test_a_time_is_told_in_the_units_that_suit_it(record: RunRecord, manifest: Manifest) -> None:
+    for seconds, text in (
+        *((0.0, "0.0 s"), (6.04, "6.0 s"), (59.4, "59.4 s"), (59.6, "1 min 0 s")),
+        *((167.2, "2 min 47 s"), (3599.7, "1 h 0 min"), (90_061.0, "25 h 1 min")),
+    ):
+        manifest.elapsed_seconds = seconds
+        shown = Page(render(msgspec.structs.replace(record, epochs=[]), {}))
+        assert f"Time{text}in training and validation" in tiles(shown)
+
+
+def test_every_epoch_has_a_row(record: RunRecord) -> None:
+    table = epoch_table(record)
+    assert len(table.head) == 7
+    assert table.rows[1] == ("2", "1.0000", "40.00%", "0.9500", "45.00%", "5.00", "502")
+    assert len(table.rows) == 3
+
+
+def test_the_confusion_matrix_has_the_classes_on_both_sides(record: RunRecord) -> None:
+    table = confusion_table(record)
+    assert list(table.head) == ["True class", "cat", "dog", "eel"]
+    assert [row[0] for row in table.rows] == ["cat", "dog", "eel"]
+    assert sum(int(cell) for row in table.rows for cell in row[1:]) == 200
+
+
+def test_an_undefined_precision_is_said(record: RunRecord) -> None:
+    assert record.evaluation is not None
+    record.evaluation.classes["dog"] = ClassRecord(precision=None, recall=0.0, support=7)
+    assert class_table(record).rows[1] == ("dog", "undefined", "0.0%", "7")
+
+
+def test_mistakes_are_listed_with_what_they_were_taken_for(record: RunRecord) -> None:
+    table = mistake_table(record)
+    assert len(table.rows) == 16
+    assert all(true != taken for _, true, taken, _ in table.rows)
+    assert mistake_table(msgspec.structs.replace(record, predictions=None)).rows == []
+
+
+def test_every_attempt_tells_its_steps_and_its_end(manifest: Manifest) -> None:
+    second = manifest.attempts[1]
+    second.first_step = second.end = None
+    second.changes = ["threads: 1 -> 2"]
+    rows = attempt_table(manifest).rows
+    assert [row[3] for row in rows] == ["0 to 15", "none", "30 to 45"]
+    assert rows[1][1:3] == ("not known", "failed")
+    assert rows[1][5] == "a broken GPU; threads: 1 -> 2"
+    assert attempt_table(None).rows == []
+
+
+def test_facts_are_told_with_units_and_words(manifest: Manifest) -> None:
+    manifest.precision = "bfloat16"
+    told = {heading: dict(rows) for heading, _, rows in facts(manifest)}
+    assert told["Configuration"]["--batch-size"] == "256"
+    assert told["Devices"]["precision"].startswith("bfloat16, numbers of 16 bits with the range")
+    assert told["Devices"]["xla"] == "false"
+    assert told["Devices"]["device 1"] == "CPU:0, model a processor, memory 23.5 GiB"
+    assert told["Versions"]["recipe fingerprint"] == "ef" * 32
+    manifest.precision = "float8"
+    assert ("precision", "float8") in facts(manifest)[1][2]
+
+
+def test_a_run_that_never_trained_has_facts_too(manifest: Manifest) -> None:
+    manifest.devices = manifest.data = manifest.precision = manifest.recipe_fingerprint = None
+    headings = [heading for heading, _, _ in facts(manifest)]
+    assert headings == ["Configuration", "Devices", "Data", "Versions"]
+
+
+# Every option that a run has in common over its attempts, and none at its default.
+EVERYTHING = TrainConfig(
+    output_dir=Path("out put/$HOME; rm -rf 'x' \"y\" `z`"),
+    data_dir=Path("-data\\dir\nwith a line"),
+    dataset="synthetic",
+    cifar10_url="https://x/a'b",
+    seed=7,
+    epochs=3,
+    batch_size=64,
+    learning_rate=0.1 + 0.2,
+    limit=5120,
+    precision="bfloat16",
+    jit="off",
+    deterministic="off",
+    devices=DeviceRequest("cpu:2"),
+    require_gpus=4,
+    join_timeout=7.0,
+    stall_timeout=1e-3,
+    checkpoint_every=1e6,
+    tensorboard=True,
+)
+# As one attempt at it may have been started.
+ATTEMPT = replace(
+    EVERYTHING, fresh=True, run_id="mine", stop_after=5.0, metrics_textfile=Path("one.prom")
+)
+
+
+def parse(command: str) -> TrainConfig:
+    """The configuration that the program makes of a command line."""
+    words = shlex.split(command)
+    assert words[:4] == ["python", "-m", "job", "train"]
+    options = train.make_context("train", words[4:]).params
+    del options["log_format"], options["expect_mount"], options["dry_run"]
+    return TrainConfig(**options)
+
+
+def as_recorded(config: TrainConfig) -> TrainConfig:
+    return decode(encode(config), TrainConfig)
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), EVERYTHING], ids=["defaults", "everything"])
+def test_the_command_gives_the_runs_configuration_in_another_folder(config: TrainConfig) -> None:
+    again = Path(f"{config.output_dir}-again")
+    assert parse(rerun_command(as_recorded(config))) == replace(config, output_dir=again)
+
+
+def test_what_was_said_to_one_attempt_is_not_repeated() -> None:
+    assert rerun_command(as_recorded(ATTEMPT)) == rerun_command(as_recorded(EVERYTHING))
+
+
+def test_resuming_keeps_folder_name_and_textfile_and_does_not_start_over() -> None:
+    expected = replace(ATTEMPT, fresh=False, stop_after=None)
+    assert parse(resume_command(as_recorded(ATTEMPT))) == expected
+
+
+def test_only_the_folder_and_options_that_differ_from_the_defaults_are_named() -> None:
+    for config, options in (
+        (TrainConfig(epochs=5), "--output-dir output-again --epochs 5"),
+        (TrainConfig(data_dir=Path("d")), "--output-dir output-again --data-dir d"),
+        (TrainConfig(dataset="synthetic"), "--output-dir output-again --dataset synthetic"),
+        (TrainConfig(output_dir=Path()), "--output-dir .-again"),
+    ):
+        assert rerun_command(as_recorded(config)) == f"python -m job train {options}"
+
+
+def test_the_command_of_another_version_leaves_out_what_this_one_does_not_know(
+    whole: OutputDir,
+) -> None:
+    document = json.loads((whole.path / "run.json").read_text())
+    document["config"] |= {"colour": "red", "limit": 77}
+    (whole.path / "run.json").write_text(json.dumps(document))
+    (command,) = re.findall("python -m job train.*", without_pictures(whole.path).text)
+    assert command == "python -m job train --output-dir out-again --epochs 3 --limit 77"
+
+
+def test_a_stopped_run_tells_first_how_to_resume_it(tmp_path: Path, whole: OutputDir) -> None:
     config = TrainConfig(output_dir=Path("out"), epochs=3, fresh=True, run_id="mine")
-    output = make_run(tmp_path / "run", config, (("stopped", "SIGTERM"),), epochs=1)
+    output = make_run(tmp_path / "stopped", config, (("stopped", "SIGTERM"),), epochs=1)
     text = without_pictures(output.path).text
-    on = text.index("--output-dir out --data-dir data --epochs 3 --run-id mine\n")
-    again = text.index("--output-dir out-again --data-dir data --epochs 3\n")
+    on = text.index("--output-dir out --epochs 3 --run-id mine\n")
+    again = text.index("--output-dir out-again --epochs 3\n")
     assert text.index("How to go on") < on < text.index("How to run it again") < again
     assert "--fresh" not in text[on - 20 : again + 80]
-    assert "How to go on" not in without_pictures(make_whole_run(tmp_path / "done").path).text
+    assert "How to go on" not in without_pictures(whole.path).text
 
 
-def test_no_secret_of_an_address_gets_into_the_page(tmp_path: Path) -> None:
-    url = "https://me:secret@mirror/c.tar.gz?token=secret"
-    config = TrainConfig(data=DataConfig(cifar10_url=url), epochs=3)
+def test_the_evaluation_is_of_the_runs_folder_and_data(tmp_path: Path) -> None:
+    config = replace(EVERYTHING, data_dir=Path("da ta"))
     output = make_run(tmp_path / "run", config)
+    add_evaluation(output)
+    (output.path / "predictions.npz").unlink()
+    (command,) = re.findall("python -m job evaluate.*", without_pictures(output.path).text)
+    options = evaluate.make_context("evaluate", shlex.split(command)[4:]).params
+    names = ("output_dir", "data_dir", "dataset", "seed", "recipe")
+    assert [options[name] for name in names] == [getattr(config, name) for name in names]
+
+
+def test_no_secret_of_an_address_gets_into_the_page(tmp_path: Path, whole: OutputDir) -> None:
+    url = "https://me:secret@mirror/c.tar.gz?token=secret"
+    output = make_run(tmp_path / "mirror", TrainConfig(cifar10_url=url, epochs=3))
     assert "secret" not in (output.path / "run.json").read_text()
     # As earlier versions have left it.
     change(output.path, cifar10_url=url)
@@ -203,4 +395,84 @@ def test_no_secret_of_an_address_gets_into_the_page(tmp_path: Path) -> None:
     assert "secret" not in page
     assert "--cifar10-url &#39;https://REMOVED@mirror/c.tar.gz?REMOVED&#39;" in page
     assert "put them back where --cifar10-url has REMOVED" in page
-    assert "REMOVED" not in render(RunRecord.load(make_whole_run(tmp_path / "done").path), {})
+    assert "REMOVED" not in render(RunRecord.load(whole.path), {})
+
+
+def test_a_report_has_no_pictures_of_an_earlier_model(tmp_path: Path) -> None:
+    output = make_run(tmp_path / "run", ends=(("stopped", "SIGTERM"),))
+    output.make_folder("report")
+    output.write_text("report/mistakes.png", "of an earlier model")
+    write_report(output)
+    files = sorted(path.name for path in (output.path / "report").iterdir())
+    assert files == ["accuracy.png", "loss.png", "throughput.png"]
+    assert (output.path / "report.html").read_text().count("<img") == 3
+
+
+def test_a_defect_of_drawing_is_told_and_spoils_nothing(
+    whole: OutputDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise ZeroDivisionError("a broken plot")
+
+    monkeypatch.setattr("job.report.page.draw_figures", broken)
+    log.configure("json")
+    try_to_write_report(whole)
+    (event,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (event["event"], event["level"]) == ("report_failed", "error")
+    assert "ZeroDivisionError: a broken plot" in event["trace"]
+    assert "everything but the report is in" in event["message"]
+
+
+def test_a_report_that_cannot_be_written_is_an_error(whole: OutputDir) -> None:
+    (whole.path / "report").write_text("a file in its place")
+    with pytest.raises(UserError, match=r"cannot make the folder .*report: File exists"):
+        try_to_write_report(whole)
+
+
+def test_half_a_letter_in_a_runs_files_is_told_and_nothing_is_written(
+    reported: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(reported, tmp_path / "run")
+    change(tmp_path / "run", recipe="\ud800")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    with pytest.raises(UserError, match=r"run\.json is damaged: .*; run the same train command"):
+        write_report(OutputDir(tmp_path / "run"))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_folder_without_a_run_is_refused_and_not_made(run_job: RunJob, tmp_path: Path) -> None:
+    result = run_job("report", "nowhere")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "nowhere holds no run: it has neither run.json nor metrics.jsonl nor" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_takes_the_folder_either_way_gives_the_same_bytes_and_loads_no_tensorflow(
+    run_job: RunJob, reported: Path, tmp_path: Path
+) -> None:
+    first = (reported / "report.html").read_bytes()
+    folder = tmp_path / "another place"
+    shutil.copytree(reported, folder, ignore=shutil.ignore_patterns("report*"))
+    result = run_job("report", env={"JOB_OUTPUT_DIR": str(folder)})
+    assert result.returncode == 0, result.stderr
+    (event,) = [json.loads(line) for line in result.stdout.splitlines()]
+    assert (event["event"], event["path"]) == ("report", str(folder / "report.html"))
+    assert (folder / "report.html").read_bytes() == first
+    (folder / "report.html").unlink()
+    script = (
+        "import sys\nfrom job.commands.cli import cli\nfrom job.run.stop import StopRequest\n"
+        "cli(['report', sys.argv[1]], obj=StopRequest(), standalone_mode=False)\n"
+        "assert not {'tensorflow', 'keras'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", script, str(folder)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    assert (folder / "report.html").read_bytes() == first
+
+
+def test_a_folder_that_a_training_holds_is_left_alone(run_job: RunJob, whole: OutputDir) -> None:
+    with hold_output_dir(whole.path, StopRequest()):
+        result = run_job("report", whole.path)
+    assert result.returncode == 2
+    assert "is in use by" in result.stderr
+    assert not (whole.path / "report.html").exists()

@@ -1,6 +1,7 @@
 import io
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import matplotlib.image as mpl_image
@@ -8,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from job.report import pictures
-from job.report.figures import reliability
+from job.report.pictures import lay_out_epochs, save_png
+from job.run.predictions import reliability
 
 CLASSES = ["飛行機", "<b>$\\frac$", "a very long name of a class of images"]
 
@@ -80,3 +83,86 @@ def test_a_reliability_curve_with_empty_bins_is_drawn() -> None:
     labels = np.array([0, 1, 1])
     pixels = drawn(pictures.calibration(reliability(labels, probabilities)))
     assert near(pixels, (0xD5, 0x5E, 0x00)) > 50
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 7, 50, 1000])
+def test_every_tick_is_an_epoch_of_the_run(epochs: int) -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    numbers = range(1, epochs + 1)
+    axes.plot(numbers, numbers, "o")
+    lay_out_epochs(axes, epochs)
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert ticks
+    assert set(ticks) <= set(numbers)
+    assert axes.get_xlabel() == "Epoch"
+
+
+def test_letters_that_the_font_lacks_are_no_warning() -> None:
+    figure = Figure()
+    figure.suptitle("飛行機 고양이")
+    buffer = io.BytesIO()
+    save_png(figure, buffer, 50)
+    assert buffer.getvalue().startswith(b"\x89PNG")
+
+
+def test_prediction_picture_shows_the_image_and_a_bar_a_class(tmp_path: Path) -> None:
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[..., 0] = 255
+    names = tuple(f"class {index}" for index in range(10))
+    drawn = {}
+    for predicted in (2, 7):
+        probabilities = np.full(10, 0.02, np.float32)
+        probabilities[predicted] = 0.82
+        path = tmp_path / f"{predicted}.png"
+        pictures.save_prediction(path, image, probabilities, names, true_label=2)
+        drawn[predicted] = mpl_image.imread(path)[..., :3]
+    right, wrong = drawn[2], drawn[7]
+    assert right.shape == (440, 990, 3)
+    # The pure red of the image fills a good part of the picture's left half.
+    red = (right == (1.0, 0.0, 0.0)).all(axis=-1)
+    assert red[:, :495].mean() > 0.3
+    assert not red[:, 600:].any()
+    # Only a wrong prediction has a bar in the colour of wrong predictions.
+    colour = np.array([0xC4, 0x50, 0x1B]) / np.float32(255)
+    assert (np.abs(wrong - colour).max(axis=-1) < 0.01).sum() > 500
+    assert (np.abs(right - colour).max(axis=-1) < 0.01).sum() == 0
+
+
+def test_a_grey_image_is_drawn_grey(tmp_path: Path) -> None:
+    image = np.full((24, 20, 1), 200, np.uint8)
+    image[4:8, 4:8] = 100
+    pictures.save_prediction(
+        tmp_path / "grey.png", image, np.array([0.9, 0.1], np.float32), ("a", "b"), 0
+    )
+    left = mpl_image.imread(tmp_path / "grey.png")[60:400, 50:400, :3]
+    assert np.ptp(left, axis=-1).max() == 0
+    # Its values are the image's, not stretched to black and white.
+    assert set(np.rint(left[..., 0] * 255).astype(int).flat) >= {100, 200}
+    assert left.min() * 255 > 90
+
+
+@pytest.mark.parametrize("images", [1, 5, 100])
+def test_the_grid_shows_every_image_and_any_name(tmp_path: Path, images: int) -> None:
+    colour = np.full((32, 32, 3), (255, 0, 0), np.uint8)
+    names = ["a.png", r"$\no$.png", "日本.png", "x" * 200]
+    shown = [
+        pictures.Captioned(colour, names[number % 4], r"$\no$ class", 0.97)
+        for number in range(images)
+    ]
+    pictures.save_predictions(tmp_path / "grid.png", shown, images)
+    picture = mpl_image.imread(tmp_path / "grid.png")[..., :3]
+    columns = {1: 1, 5: 3, 100: 10}[images]
+    assert picture.shape[1] == 187 * columns
+    area = near(picture, (255, 0, 0))
+    assert 120**2 < area / images < 187**2
+
+
+def test_the_grid_tells_that_images_are_left_out(tmp_path: Path) -> None:
+    shown = [pictures.Captioned(np.zeros((32, 32, 3), np.uint8), "a.png", "cat", 0.5)] * 9
+    heads = []
+    for images in (9, 10):
+        pictures.save_predictions(tmp_path / "grid.png", shown, images)
+        heads.append(mpl_image.imread(tmp_path / "grid.png")[:25, :, :3])
+    assert (heads[0] < 0.5).mean() < (heads[1] < 0.5).mean()
