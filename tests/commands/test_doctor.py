@@ -9,7 +9,7 @@ def test_a_machine_without_gpus_is_ready_as_json(run_job: RunJob) -> None:
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["findings"] == []
-    assert report["gpus"]["promised"] == report["gpus"]["visible"]
+    assert report["gpus"]["expected"] == report["gpus"]["visible"]
     assert {"job", "python", "tensorflow", "keras"} <= report["versions"].keys()
     assert all(device["memory_gib"] > 0 for device in report["devices"])
     tests = [computation["what"] for computation in report["computations"]]

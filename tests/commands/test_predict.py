@@ -1,26 +1,39 @@
 import json
-import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import keras
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from job.cluster.devices import Compilation
+from job.cluster.scheduler import NO_RUN
 from job.commands import predict
 from job.commands.cli import cli
-from job.commands.options import is_own, mark_as_own
-from job.commands.predict import Classifier, Prediction, Predictor, predict_batches, predict_images
+from job.commands.predict import (
+    Classifier,
+    Predictor,
+    load_classifier,
+    predict_batches,
+    predict_images,
+)
 from job.config import TrainConfig, UserError
 from job.data import Dataset
-from job.data.image_files import Decoded, ImageFile, find_images
-from job.run.folder import MODEL, OutputDir
+from job.data.image_files import find_images
+from job.recipes import classic, unchanged
+from job.run.folder import EVALUATION, MODEL, OutputDir
+from job.run.manifest import RunManifest
+from job.run.record import EvaluationRecord, decode, encode
 from job.run.stop import StopRequest
+from job.training.saved_model import save_model
 from tests.conftest import CLASS_NAMES, MakeDevices
+from tests.run_folders import change
 
 STEMS = ("0", "1", "2", "345", "6")
 
@@ -43,15 +56,123 @@ def run(
     make_devices: MakeDevices,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Any:
-    """Predict the photos; the devices of this process are set up already."""
-    monkeypatch.setattr(predict, "open_promised_devices", lambda config: make_devices(1))
+    """Predict the photos."""
     monkeypatch.chdir(photos.parent)
 
     def run(top: int = 3, names: Sequence[str] = (photos.name,), **options: Any) -> None:
         sources = find_images(names)
-        predict_images(TrainConfig(), model_output.path / MODEL, sources, top, **options)
+        predict_images(make_devices(1), model_output.path / MODEL, sources, top, **options)
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("replicas", "compilation"),
+    [(1, None), (1, Compilation(True, True, loops=True)), (4, None)],
+    ids=["1", "1-compiled", "4"],
+)
+def test_probabilities_are_the_models_whatever_the_replicas_and_the_padding(
+    model: keras.Model,
+    small_dataset: Dataset,
+    make_devices: MakeDevices,
+    replicas: int,
+    compilation: Compilation | None,
+) -> None:
+    devices = make_devices(replicas, compilation=compilation)
+    predictor = Predictor(Classifier(model, CLASS_NAMES, (unchanged,)), devices, 40 // replicas)
+    assert predictor.batch_size == 40
+    expected = model.predict(small_dataset.test_images[:40] / np.float32(255), verbose=0)
+    for images in (1, 17, 40):
+        received = predictor(small_dataset.test_images[:images])
+        np.testing.assert_allclose(received, expected[:images], rtol=0, atol=1e-6)
+
+
+def test_views_are_averaged(
+    model: keras.Model, small_dataset: Dataset, make_devices: MakeDevices
+) -> None:
+    views = (unchanged, lambda images: images[:, :, ::-1])
+    predictor = Predictor(Classifier(model, CLASS_NAMES, views), make_devices(1), 8)
+    images = small_dataset.test_images[:8] / np.float32(255)
+    expected = [model.predict(view(images), verbose=0) for view in views]
+    received = predictor(small_dataset.test_images[:8])
+    np.testing.assert_allclose(received, np.mean(expected, axis=0), atol=1e-6)
+
+
+def test_without_its_evaluation_a_models_classes_are_numbers(
+    model_output: OutputDir, make_devices: MakeDevices, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = model_output.path / MODEL
+    assert load_classifier(path, make_devices(1)).class_names == CLASS_NAMES
+    assert capsys.readouterr().err == ""
+    whole = decode((model_output.path / EVALUATION).read_bytes(), EvaluationRecord)
+    nine = {
+        "classes": {name: whole.classes[name] for name in CLASS_NAMES[:9]},
+        "confusion_matrix": [row[:9] for row in whole.confusion_matrix[:9]],
+        "examples": 9,
+    }
+    for document in (
+        encode(msgspec.structs.replace(whole, model_sha256="of another file")),
+        encode(msgspec.structs.replace(whole, **nine)),
+        b"{}",
+    ):
+        model_output.write_bytes(EVALUATION, document)
+        names = load_classifier(path, make_devices(1)).class_names
+        assert names == tuple(f"class {label}" for label in range(10))
+        assert "its classes go by numbers" in capsys.readouterr().err
+
+
+def test_the_views_are_those_of_the_recipe_that_trained_the_model(
+    model_output: OutputDir, make_devices: MakeDevices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, views = model_output.path / MODEL, (unchanged, unchanged)
+    monkeypatch.setattr(classic, "RECIPE", replace(classic.RECIPE, tta_views=views))
+    assert load_classifier(path, make_devices(1)).views == (unchanged,)
+    RunManifest(model_output, NO_RUN).begin(TrainConfig())
+    assert load_classifier(path, make_devices(1)).views == views
+    change(model_output.path, recipe="of another version")
+    assert load_classifier(path, make_devices(1)).views == (unchanged,)
+
+
+def save_model_of(folder: Path, *shape: int | None) -> Path:
+    """Save a model of inputs of this shape."""
+    layers = keras.layers
+    first = layers.GlobalAveragePooling2D() if len(shape) == 3 else layers.Flatten()
+    model = keras.Sequential([keras.Input(shape), first, layers.Dense(10)])
+    model.compile("adam", "categorical_crossentropy")
+    model.optimizer.build(model.trainable_variables)
+    save_model(model, OutputDir(folder), MODEL)
+    return folder / MODEL
+
+
+def test_a_model_of_grey_images_computes_them(tmp_path: Path, make_devices: MakeDevices) -> None:
+    path = save_model_of(tmp_path, 24, 20, 1)
+    loaded = load_classifier(path, make_devices(1))
+    assert loaded.image_shape == (24, 20, 1)
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 24, 20, 1), np.uint8)
+    received = Predictor(loaded, make_devices(1), 4)(pixels)
+    expected = loaded.model.predict(pixels / np.float32(255), verbose=0)
+    np.testing.assert_allclose(received, expected, rtol=0, atol=1e-6)
+
+    Image.fromarray(pixels[0, ..., 0]).save(tmp_path / "a.png")
+    sources = find_images([str(tmp_path / "a.png")])
+    predict_images(make_devices(1), path, sources, 1, png=tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert np.ptp(np.asarray(picture.convert("RGB")).astype(int), axis=-1).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((24, 24, 4), r"takes images of 4 channels, expected 1 \(grey\) or 3 \(RGB\)"),
+        ((None, None, 3), r"expected \(None, height, width, channels\); name a model of images"),
+        ((7, 3), r"takes inputs of shape \(None, 7, 3\), expected \(None, height, width, channels"),
+    ],
+)
+def test_a_model_of_other_inputs_is_refused(
+    tmp_path: Path, make_devices: MakeDevices, shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load_classifier(save_model_of(tmp_path, *shape), make_devices(1))
 
 
 def test_every_batch_is_one_traced_function(
@@ -73,7 +194,8 @@ def test_every_batch_is_one_traced_function(
 def test_lines_for_people_are_aligned_and_broken_images_told_on_stderr(
     run: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match="1 of 6 images could not be read"):
+    message = "1 of 6 images could not be read; each is named above;"
+    with pytest.raises(UserError, match=message):
         run()
     output, errors = capsys.readouterr()
     lines = output.splitlines()
@@ -91,7 +213,8 @@ def test_json_lines_have_every_image_in_order(
     small_dataset: Dataset,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(UserError, match="1 of 6 images"):
+    message = "1 of 6 images could not be read; each has its line with an error on stdout;"
+    with pytest.raises(UserError, match=message):
         run(top=99, as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [Path(line["path"]).stem for line in lines] == [*STEMS[:3], "2a", *STEMS[3:]]
@@ -115,20 +238,13 @@ def test_the_picture_tells_how_many_are_left_out(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(predict, "PICTURES", 4)
+    (tmp_path / "grid.png").write_text("an earlier file")
     with pytest.raises(UserError, match="1 of 6 images"):
         run(png=tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as picture:
         assert picture.format == "PNG"
     line = capsys.readouterr().err.splitlines()[-1]
     assert line == f"cifar10-job: picture {tmp_path}/grid.png of the first 4; 1 left out"
-
-
-def test_the_picture_of_grey_images_is_grey(tmp_path: Path) -> None:
-    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
-    shown = [Prediction(Decoded(ImageFile("a.png"), pixels), (("oak", 0.5),))]
-    predict._save_picture(tmp_path / "grid.png", shown, 1)
-    with Image.open(tmp_path / "grid.png") as picture:
-        assert np.ptp(np.asarray(picture.convert("RGB")).astype(int), axis=-1).max() == 0
 
 
 def test_a_single_image_that_cannot_be_read_is_one_line(
@@ -152,67 +268,25 @@ def test_an_empty_folder_is_one_line(
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_end_says_where_broken_images_are_named(run: Any) -> None:
-    with pytest.raises(UserError, match="1 of 6 images could not be read; each is named above;"):
-        run()
-    with pytest.raises(UserError, match="; each has its line with an error on stdout;"):
-        run(as_json=True)
-
-
-def refusal_of(*arguments: str) -> str:
-    """What the command line says against arguments, before it computes anything."""
-    command = ["predict", *arguments, "--output-dir", "output"]
-    result = CliRunner().invoke(cli, command, obj=StopRequest(), standalone_mode=False)
-    assert isinstance(result.exception, UserError | click.ClickException)
-    return " ".join(str(result.exception).split())
-
-
-@pytest.fixture
-def nothing_is_computed(
+def test_what_cannot_be_drawn_or_done_is_refused_before_anything_is_computed(
     model_output: OutputDir, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(photos.parent)
-    monkeypatch.setattr("job.commands.cli._load_tensorflow", pytest.fail)
-
-
-@pytest.mark.usefixtures("nothing_is_computed")
-@pytest.mark.parametrize("content", [b"a list", "0.png", b""], ids=["text", "photo", "empty"])
-def test_a_picture_never_replaces_what_the_command_did_not_draw(
-    photos: Path, content: bytes | str
-) -> None:
-    if isinstance(content, str):
-        content = (photos / content).read_bytes()
-    Path("mine.png").write_bytes(content)
-    assert "received mine.png, which this program did not draw" in refusal_of(
-        "photos/0.png", "--png", "mine.png"
-    )
-    assert Path("mine.png").read_bytes() == content
-    os.mkfifo("pipe.png")
-    Path("link.png").symlink_to("nowhere.png")
-    for name in ("pipe.png", "link.png"):
-        assert "did not draw" in refusal_of("photos/0.png", "--png", name)
-
-
-@pytest.mark.usefixtures("nothing_is_computed")
-@pytest.mark.parametrize("named", ["photos", "photos/0.png"])
-def test_a_picture_that_is_to_be_predicted_is_not_replaced(photos: Path, named: str) -> None:
-    mark_as_own(photos / "0.png")  # as if someone predicted an earlier picture
-    content = (photos / "0.png").read_bytes()
-    assert refusal_of("--png", "photos/0.png", named, "photos/1.png").startswith(
-        "received --png photos/0.png, which is the image photos/0.png"
-    )
-    assert (photos / "0.png").read_bytes() == content
-
-
-def test_an_earlier_picture_is_replaced(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("job.commands.cli._load_tensorflow", lambda: None)
-    names = ("photos/0.png", "photos/1.png")
-    for name in names:
-        arguments = ["predict", name, "--png", "grid.png", "--output-dir", "output"]
-        result = CliRunner().invoke(cli, arguments, obj=StopRequest(), standalone_mode=False)
-        assert result.exception is None
-        assert is_own(tmp_path / "grid.png")
-        with Image.open(tmp_path / "grid.png") as picture:
-            picture.load()
+    monkeypatch.setattr("job.commands.cli.load_tensorflow", pytest.fail)
+    before = (photos / "0.png").read_bytes()
+    for arguments, message in (
+        ("", "Missing argument 'IMAGE...'"),
+        ("photos --top 0", "'--top'"),
+        ("photos --model nowhere.h5", "there is no model nowhere.h5"),
+        ("photos --model .", "is a directory"),
+        ("photos --png grid.jpg", "expected a name that ends in .png"),
+        ("photos --png no/grid.png", "make no, or name another"),
+        ("photos --png photos/0.png", "received --png photos/0.png, which is one of the images"),
+        ("photos/0.png --png ./photos/0.png", "which is one of the images to be predicted"),
+    ):
+        command = ["predict", *arguments.split(), "--output-dir", "output"]
+        result = CliRunner().invoke(cli, command, obj=StopRequest(), standalone_mode=False)
+        assert isinstance(result.exception, UserError | click.ClickException), arguments
+        said = getattr(result.exception, "format_message", result.exception.__str__)()
+        assert message in " ".join(said.split())
+    assert (photos / "0.png").read_bytes() == before
