@@ -35,8 +35,8 @@ install: $(VENV)/.$(LOCK) ## Install into .venv, with the GPU libraries on a mac
 
 .PHONY: demo
 demo: install ## Train on the embedded synthetic set for a few epochs: no data, no GPU needed
-	$(BIN)/python -m job train --dataset synthetic --epochs 5 --learning-rate 1e-3 \
-	  --output-dir $(DEMO_DIR)
+	$(BIN)/python -m job train --dataset synthetic --limit 9600 --batch-size 32 --epochs 3 \
+	  --learning-rate 1e-3 --output-dir $(DEMO_DIR)
 	@ls -l $(DEMO_DIR)
 
 .PHONY: train
@@ -81,16 +81,22 @@ push: ## Build and push IMAGE=registry/name:tag with its SBOM and provenance
 audit: $(VENV)/.dev ## Look the locked packages up among the known vulnerabilities
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes $(foreach lock,$(wildcard locks/*.txt),-r $(lock))
 
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 .PHONY: test
-test: $(VENV)/.dev ## Everything that can be tested on this machine
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
-	  $(PYTEST_ARGS)
+test: $(VENV)/.dev ## The fast tests: no cluster, container, browser or documentation run
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+.PHONY: test-all
+test-all: test ## Everything that can be tested on this machine
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 .PHONY: lint
-lint: $(VENV)/.dev ## Formatting, lint and types
+lint: $(VENV)/.dev ## Formatting, lint, types and the layers of the packages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/hadolint docker/Dockerfile tests/integration/base.Dockerfile
 	$(BIN)/shellcheck .ci/run k8s/*.sh slurm/*.sh
 

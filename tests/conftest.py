@@ -51,6 +51,13 @@ RunJob = Callable[..., subprocess.CompletedProcess[str]]
 StartJob = Callable[..., "Job"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Integration tests are for `make test-all`."""
+    for item in items:
+        if "integration" in item.path.parts:
+            item.add_marker("slow")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
