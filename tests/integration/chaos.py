@@ -55,7 +55,7 @@ VISIBLE = {
     "run.json",
     "checkpoints",
 }
-# Due after every span, so that there is no moment without a checkpoint being written.
+# Due after every execution, so that there is no moment without a checkpoint being written.
 OPTIONS = "--limit 5120 --batch-size 64 --epochs 3 --checkpoint-every 0.001 --log-format json"
 # From the start of the process; on two cores training begins after some eight seconds.
 LONGEST_SECONDS = 16.0

@@ -14,6 +14,8 @@ import pytest
 from tests.conftest import RunJob
 from tests.integration.conftest import MakeVolume
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--epochs", "2", "--limit", "2560")
 
 # What a user without this package does with the artifacts: stock Keras alone.
@@ -174,14 +176,14 @@ def test_a_run_that_cannot_start_says_why_in_one_line_and_overwrites_nothing(
     assert (output / "prediction.png").read_text() == (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_promised_gpu_that_is_missing_is_never_replaced_by_the_cpu(run_job: RunJob) -> None:
-    promise = {"SLURM_GPUS_ON_NODE": "99"}
-    result = run_job("train", "--dataset", "synthetic", env=promise)
+def test_an_expected_gpu_that_is_missing_is_never_replaced_by_the_cpu(run_job: RunJob) -> None:
+    expected = {"SLURM_GPUS_ON_NODE": "99"}
+    result = run_job("train", "--dataset", "synthetic", env=expected)
     assert result.returncode == 3
     assert "SLURM_GPUS_ON_NODE=99 promises 99 GPUs" in result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["exit_code"] == 3
     asked_for = ("--devices", "cpu:1", "--limit", "512", "--epochs", "1")
-    assert run_job("train", "--dataset", "synthetic", *asked_for, env=promise).returncode == 0
+    assert run_job("train", "--dataset", "synthetic", *asked_for, env=expected).returncode == 0
 
 
 def test_a_full_volume_is_refused_before_training(run_job: RunJob, small_volume: Path) -> None:
@@ -199,10 +201,11 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
         pytest.skip("becoming another user needs root")
     script = (
         "import os, pathlib, sys\n"
-        "from job import config, folders\n"
+        "from job.config import UserError\n"
+        "from job.run.folder import prepare_output_dir\n"
         "os.setuid(65534)\n"
-        "try: folders.prepare_output_dir(pathlib.Path(sys.argv[1]))\n"
-        "except config.UserError as error: print(error)\n"
+        "try: prepare_output_dir(pathlib.Path(sys.argv[1]))\n"
+        "except UserError as error: print(error)\n"
     )
     (tmp_path / "closed").mkdir(mode=0o700)
     (tmp_path / "open").mkdir(mode=0o755)
@@ -231,11 +234,12 @@ def test_an_artifact_that_does_not_fit_leaves_the_earlier_one(
     volume = make_volume(kibibytes)
     script = (
         "import sys, pathlib\n"
-        "from job.startup import load_tensorflow; load_tensorflow()\n"
-        "from job import classic, model_file, output\n"
+        "from job.commands.cli import load_tensorflow; load_tensorflow()\n"
+        "from job.recipes import classic\n"
+        "from job.run.folder import OutputDir\n"
+        "from job.training.saved_model import save_model\n"
         "model = classic.build_model(1, 10); classic.RECIPE.compile(model, 1e-4, 1)\n"
-        "folder = output.OutputDir(pathlib.Path(sys.argv[1]))\n"
-        "model_file.save_model(model, folder, 'model.h5')\n"
+        "save_model(model, OutputDir(pathlib.Path(sys.argv[1])), 'model.h5')\n"
     )
     path = volume / "model.h5"
     path.write_text("earlier")
@@ -251,14 +255,19 @@ def test_an_artifact_that_does_not_fit_leaves_the_earlier_one(
     assert [entry.name for entry in volume.iterdir()] == ["model.h5"]
 
 
-def test_a_call_that_hangs_ends_with_the_stacks_in_the_log(
-    run_job: RunJob, cifar10_dir: Path
+def test_a_call_that_hangs_ends_with_the_stacks_in_the_log_and_is_on_the_record(
+    run_job: RunJob, cifar10_dir: Path, tmp_path: Path
 ) -> None:
-    # No span of steps ends that soon.
+    # No execution ends that soon.
     result = run_job(
         "train", *SMALL, "--data-dir", cifar10_dir, "--stall-timeout", "0.05", timeout=120
     )
     assert result.returncode == 1
-    stalled = json.loads(result.stdout.splitlines()[-1])
-    assert stalled["event"] == "stalled"
+    stalled, error = (json.loads(line) for line in result.stdout.splitlines()[-2:])
+    assert (stalled["event"], error["event"], error["exit_code"]) == ("stalled", "error", 1)
     assert "train_epoch" in stalled["stacks"]
+    (line,) = result.stderr.splitlines()
+    assert line == f"cifar10-job: error: {error['message']}"
+    manifest = read(tmp_path / "output" / "run.json")
+    assert manifest["outcome"] == manifest["attempts"][0]["outcome"] == "failed"
+    assert error["message"].startswith(f"{manifest['error']}; start it again")
