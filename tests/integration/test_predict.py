@@ -18,7 +18,9 @@ from PIL import Image
 
 from job.run.folder import MODEL
 from tests.conftest import REPOSITORY, RunJob, StartJob
-from tests.test_decode import broken_files
+from tests.data.test_image_files import broken_files
+
+pytestmark = pytest.mark.slow
 
 # What a user without this package does with the model and an image of its size: stock Keras alone.
 STOCK_KERAS = """
@@ -191,32 +193,18 @@ def test_a_signal_ends_it_at_once(start_job: StartJob, trained: Path, tmp_path: 
     assert job.stderr.read() == "cifar10-job: stopped: SIGTERM; run the same command again\n"
 
 
-BAD_COMMANDS: list[tuple[list[str], dict[str, str], int, str]] = [
-    ([], {}, 2, "Missing argument 'IMAGE...'"),
-    (["a.png", "--top", "0"], {}, 2, "'--top'"),
-    (["a.png", "--model", "nowhere.h5"], {}, 2, "there is no model nowhere.h5"),
-    (["a.png", "--model", "."], {}, 2, "is a directory"),
-    (["a.png", "--png", "grid.jpg"], {}, 2, "expected a name that ends in .png"),
-    (["a.png", "--png", "no/grid.png"], {}, 2, "make no, or name another"),
-    (["a.png", "--devices", "gpu:99"], {}, 2, "received gpu:99, expected at most"),
-    (["a.png", "--require-gpus", "99"], {}, 3, "--require-gpus expected 99 GPU(s)"),
-    (["a.png"], {"SLURM_GPUS_ON_NODE": "99"}, 3, "promises 99 GPUs"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "env", "exit_code", "message"), BAD_COMMANDS)
-def test_what_cannot_be_done_is_told_in_one_line(
-    run_job: RunJob,
-    trained: Path,
-    arguments: list[str],
-    env: dict[str, str],
-    exit_code: int,
-    message: str,
-) -> None:
-    result = run_job("predict", *arguments, env={"JOB_OUTPUT_DIR": str(trained), **env})
-    assert result.returncode == exit_code
-    (line,) = result.stderr.splitlines()
-    assert message in line
+def test_devices_that_are_not_there_are_told_in_one_line(run_job: RunJob, trained: Path) -> None:
+    folder, promised = {"JOB_OUTPUT_DIR": str(trained)}, {"SLURM_GPUS_ON_NODE": "99"}
+    cases: list[tuple[list[str], dict[str, str], int, str]] = [
+        (["--devices", "gpu:99"], {}, 2, "received gpu:99, expected at most"),
+        (["--require-gpus", "99"], {}, 3, "--require-gpus expected 99 GPU(s)"),
+        ([], promised, 3, "promises 99 GPUs"),
+    ]
+    for arguments, env, exit_code, message in cases:
+        result = run_job("predict", "a.png", *arguments, env={**folder, **env})
+        assert result.returncode == exit_code
+        (line,) = result.stderr.splitlines()
+        assert message in line
 
 
 def test_predicting_leaves_the_output_folder_alone(
@@ -245,7 +233,7 @@ def test_compare_reads_what_train_leaves(run_job: RunJob, trained: Path) -> None
 
 def test_compare_does_not_import_tensorflow(trained: Path) -> None:
     script = (
-        "import sys\nfrom job.cli import cli\n"
+        "import sys\nfrom job.commands.cli import cli\n"
         f"cli(['compare', {str(trained)!r}], standalone_mode=False)\n"
         "assert not {'tensorflow', 'keras'} & set(sys.modules)"
     )

@@ -16,6 +16,8 @@ import pytest
 
 from tests.conftest import REPOSITORY, RunJob
 
+pytestmark = pytest.mark.slow
+
 TRAIN = "train --dataset synthetic --limit 4800 --batch-size 32 --epochs 2 --devices cpu:1"
 BAR = re.compile(r"^epoch \d+/\d+ ")
 SGR = re.compile(r"\x1b\[[0-9;]*m")
@@ -111,10 +113,9 @@ def test_nothing_is_broken_at_60_and_at_120_columns(terminals: dict[int, Termina
         assert terminal.cursor_is_visible
     for width, lines in ((60, 2), (120, 1)):
         terminal = terminals[width]
-        for screen in terminal.screens:
-            # The command as it was typed is longer.
-            assert max((len(line) for line in screen if "python" not in line), default=0) <= width
         bars = terminal.bars()
+        # Longer lines of the log are the terminal's to wrap.
+        assert max(len(line) for bar in bars for line in bar) <= width
         assert any(bar[0].endswith("0/150  compiling") for bar in bars)
         assert any("validating  loss " in " ".join(bar) for bar in bars)
         assert max(map(len, bars)) == lines, bars
