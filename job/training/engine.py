@@ -315,8 +315,11 @@ class Engine:
                 self._strategy.run(self._replica_step, arguments)
             return first + count
 
-        tf.while_loop(lambda step: step < unrolled, lambda step: run(step, STEPS_UNROLLED), [0])
-        tf.while_loop(lambda step: step < steps, lambda step: run(step, 1), [unrolled])
+        # A loop without an iteration would be traced and compiled all the same.
+        if unrolled:
+            tf.while_loop(lambda step: step < unrolled, lambda step: run(step, STEPS_UNROLLED), [0])
+        if unrolled < steps:
+            tf.while_loop(lambda step: step < steps, lambda step: run(step, 1), [unrolled])
 
     def _replica_steps(self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor) -> None:
         """The steps of an execution on the only replica."""

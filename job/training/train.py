@@ -1,13 +1,13 @@
 """A whole training run: from a configuration to the artifacts in the output folder."""
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import keras
+import msgspec
 import tensorflow as tf
 
 from job import log
@@ -38,11 +38,12 @@ from job.run.folder import (
     OutputDir,
 )
 from job.run.manifest import RunManifest, versions
-from job.run.record import DataRecord, EvaluationRecord, TrainingRecord
+from job.run.record import DataRecord, EvaluationRecord, TrainingRecord, decode, encode
 from job.run.stop import StopRequest, Watchdog
 from job.training.engine import Engine, Plan
 from job.training.evaluate import Evaluator
 from job.training.observer import Observer, Start
+from job.training.prometheus import open_textfile, write_finished
 from job.training.saved_model import evaluate_saved, save_model
 from job.training.tensorboard import EventFile
 from job.training.trainer import Trainer
@@ -88,7 +89,7 @@ def train_as_worker(
         JobError: If the loss is no finite number any more.
     """
     watchdog = make_watchdog(config, stop)
-    seconds = config.join_timeout + _CONNECT_SECONDS
+    seconds = config.join_timeout + min(_CONNECT_SECONDS, config.stall_timeout)
     with watchdog.watch("the wait for the other workers", seconds=seconds):
         devices = open_devices_of_all(config, spec)
     workers = devices.workers
@@ -105,17 +106,30 @@ def train_as_worker(
         if not attempt.is_finished:
             with naming_lost_workers(spec):
                 run_attempt(config, attempt, devices.resolve, load, watchdog, observers)
-        elif workers.is_chief and config.metrics_textfile:
-            from job.training.prometheus import write_finished  # takes a third of a short start
-
+        elif workers.is_chief:
             write_finished(config, attempt)
     try:
-        # Were others to end earlier, nobody would be there for a chief that is started again.
-        with watchdog.watch("the wait for the other workers' end"):
+        # Were others to end earlier, nobody would be there for a chief that is started again. They
+        # wait here while it compiles and evaluates the saved model.
+        with watchdog.watch("the wait for the other workers' end", compiling=True):
             workers.shutdown()
     except LostWorkerError:
         if not workers.is_chief:
             raise
+
+
+class _Beginning(msgspec.Struct):
+    """How the chief's attempt begins, for the others to begin alike.
+
+    Attributes:
+        fresh: Whether it starts over.
+        is_finished: Whether nothing is left to do.
+        step: Of the checkpoint that it resumes from; None if there is none.
+    """
+
+    fresh: bool
+    is_finished: bool
+    step: int | None
 
 
 @contextlib.contextmanager
@@ -134,23 +148,19 @@ def _open_attempt_of_all(
         return
     with open_attempt(config, stop) as attempt:
         checkpoint = attempt.checkpoint
-        document = {
-            "fresh": attempt.fresh,
-            "is_finished": attempt.is_finished,
-            "step": checkpoint.step if checkpoint else None,
-        }
+        step = checkpoint.step if checkpoint else None
         with waiting:
-            workers.broadcast(json.dumps(document).encode())
+            workers.broadcast(encode(_Beginning(attempt.fresh, attempt.is_finished, step)))
             if checkpoint:
                 workers.broadcast(checkpoint.to_bytes())
         yield attempt
 
 
 def _follow(config: TrainConfig, stop: StopRequest, workers: Workers) -> Attempt:
-    document = json.loads(workers.broadcast(b""))
+    beginning = decode(workers.broadcast(b""), _Beginning)
     checkpoint = None
-    if document["step"] is not None:
-        checkpoint = Checkpoint.from_bytes(document["step"], workers.broadcast(b""))
+    if beginning.step is not None:
+        checkpoint = Checkpoint.from_bytes(beginning.step, workers.broadcast(b""))
     output = UnwrittenDir(config.output_dir)
     return Attempt(
         output,
@@ -158,8 +168,8 @@ def _follow(config: TrainConfig, stop: StopRequest, workers: Workers) -> Attempt
         CheckpointStore(output),
         checkpoint,
         stop,
-        document["fresh"],
-        document["is_finished"],
+        beginning.fresh,
+        beginning.is_finished,
         is_chief=False,
     )
 
@@ -207,17 +217,20 @@ def run_attempt(
         StoppedError: If the run was asked to stop; its state is in a checkpoint.
         JobError: If the loss is no finite number any more.
     """
-    with _textfile(config, attempt) as textfile:
-        observers = [*observers, *textfile]
-        if config.tensorboard and attempt.is_chief:
-            observers.append(EventFile(attempt.output))
+    with _open_observers(config, attempt) as own_observers:
         previous = previous_of(attempt.checkpoint) if attempt.checkpoint else None
-        devices = open_devices(config, previous)
+        with watchdog.watch("the setup of the devices", compiling=True):
+            devices = open_devices(config, previous)
         devices.rows_per_replica(config.batch_size)
+        # Not watched: a download takes as long as the network needs, and ends if nothing comes.
         dataset = load(config)
-        evaluation = train_and_evaluate(config, attempt, devices, dataset, watchdog, observers)
-        # First, because the report tells how the run ended.
-        attempt.manifest.finish("done")
+        observers = [*observers, *own_observers]
+        # What takes long has a watch of its own in there. This one is for the rest: even a small
+        # file never gets written on a volume that hangs.
+        with watchdog.watch("a pause between two calls"):
+            evaluation = train_and_evaluate(config, attempt, devices, dataset, watchdog, observers)
+            # First, because the report tells how the run ended.
+            attempt.manifest.finish("done")
     # The textfile says done by now, as run.json does, whatever becomes of the report.
     if evaluation:
         with watchdog.watch("the report"):
@@ -225,16 +238,18 @@ def run_attempt(
 
 
 @contextlib.contextmanager
-def _textfile(config: TrainConfig, attempt: Attempt) -> Iterator[list[Observer]]:
-    """The textfile that the configuration asks for, if it does."""
-    if config.metrics_textfile is None or not attempt.is_chief:
+def _open_observers(config: TrainConfig, attempt: Attempt) -> Iterator[list[Observer]]:
+    """The observers that the configuration asks for, all of which write files."""
+    if not attempt.is_chief:
         yield []
         return
-    from job.training.prometheus import open_textfile
-
+    event_files = [EventFile(attempt.output)] if config.tensorboard else []
+    if config.metrics_textfile is None:
+        yield [*event_files]
+        return
     run_id, check = attempt.manifest.run_id, attempt.output.check
     with open_textfile(config.metrics_textfile, config, run_id, check, attempt.stop) as textfile:
-        yield [textfile]
+        yield [textfile, *event_files]
 
 
 def train_and_evaluate(
@@ -264,26 +279,12 @@ def train_and_evaluate(
         StoppedError: If the run was asked to stop; its state is in a checkpoint.
         JobError: If the loss is no finite number any more.
     """
-    plan = make_plan(config, len(dataset.train_images))
     recipe = get_recipe(config.recipe)
     with _naming_batch_size(config.batch_size, devices.replicas):
         with watchdog.watch("the setup of the training", compiling=True):
-            engine = Engine(recipe, devices, dataset, plan, config.learning_rate)
-            require_fitting(engine.original, dataset, recipe)
-            fingerprint = take_fingerprint(config, devices, dataset, engine.original)
-            # By these each worker computes its part of the same bits.
-            devices.workers.require_equal(
-                {**fingerprint.run, "variables": fingerprint.environment.variables}
+            engine, trainer = _set_up(
+                config, attempt, recipe, devices, dataset, watchdog, observers
             )
-            history = _resume(engine, fingerprint, attempt)
-            _record_start(config, attempt, history, fingerprint, devices, dataset, plan)
-            evaluator = Evaluator(
-                engine.model, recipe, devices, dataset.test_images, dataset.test_labels
-            )
-            name = f"{devices.replicas} x {devices.descriptions[0].model}"
-            for observer in observers:
-                observer.begin(Start(devices.precision, name, plan.steps_per_epoch, history))
-        trainer = Trainer(engine, evaluator, attempt, history, fingerprint, watchdog, observers)
         trainer.train(config.checkpoint_every)
     if not attempt.is_chief:
         return None
@@ -302,6 +303,34 @@ def train_and_evaluate(
     # Without it the run is not finished. One that is there tells of an earlier end.
     attempt.output.remove([attempt.output.path / REPORT])
     return evaluation
+
+
+def _set_up(
+    config: TrainConfig,
+    attempt: Attempt,
+    recipe: Recipe,
+    devices: Devices,
+    dataset: Dataset,
+    watchdog: Watchdog,
+    observers: Sequence[Observer],
+) -> tuple[Engine, Trainer]:
+    """Bring the training to where the attempt resumes, and put its start on the record."""
+    plan = make_plan(config, len(dataset.train_images))
+    engine = Engine(recipe, devices, dataset, plan, config.learning_rate)
+    require_fitting(engine.original, dataset, recipe)
+    fingerprint = take_fingerprint(config, devices, dataset, engine.original)
+    # By these each worker computes its part of the same bits.
+    devices.workers.require_equal(
+        {**fingerprint.run, "variables": fingerprint.environment.variables}
+    )
+    history = _resume(engine, fingerprint, attempt)
+    _record_start(config, attempt, history, fingerprint, devices, dataset, plan)
+    evaluator = Evaluator(engine.model, recipe, devices, dataset.test_images, dataset.test_labels)
+    name = f"{devices.replicas} x {devices.descriptions[0].model}"
+    for observer in observers:
+        observer.begin(Start(devices.precision, name, plan.steps_per_epoch, history))
+    trainer = Trainer(engine, evaluator, attempt, history, fingerprint, watchdog, observers)
+    return engine, trainer
 
 
 def make_plan(config: TrainConfig, examples: int) -> Plan:

@@ -57,6 +57,11 @@ class Trainer:
         """Steps done since the start of the run."""
         return len(self._history.epochs) * self._plan.steps_per_epoch + self._history.progress.steps
 
+    @property
+    def _elapsed_seconds(self) -> float:
+        """Time spent in training and validation since the start of the run."""
+        return self._elapsed_before + time.perf_counter() - self._start
+
     def train(self, checkpoint_every_seconds: float) -> None:
         """Train until the run's last epoch is done and in a checkpoint.
 
@@ -138,7 +143,7 @@ class Trainer:
         log.event(
             "epoch",
             **msgspec.structs.asdict(line),
-            message=_describe_epoch(line, self._plan.epochs),
+            message=describe_epoch(line, self._plan.epochs),
         )
 
     def _require_same_state(self) -> None:
@@ -193,7 +198,7 @@ class Trainer:
         if self._is_saved or start - self._saved_at < checkpoint_every_seconds:
             return
         history = self._history
-        history.elapsed_seconds = self._elapsed_before + start - self._start
+        history.elapsed_seconds = self._elapsed_seconds
         with self._watchdog.watch("a checkpoint"):
             arrays = self._engine.state()
             self._require_finite("a variable became", _worst(arrays), alike=False)
@@ -262,7 +267,7 @@ class Trainer:
             learning_rate=self._engine.learning_rate,
             seconds=round(seconds, 3),
             images_per_second=round(images / seconds, 1),
-            elapsed_seconds=round(self._elapsed_before + time.perf_counter() - self._start, 3),
+            elapsed_seconds=round(self._elapsed_seconds, 3),
         )
 
 
@@ -274,7 +279,7 @@ def _worst(arrays: Arrays) -> float:
     return 0.0
 
 
-def _describe_epoch(line: EpochRecord, epochs: int) -> str:
+def describe_epoch(line: EpochRecord, epochs: int) -> str:
     """An epoch's figures in 70 columns: with the time before them they fit a terminal of 80."""
     return (
         f"epoch {line.epoch}/{epochs} loss {line.loss:.4f} acc {_percent(line.accuracy)} "

@@ -150,11 +150,11 @@ def test_summed_gradients_agree_for_any_number_of_replicas(
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
-def test_replicas_train_and_end_a_span_alike_but_for_their_random_streams(
+def test_replicas_train_and_end_an_execution_alike_but_for_their_random_streams(
     small_dataset: Dataset, make_devices: MakeDevices, replicas: int
 ) -> None:
     engine = make_engine(
-        small_dataset, make_devices, steps=8, learning_rate=1e-3, replicas=replicas
+        small_dataset, make_devices, steps=4, learning_rate=1e-3, replicas=replicas
     )
     losses = []
     for epoch in range(2):
@@ -193,14 +193,14 @@ def test_the_same_run_gives_the_same_bits(
 ) -> None:
     weights = []
     for _ in range(2):
-        engine = make_engine(small_dataset, make_devices, steps=6, precision=precision)
+        engine = make_engine(small_dataset, make_devices, steps=5, precision=precision)
         list(engine.train_epoch(0))
         weights.append(engine.export().get_weights())
     for one, two in zip(*weights, strict=True):
         np.testing.assert_array_equal(one, two)
 
 
-def test_an_epoch_is_handed_back_in_spans_that_cover_it(
+def test_an_epoch_is_handed_back_in_executions_that_cover_it(
     small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
     dataset = small_dataset
@@ -302,7 +302,7 @@ def test_every_op_of_the_training_step_has_a_gpu_kernel(
     checked = {"GPU": 0, "XLA_GPU_JIT": 0}
     missing = set()
     for function in (
-        engine._span.get_concrete_function(batches, draws, scalar, tf.constant(0.0)),
+        engine._execute.get_concrete_function(batches, draws, scalar, tf.constant(0.0)),
         engine._draw.get_concrete_function(scalar),
     ):
         graph = function.graph.as_graph_def()

@@ -8,23 +8,21 @@ from job.cluster.devices import Compilation
 from job.data import Dataset
 from job.recipes import classic
 from job.run.predictions import confusion_matrix
+from job.run.record import ClassRecord, EvaluationRecord
 from job.training.evaluate import Evaluation, Evaluator
 from tests.conftest import MakeDevices
 
-
-@pytest.fixture
-def model() -> keras.Model:
-    model = classic.build_model(1, 10)
-    classic.RECIPE.compile(model, 1e-4, 1)
-    return model
+COMPILED = Compilation(True, True, loops=True)
 
 
 @pytest.mark.parametrize(
-    ("replicas", "compilation"),
-    [(1, None), (1, Compilation(True, True, loops=True)), (2, None), (4, None)],
-    ids=["1", "1-compiled", "2", "4"],
+    ("replicas", "compilation", "examples"),
+    [
+        *((1, None, 256), (1, None, 299), (1, COMPILED, 299), (2, None, 299)),
+        *((4, None, 256), (4, None, 299), (4, None, 3)),
+    ],
+    ids=lambda value: "compiled" if value is COMPILED else str(value),
 )
-@pytest.mark.parametrize("examples", [300, 299, 3])
 def test_counts_each_example_once_whatever_the_split(
     model: keras.Model,
     small_dataset: Dataset,
@@ -71,17 +69,19 @@ def test_views_are_averaged(
     assert evaluation.accuracy == pytest.approx((mean.argmax(axis=1) == labels).mean())
 
 
-def test_document_has_precision_recall_and_support_of_each_class() -> None:
+def test_the_record_has_precision_recall_and_support_of_each_class() -> None:
     confusion = np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]], np.int64)
-    document = Evaluation(0.5, confusion).document(("cat", "dog", "eel"))
-    assert document == {
-        "loss": 0.5,
-        "accuracy": 11 / 14,
-        "examples": 14,
-        "classes": {
-            "cat": {"precision": 8 / 9, "recall": 0.8, "support": 10},
-            "dog": {"precision": 0.6, "recall": 0.75, "support": 4},
-            "eel": {"precision": None, "recall": None, "support": 0},
+    record = Evaluation(0.5, confusion).record(("cat", "dog", "eel"), "model.h5", "ab" * 32)
+    assert record == EvaluationRecord(
+        loss=0.5,
+        accuracy=11 / 14,
+        examples=14,
+        classes={
+            "cat": ClassRecord(precision=8 / 9, recall=0.8, support=10),
+            "dog": ClassRecord(precision=0.6, recall=0.75, support=4),
+            "eel": ClassRecord(precision=None, recall=None, support=0),
         },
-        "confusion_matrix": [[8, 2, 0], [1, 3, 0], [0, 0, 0]],
-    }
+        confusion_matrix=[[8, 2, 0], [1, 3, 0], [0, 0, 0]],
+        model="model.h5",
+        model_sha256="ab" * 32,
+    )

@@ -1,40 +1,54 @@
+import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from click.testing import CliRunner
 from prometheus_client import parser
 
 from job import log
-from job.config import DataConfig, StoppedError, TrainConfig, UserError
-from job.run.attempt import Attempt, open_attempt
-from job.run.checkpoint import History, Progress
+from job.commands.cli import cli
+from job.config import ExitCode, StoppedError, TrainConfig, UserError
+from job.run import folder
+from job.run.attempt import open_attempt
+from job.run.checkpoint import Checkpoint, History, Progress
 from job.run.lease import LeaseLostError
+from job.run.predictions import confusion_matrix
+from job.run.record import EpochRecord, encode
 from job.run.stop import StopRequest
-from job.training import prometheus
-from job.training.observer import Status
-from job.training.prometheus import GAUGES, MetricsTextfile, open_textfile, require_folder
+from job.training.evaluate import Evaluation
+from job.training.observer import Phase, Start, Status
+from job.training.prometheus import (
+    GAUGES,
+    PHASES,
+    STATES,
+    MetricsTextfile,
+    open_textfile,
+    require_folder,
+)
+from tests.conftest import REPOSITORY
+from tests.run_folders import TRAINING, lines
+from tests.training.test_trainer import make_fingerprint
 
 STATUS = Status("training", 2, 5, 15, 195, 1.5, 0.25, 20.0, 5120.0, 42.0)
-LINE = {"epoch": 2, "val_loss": 1.25, "val_accuracy": 0.5, "learning_rate": 1e-3}
+LINE = EpochRecord(2, 195, 1.5, 0.25, 1.25, 0.5, 1e-3, 9.0, 5000.0, 20.0)
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
     return TrainConfig(
         output_dir=tmp_path / "output",
-        data=DataConfig(dataset="synthetic"),
+        dataset="synthetic",
         epochs=5,
         run_id="mine",
         metrics_textfile=tmp_path / "job.prom",
     )
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prometheus, "UPDATE_SECONDS", 0.0)
 
 
 def open_file(config: TrainConfig, check: Callable[[], None] = lambda: None) -> MetricsTextfile:
@@ -56,7 +70,7 @@ def samples(path: Path) -> dict[str, float]:
 
 def test_the_file_tells_where_the_run_is(config: TrainConfig, tmp_path: Path) -> None:
     file = open_file(config)
-    file.begin("bfloat16", "2 x NVIDIA H200", 195, History([LINE], Progress(15)))
+    file.begin(Start("bfloat16", "2 x NVIDIA H200", 195, History([LINE], Progress(15))))
     before = samples(tmp_path / "job.prom")
     assert before["cifar10_job_finished_steps"] == 210
     assert before["cifar10_job_validation_loss"] == 1.25
@@ -107,8 +121,8 @@ def test_what_is_not_known_has_no_sample(config: TrainConfig, tmp_path: Path) ->
         "cifar10_job_finished_epochs",
         "cifar10_job_finished_steps",
         "cifar10_job_last_update_timestamp_seconds",
-        *(f"cifar10_job_phase{phase}" for phase in prometheus.PHASES),
-        *(f"cifar10_job_state{state}" for state in prometheus.STATES),
+        *(f"cifar10_job_phase{phase}" for phase in PHASES),
+        *(f"cifar10_job_state{state}" for state in STATES),
     }
 
 
@@ -166,10 +180,9 @@ def test_a_write_that_fails_leaves_nothing_beside_the_file(
     assert [path.name for path in tmp_path.iterdir()] == ["job.prom"]
 
 
-def test_spans_do_not_write_more_often_than_anybody_reads(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_executions_do_not_write_more_often_than_anybody_reads(
+    config: TrainConfig, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(prometheus, "UPDATE_SECONDS", 3600.0)
     file = open_file(config)
     file.show(STATUS)  # another phase is always written
     before = (tmp_path / "job.prom").read_bytes()
@@ -179,11 +192,7 @@ def test_spans_do_not_write_more_often_than_anybody_reads(
     assert samples(tmp_path / "job.prom")["cifar10_job_finished_steps"] == 225
 
 
-def test_every_phase_is_told_when_it_begins(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(prometheus, "UPDATE_SECONDS", 3600.0)
-
+def test_every_phase_is_told_when_it_begins(config: TrainConfig, tmp_path: Path) -> None:
     def phase() -> str:
         values = samples(tmp_path / "job.prom")
         (name,) = [name for name, value in values.items() if "_phase" in name and value == 1]
@@ -191,10 +200,11 @@ def test_every_phase_is_told_when_it_begins(
 
     file = open_file(config)
     assert phase() == "starting"
-    for shown in ("compiling", "training", "validating", "training"):
+    phases: list[Phase] = ["compiling", "training", "validating", "training"]
+    for shown in phases:
         file.show(replace(STATUS, phase=shown))
         assert phase() == shown
-    file.enter("evaluating")
+    file.evaluate()
     assert phase() == "evaluating"
     file.finish("stopped")
     assert phase() == "evaluating"
@@ -237,23 +247,49 @@ def test_a_file_that_cannot_be_written_at_the_start_is_refused(
 def test_the_end_is_reported(
     config: TrainConfig, tmp_path: Path, error: Exception | None, state: str
 ) -> None:
-    def end(attempt: Attempt) -> None:
-        with open_textfile(config, attempt) as file:
-            assert file
-            assert samples(tmp_path / "job.prom")["cifar10_job_staterunning"] == 1
+    path = tmp_path / "job.prom"
+
+    def end() -> None:
+        with open_textfile(path, config, None, lambda: None, StopRequest()):
+            assert samples(path)["cifar10_job_staterunning"] == 1
             if error:
                 raise error
 
-    stop = StopRequest()
-    stop.defer()
-    with open_attempt(config, stop) as attempt:
-        if error:
-            with pytest.raises(type(error)):
-                end(attempt)
-        else:
-            end(attempt)
-    values = samples(tmp_path / "job.prom")
+    if error:
+        with pytest.raises(type(error)):
+            end()
+    else:
+        end()
+    values = samples(path)
     assert [values[f"cifar10_job_state{name}"] for name in (state, "running")] == [1, 0]
+
+
+END_AT_ONCE = """
+import sys
+from pathlib import Path
+from job.config import ExitCode, TrainConfig
+from job.run.stop import StopRequest
+from job.training.prometheus import open_textfile
+
+stop = StopRequest()
+with open_textfile(Path("job.prom"), TrainConfig(), None, lambda: None, stop):
+    stop.end(ExitCode(int(sys.argv[1])), "a reason")
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "state"), [(ExitCode.RUN_AGAIN, "stopped"), (ExitCode.DEFECT, "failed")]
+)
+def test_the_end_of_a_process_that_is_ended_at_once_is_reported(
+    tmp_path: Path, code: ExitCode, state: str
+) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", END_AT_ONCE, str(int(code))],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert result.returncode == code
+    assert samples(tmp_path / "job.prom")[f"cifar10_job_state{state}"] == 1
 
 
 def test_whoever_lost_the_run_does_not_write_over_its_successor(
@@ -269,10 +305,60 @@ def test_whoever_lost_the_run_does_not_write_over_its_successor(
     assert (tmp_path / "job.prom").read_text() == "the successor's"
 
 
-def test_without_the_option_there_is_none(config: TrainConfig, tmp_path: Path) -> None:
-    with (
-        open_attempt(replace(config, metrics_textfile=None), StopRequest()) as attempt,
-        open_textfile(replace(config, metrics_textfile=None), attempt) as file,
-    ):
-        assert file is None
+@pytest.fixture
+def finished(tmp_path: Path) -> TrainConfig:
+    """A run of three epochs that is finished, and its textfile as a killed process leaves it."""
+    config = TrainConfig(output_dir=tmp_path / "output", epochs=3)
+    with open_attempt(config, StopRequest()) as attempt:
+        attempt.manifest.start_training(config, TRAINING, 0, [])
+        attempt.checkpoints.save(
+            Checkpoint(
+                30, {"network/0000": np.zeros(3)}, make_fingerprint(config), History(lines(3))
+            )
+        )
+        for name in (folder.MODEL, folder.PREDICTION, folder.PREDICTIONS, folder.REPORT):
+            attempt.output.write_text(name, "whole")
+        digest = folder.sha256_of(config.output_dir / folder.MODEL)
+        confusion = confusion_matrix(np.array([0, 1]), np.eye(2, dtype=np.float32))
+        record = Evaluation(0.5, confusion).record(("cat", "dog"), folder.MODEL, digest)
+        attempt.output.write_bytes(folder.EVALUATION, encode(record))
+    return replace(config, metrics_textfile=tmp_path / "job.prom")
+
+
+def train(config: TrainConfig, *options: str) -> list[dict[str, str]]:
+    words = ["train", "--epochs", "3", "--output-dir", str(config.output_dir), *options]
+    result = CliRunner().invoke(
+        cli, [*words, "--log-format", "json"], obj=StopRequest(), catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_a_finished_run_says_so_and_nothing_else(finished: TrainConfig, tmp_path: Path) -> None:
+    before = (finished.output_dir / "run.json").read_bytes()
+    (event,) = train(finished)
+    assert event["event"] == "finished"
+    assert "raise --epochs to go on with it" in event["message"]
+    assert (finished.output_dir / "run.json").read_bytes() == before
     assert list(tmp_path.glob("*.prom")) == []
+
+
+def test_its_textfile_says_done_with_the_runs_figures(finished: TrainConfig) -> None:
+    path = finished.metrics_textfile
+    assert path
+    path.write_text("what a killed process left")
+    train(finished, "--metrics-textfile", str(path))
+    values = samples(path)
+    assert (values["cifar10_job_statedone"], values["cifar10_job_staterunning"]) == (1, 0)
+    assert values["cifar10_job_finished_steps"] == values["cifar10_job_planned_steps"] == 30
+    assert values["cifar10_job_finished_epochs"] == 3
+    assert values["cifar10_job_validation_accuracy_ratio"] == pytest.approx(0.5)
+    assert values["cifar10_job_remaining_seconds"] == 0
+    assert 'devices="1 x a processor"' in path.read_text()
+    # It needs no checkpoint to say done.
+    for checkpoint in (finished.output_dir / "checkpoints").iterdir():
+        checkpoint.unlink()
+    train(finished, "--metrics-textfile", str(path))
+    values = samples(path)
+    assert values["cifar10_job_statedone"] == 1
+    assert "cifar10_job_finished_steps" not in values

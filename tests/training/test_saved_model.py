@@ -1,17 +1,27 @@
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from msgspec.structs import replace
 
-from job.config import UserError
+from job.cluster.scheduler import RunIdentity
+from job.config import TrainConfig, UserError
 from job.data import Dataset
-from job.recipes import classic
+from job.recipes import classic, resample_by_gather
 from job.run.folder import OutputDir
+from job.run.manifest import RunManifest
+from job.run.record import DataRecord
+from job.run.stop import Watchdog
+from job.training import saved_model
 from job.training.engine import Engine, Plan
 from job.training.saved_model import load_model, save_model
 from tests.conftest import MakeDevices
+from tests.run_folders import TRAINING
 
 
 def test_the_model_file_restores_every_variable_bit_for_bit_and_trains_on(
@@ -69,3 +79,55 @@ def test_the_name_of_a_model_file_does_not_matter(tmp_path: Path, model: keras.M
 def test_a_path_that_cannot_be_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no model"):
         load_model(tmp_path / ("x" * 300))
+
+
+@pytest.fixture
+def trained(model_output: OutputDir, small_dataset: Dataset) -> TrainConfig:
+    """What a run on the small data set leaves, with a model that knows nothing."""
+    config = TrainConfig(output_dir=model_output.path, dataset="synthetic", epochs=3)
+    data = DataRecord(small_dataset.name, small_dataset.fingerprint, small_dataset.test_fingerprint)
+    manifest = RunManifest(model_output, RunIdentity(None))
+    manifest.begin(config)
+    manifest.start_training(config, replace(TRAINING, data=data), 0, [])
+    manifest.finish("done")
+    return config
+
+
+def test_only_the_data_that_the_run_was_validated_on_judge_its_model(
+    trained: TrainConfig, small_dataset: Dataset, make_devices: MakeDevices
+) -> None:
+    devices, watchdog = make_devices(1), Watchdog(600, lambda: None)
+
+    def evaluate(config: TrainConfig, load: Callable[[TrainConfig], Dataset]) -> None:
+        output = OutputDir(config.output_dir)
+        saved_model.evaluate_output_dir(config, output, devices, load, watchdog)
+
+    path = trained.output_dir / "evaluation.json"
+    before = path.read_bytes()
+    reversed_images = small_dataset.test_images[::-1]
+    other = dataclasses.replace(small_dataset, test_images=reversed_images)
+    with pytest.raises(UserError, match=r"expected those that the run in .* was validated on"):
+        evaluate(trained, lambda config: other)
+    with pytest.raises(UserError, match="received cifar10, expected synthetic"):
+        evaluate(
+            dataclasses.replace(trained, dataset="cifar10"),
+            lambda config: pytest.fail("it was loaded"),
+        )
+    # Nothing but the model tells what it takes.
+    (trained.output_dir / "run.json").unlink()
+    grey = dataclasses.replace(small_dataset, test_images=small_dataset.test_images[..., :1])
+    with pytest.raises(UserError, match=r"\(32, 32, 3, 10\), expected \(32, 32, 1, 10\)"):
+        evaluate(trained, lambda config: grey)
+    assert path.read_bytes() == before
+    evaluate(trained, lambda config: small_dataset)
+    assert path.read_bytes() != before
+
+
+def test_the_augmented_sample_is_drawn_as_a_training_draws_it(small_dataset: Dataset) -> None:
+    images, recipe = small_dataset.train_images[:4], classic.RECIPE
+    sample = saved_model.augmented_sample(recipe, images, 9, 5)
+    for epoch in range(5):
+        draws = recipe.draw_augmentation(9, tf.constant(epoch), 8, 64)[0, :4]
+        scaled = tf.constant(images / np.float32(255))
+        expected = recipe.augment(scaled, draws, resample_by_gather).numpy() * 255
+        assert np.abs(expected - sample[:, epoch]).max() <= 0.51

@@ -8,22 +8,24 @@ from job.config import UserError
 from job.run.checkpoint import History
 from job.run.folder import OutputDir
 from job.run.lease import LeaseLostError
+from job.run.record import EpochRecord
+from job.training.observer import Start
 from job.training.tensorboard import TAGS, EventFile
 
 
-def line(epoch: int, **changes: float) -> dict[str, Any]:
-    values = dict.fromkeys(TAGS.values(), 0.5 / epoch)
-    return {
-        **values,
-        "epoch": epoch,
-        "step": 20 * epoch,
-        "elapsed_seconds": 10.0 * epoch,
-        **changes,
-    }
+def line(epoch: int, **changes: float) -> EpochRecord:
+    values: dict[str, Any] = {**dict.fromkeys(TAGS.values(), 0.5 / epoch), **changes}
+    return EpochRecord(
+        epoch=epoch, step=20 * epoch, seconds=9.0, elapsed_seconds=10.0 * epoch, **values
+    )
 
 
-def history(*epochs: int) -> History:
-    return History([line(epoch) for epoch in epochs], elapsed_seconds=10.0 * len(epochs))
+def begin(output: OutputDir, *epochs: int) -> EventFile:
+    """Begin an attempt that resumes after these epochs."""
+    event_file = EventFile(output)
+    history = History([line(epoch) for epoch in epochs], elapsed_seconds=10.0 * len(epochs))
+    event_file.begin(Start("float32", "1 x CPU", 20, history))
+    return event_file
 
 
 def files(output: OutputDir) -> list[Path]:
@@ -46,7 +48,7 @@ def curve(path: Path, tag: str) -> list[tuple[int, Any]]:
 
 def test_every_epoch_is_a_point_of_every_curve(tmp_path: Path) -> None:
     output = OutputDir(tmp_path)
-    event_file = EventFile(output, History())
+    event_file = begin(output)
     for epoch in (1, 2, 3):
         event_file.finish_epoch(line(epoch, val_loss=epoch, learning_rate=0.25))
     (path,) = files(output)
@@ -63,11 +65,11 @@ def test_every_epoch_is_a_point_of_every_curve(tmp_path: Path) -> None:
 
 def test_an_attempt_leaves_no_point_that_it_will_contradict(tmp_path: Path) -> None:
     output = OutputDir(tmp_path)
-    killed = EventFile(output, History())
+    killed = begin(output)
     for epoch in (1, 2, 3):
         killed.finish_epoch(line(epoch))
     # Its last checkpoint was that of the second epoch.
-    later = EventFile(output, history(1, 2))
+    later = begin(output, 1, 2)
     later.finish_epoch(line(3, loss=9.0))
     old, new = files(output)
     # A reader that is at the old file goes on from it to the file of the next name.
@@ -75,7 +77,7 @@ def test_an_attempt_leaves_no_point_that_it_will_contradict(tmp_path: Path) -> N
     assert "tfevents" in new.name
     assert old.read_bytes() == b""
     assert curve(new, "loss/train") == [(20, 0.5), (40, 0.25), (60, 9.0)]
-    third = EventFile(output, history(1, 2, 3))
+    third = begin(output, 1, 2, 3)
     third.finish_epoch(line(4))
     assert [path.stat().st_size > 0 for path in files(output)] == [False, True]
     assert len(curve(files(output)[-1], "loss/train")) == 4
@@ -83,7 +85,7 @@ def test_an_attempt_leaves_no_point_that_it_will_contradict(tmp_path: Path) -> N
 
 def test_a_file_cut_off_anywhere_is_read_up_to_its_last_whole_epoch(tmp_path: Path) -> None:
     output = OutputDir(tmp_path)
-    event_file = EventFile(output, history(1))
+    event_file = begin(output, 1)
     (path,) = files(output)
     size = path.stat().st_size
     event_file.finish_epoch(line(2))
@@ -98,26 +100,22 @@ def test_a_file_cut_off_anywhere_is_read_up_to_its_last_whole_epoch(tmp_path: Pa
             pass
         assert seen == [0, 0, 20]
     # The next attempt makes it good.
-    EventFile(output, history(1, 2))
+    begin(output, 1, 2)
     assert len(curve(files(output)[-1], "loss/train")) == 2
 
 
-class LostLease:
-    token = "0" * 8
-    lost = False
+def test_an_attempt_that_lost_the_folder_writes_nothing(tmp_path: Path) -> None:
+    is_lost = False
 
-    def check(self) -> None:
-        if self.lost:
+    def check() -> None:
+        if is_lost:
             raise LeaseLostError("taken over")
 
-
-def test_an_attempt_that_lost_the_folder_writes_nothing(tmp_path: Path) -> None:
-    lease = LostLease()
-    stale = EventFile(OutputDir(tmp_path, lease), History())  # type: ignore[arg-type]
-    newer = EventFile(OutputDir(tmp_path), History())
+    stale = begin(OutputDir(tmp_path, check))
+    newer = begin(OutputDir(tmp_path))
     newer.finish_epoch(line(1))
     before = {path: path.read_bytes() for path in files(OutputDir(tmp_path))}
-    lease.lost = True
+    is_lost = True
     with pytest.raises(LeaseLostError):
         stale.finish_epoch(line(1))
     assert {path: path.read_bytes() for path in files(OutputDir(tmp_path))} == before
@@ -125,7 +123,7 @@ def test_an_attempt_that_lost_the_folder_writes_nothing(tmp_path: Path) -> None:
 
 def test_a_file_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
     output = OutputDir(tmp_path)
-    event_file = EventFile(output, History())
+    event_file = begin(output)
     files(output)[0].unlink()
     with pytest.raises(UserError, match=r"cannot write .*tfevents\.000001: No such file"):
         event_file.finish_epoch(line(1))
@@ -135,7 +133,7 @@ def test_a_file_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("mine")
     with pytest.raises(UserError, match="tensorboard"):
-        EventFile(OutputDir(tmp_path), History())
+        begin(OutputDir(tmp_path))
     assert (tmp_path / "tensorboard").read_text() == "mine"
 
 
@@ -144,8 +142,8 @@ def test_event_files_of_others_are_left_alone(tmp_path: Path) -> None:
     output.make_folder("tensorboard")
     other = tmp_path / "tensorboard" / "events.out.tfevents.1700000000.host"
     other.write_text("not this job's")
-    EventFile(output, history(1))
-    EventFile(output, history(1, 2))
+    begin(output, 1)
+    begin(output, 1, 2)
     output.discard()
     assert [path.name for path in (tmp_path / "tensorboard").iterdir()] == [other.name]
     assert other.read_text() == "not this job's"
@@ -153,7 +151,7 @@ def test_event_files_of_others_are_left_alone(tmp_path: Path) -> None:
 
 def test_starting_over_discards_it_and_a_kill_leaves_nothing_to_tidy(tmp_path: Path) -> None:
     output = OutputDir(tmp_path)
-    EventFile(output, history(1))
+    begin(output, 1)
     half = tmp_path / "tensorboard" / ".events.out.tfevents.1234.partial.000002"
     half.write_bytes(b"half")
     output.tidy()
