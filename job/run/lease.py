@@ -218,7 +218,7 @@ LEASE_SECONDS = 20.0
 HANDOVER_SECONDS = 15.0
 """Time that an older attempt of the same run has to save its work when it is asked to stop."""
 
-_POLL_SECONDS = 0.5
+POLL_SECONDS = 0.5
 
 
 def acquire(
@@ -311,7 +311,7 @@ class _Waiter:
                 if lease:
                     return lease
             else:
-                time.sleep(_POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
 
     def _may_follow(self, generation: int) -> bool:
         """Whether the holder of a lease has given it back, is dead, or has had its time."""
@@ -348,7 +348,7 @@ class _Waiter:
         Not the time in which the volume gave no answer: the holder could not renew it either.
         """
         now = time.monotonic()
-        silence = min(now - self._looked_at, 2 * _POLL_SECONDS)
+        silence = min(now - self._looked_at, 2 * POLL_SECONDS)
         self._unchanged_seconds = (
             self._unchanged_seconds + silence if content == self._content else 0.0
         )
@@ -380,7 +380,7 @@ class _Waiter:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             return None
-        kernel = _kernel(path)
+        kernel = kernel_of(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -402,7 +402,7 @@ class _Waiter:
 
 def _probe(path: Path, holder: Holder | None) -> str:
     """Whether the holder's file lock is "held", "free", or "unknown" because it is elsewhere."""
-    if holder is None or holder.kernel is None or holder.kernel != _kernel(path):
+    if holder is None or holder.kernel is None or holder.kernel != kernel_of(path):
         return "unknown"
     with path.open("rb") as file:
         try:
@@ -415,7 +415,7 @@ def _probe(path: Path, holder: Holder | None) -> str:
     return "free"
 
 
-def _kernel(path: Path) -> str | None:
+def kernel_of(path: Path) -> str | None:
     """Identifies kernel and file system: file locks meet only within both."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -4,6 +4,7 @@
 set. They may have been cut off, edited or mixed up on their way here, so they are checked first.
 """
 
+import dataclasses
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -329,8 +330,22 @@ def read_manifest(folder: Path) -> Manifest | None:
     )
     manifest = _read_document(folder / RUN, advice, Manifest)
     if manifest:
+        problem = _find_impossible(manifest)
+        if problem:
+            raise DamagedError(f"{folder / RUN} is damaged: {problem}; {advice}")
         manifest.config = redacted(manifest.config)  # earlier versions kept it as it was given
     return manifest
+
+
+def _find_impossible(manifest: Manifest) -> str | None:
+    """What the types alone do not say and readers rely on; None where all is well."""
+    if "job" not in manifest.versions:
+        return "Object missing required field `job` - at `$.versions`"
+    for one in dataclasses.fields(TrainConfig):
+        value, least = getattr(manifest.config, one.name), one.metadata["option"].minimum
+        if None not in (value, least) and value < least:
+            return f"Expected a value >= {least} - at `$.config.{one.name}`"
+    return None
 
 
 def read_evaluation(folder: Path) -> EvaluationRecord | None:

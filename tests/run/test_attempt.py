@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +11,21 @@ import numpy as np
 import pytest
 
 from job import log
-from job.config import StoppedError, TrainConfig, UserError, run_options
+from job.config import ExitCode, LostWorkerError, StoppedError, TrainConfig, UserError, run_options
 from job.run import folder
 from job.run.attempt import Attempt, hold_output_dir, open_attempt
 from job.run.checkpoint import Checkpoint, History, Progress
-from job.run.lease import LeaseLostError
+from job.run.fingerprint import Environment, Fingerprint
+from job.run.lease import LeaseLostError, is_released
+from job.run.record import ClassRecord, EvaluationRecord, encode
 from job.run.stop import RUN_AGAIN, StopRequest
+from tests.conftest import REPOSITORY
+from tests.run_folders import TRAINING, lines
 
 Body = Callable[[Attempt], None]
+
+CLASSES = {"cat": ClassRecord(1.0, 1.0, 2)}
+ENVIRONMENT = Environment("cpu", ["Zen"], 1, 2, "float32", "auto", True, {}, None, {})
 
 
 @pytest.fixture
@@ -31,19 +40,18 @@ def run(config: TrainConfig, body: Body = lambda attempt: None) -> Attempt:
         if not attempt.is_finished:
             if attempt.fresh:
                 attempt.output.discard()
-            attempt.manifest.start_training(config, {"devices": []}, 0, [])
+            attempt.manifest.start_training(config, TRAINING, 0, [])
         body(attempt)
     return attempt
 
 
 def save(config: TrainConfig, epochs: int, steps: int = 0) -> Body:
-    lines = [{"epoch": epoch, "val_accuracy": 0.5} for epoch in range(epochs)]
-    history = History(lines, Progress(steps))
-    metadata = {"fingerprint": {"run": run_options(config)}, "history": history.document()}
+    fingerprint = Fingerprint(dict(run_options(config)), ENVIRONMENT)
+    history = History(lines(epochs), Progress(steps))
 
     def body(attempt: Attempt) -> None:
         arrays = {"network/0000": np.zeros(3)}
-        attempt.checkpoints.save(Checkpoint(10 * epochs + steps, arrays, metadata))
+        attempt.checkpoints.save(Checkpoint(10 * epochs + steps, arrays, fingerprint, history))
 
     return body
 
@@ -55,7 +63,8 @@ def finish(config: TrainConfig) -> Body:
         for name in (folder.PREDICTION, folder.PREDICTIONS, folder.REPORT):
             attempt.output.write_text(name, "whole")
         digest = folder.sha256_of(config.output_dir / folder.MODEL)
-        attempt.output.write_json(folder.EVALUATION, {"model_sha256": digest})
+        evaluation = EvaluationRecord(1.0, 1.0, 2, CLASSES, [[2]], folder.MODEL, digest)
+        attempt.output.write_bytes(folder.EVALUATION, encode(evaluation))
 
     return body
 
@@ -184,7 +193,7 @@ def test_fresh_keeps_nothing_of_the_run_before(config: TrainConfig) -> None:
     with open_attempt(other, stop) as attempt:
         assert attempt.checkpoint is None
         attempt.output.discard()
-        attempt.manifest.start_training(other, {"devices": []}, 0, [])
+        attempt.manifest.start_training(other, TRAINING, 0, [])
         left = [path.name for path in config.output_dir.iterdir() if path.name[0] != "."]
         assert left == ["run.json"]
     assert len(manifest(config)["attempts"]) == 1
@@ -242,6 +251,7 @@ def test_a_mistaken_command_of_the_same_run_does_not_stop_it(config: TrainConfig
     ("error", "outcome", "reason"),
     [
         (StoppedError("SIGTERM"), "stopped", "SIGTERM"),
+        (LostWorkerError("worker 1 is gone"), "stopped", "worker 1 is gone"),
         (RuntimeError("broken"), "failed", "RuntimeError: broken"),
         (UserError("wrong"), "failed", "wrong"),
         (LeaseLostError("taken over"), "running", None),
@@ -254,6 +264,38 @@ def test_the_end_of_an_attempt_is_recorded(
         run(config, raising(error))
     (attempt,) = manifest(config)["attempts"]
     assert (attempt["outcome"], attempt["reason"]) == (outcome, reason)
+
+
+ENDED_AT_ONCE = """
+import sys
+from pathlib import Path
+from job.config import ExitCode, TrainConfig
+from job.run.attempt import open_attempt
+from job.run.stop import StopRequest
+stop = StopRequest()
+with open_attempt(TrainConfig(Path(sys.argv[1])), stop):
+    stop.end(ExitCode(int(sys.argv[2])), "a reason")
+"""
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "outcome"), [(ExitCode.RUN_AGAIN, "stopped"), (ExitCode.DEFECT, "failed")]
+)
+def test_the_end_of_a_process_that_ends_at_once_is_recorded(
+    config: TrainConfig, exit_code: ExitCode, outcome: str
+) -> None:
+    program = [sys.executable, "-c", ENDED_AT_ONCE]
+    ended = subprocess.run([*program, config.output_dir, str(int(exit_code))], cwd=REPOSITORY)
+    assert ended.returncode == exit_code
+    document = manifest(config)
+    (attempt,) = document["attempts"]
+    assert (document["outcome"], attempt["outcome"], attempt["reason"]) == (
+        *(outcome, outcome),
+        "a reason",
+    )
+    assert document["error"] == ("a reason" if outcome == "failed" else None)
+    (lease,) = (config.output_dir / ".lease").iterdir()
+    assert is_released(lease.read_bytes())
 
 
 def test_the_folder_is_free_after_an_attempt(config: TrainConfig) -> None:

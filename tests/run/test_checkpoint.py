@@ -1,17 +1,46 @@
+import hashlib
+import io
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from job import log
 from job.config import UserError
-from job.run.checkpoint import Arrays, Checkpoint, CheckpointStore
+from job.run.checkpoint import Arrays, Checkpoint, CheckpointStore, History, Progress
+from job.run.fingerprint import Environment, Fingerprint
 from job.run.folder import OutputDir
+from job.run.record import BestEpoch, EpochRecord, read_epochs
 from tests.conftest import REPOSITORY
+from tests.run_folders import lines
+
+FINGERPRINT = Fingerprint(
+    {"seed": 42, "limit": None, "learning_rate": 0.1 + 0.2, "optimizer.beta_1": 0.9},
+    Environment(
+        device_kind="cpu",
+        device_models=["a processor"],
+        replicas=2,
+        threads=4,
+        precision="float32",
+        jit="auto",
+        deterministic=True,
+        versions={"job": "1"},
+        git_commit=None,
+        variables={"XLA_FLAGS": "--none"},
+        workers=3,
+    ),
+    "ab" * 32,
+)
+
+
+def line(epoch: int, val_accuracy: float) -> EpochRecord:
+    return msgspec.structs.replace(lines(epoch)[-1], val_accuracy=val_accuracy)
 
 
 def make(step: int) -> Checkpoint:
@@ -19,26 +48,56 @@ def make(step: int) -> Checkpoint:
         "network/0000": np.arange(step, step + 1000, dtype=np.float32),
         "optimizer/0000": np.array(step, np.int64),
     }
-    return Checkpoint(step, arrays, {"history": {"loss": step / 3}})
+    history = History([line(1, 0.1 + 0.2)], Progress(7, step / 3, 5), 0.7, 2.5)
+    return Checkpoint(step, arrays, FINGERPRINT, history)
 
 
 def store(folder: Path) -> CheckpointStore:
     return CheckpointStore(OutputDir(folder))
 
 
+def load(folder: Path) -> Checkpoint:
+    checkpoint = store(folder).load_latest()
+    assert checkpoint is not None
+    return checkpoint
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def test_a_checkpoint_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
+def test_the_best_epoch_is_the_first_of_equals() -> None:
+    history = History()
+    assert history.best is None
+    for epoch, accuracy in enumerate([0.5, 0.7, 0.7, 0.6], 1):
+        history.finish_epoch(line(epoch, accuracy))
+    assert history.best == BestEpoch(2, 0.7)
+
+
+def test_finishing_an_epoch_begins_the_next_one() -> None:
+    history = History(progress=Progress(3, 1.5, 2), epoch_seconds=4.0)
+    assert history.epochs_begun == 1
+    history.finish_epoch(line(1, 0.5))
+    assert (history.progress, history.epoch_seconds) == (Progress(), 0.0)
+    assert history.epochs_begun == 1
+    assert History().epochs_begun == len(History().epochs) == 0
+
+
+def test_metrics_are_the_whole_history(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
+    History(lines(2)).write_metrics(OutputDir(tmp_path))
+    assert read_epochs(tmp_path) == lines(2)
+
+
+def test_a_checkpoint_is_loaded_as_it_was_saved_to_the_last_bit(tmp_path: Path) -> None:
     assert store(tmp_path).load_latest() is None
-    size = store(tmp_path).save(make(15))
+    size = store(tmp_path).save(make(16))
     (name,) = names(tmp_path)
     assert (tmp_path / "checkpoints" / name).stat().st_size == size
-    loaded = store(tmp_path).load_latest()
-    assert loaded is not None
-    assert (loaded.step, loaded.metadata) == (15, make(15).metadata)
-    for key, array in make(15).arrays.items():
+    loaded = load(tmp_path)
+    assert (loaded.step, loaded.fingerprint, loaded.history) == (16, FINGERPRINT, make(16).history)
+    assert loaded.arrays.keys() == make(16).arrays.keys()
+    for key, array in make(16).arrays.items():
         assert loaded.arrays[key].dtype == array.dtype
         np.testing.assert_array_equal(loaded.arrays[key], array)
 
@@ -125,19 +184,48 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
         store(tmp_path).load_latest()
 
 
+def metadata_of(checkpoint: Checkpoint) -> Any:
+    with np.load(io.BytesIO(checkpoint.to_bytes())) as file:
+        return json.loads(str(file["metadata"]))
+
+
+def save_with(folder: Path, metadata: Any) -> None:
+    """Save a checkpoint as another version of this program may have written it."""
+    buffer = io.BytesIO()
+    members: dict[str, Any] = {**make(15).arrays, "metadata": np.array(json.dumps(metadata))}
+    np.savez(buffer, **members)
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:16]
+    (folder / "checkpoints").mkdir()
+    path = folder / "checkpoints" / f"000001-step-00000015-{digest}.npz"
+    path.write_bytes(buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"format": 2, "fingerprint": "another"}, "received format 2, expected 1"),
+        ({"history": {"progress": []}}, r"Expected `object`, got `array`.*history\.progress"),
+    ],
+)
 def test_a_checkpoint_of_another_format_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, change: dict[str, Any], problem: str
 ) -> None:
-    monkeypatch.setattr("job.run.checkpoint._FORMAT", 2)
-    store(tmp_path).save(make(15))
-    monkeypatch.undo()
-    with pytest.raises(UserError, match="received format 2, expected 1; go on with"):
+    save_with(tmp_path, metadata_of(make(15)) | change)
+    with pytest.raises(UserError, match=f"{problem}.*; go on with the version of this program"):
         store(tmp_path).load_latest()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    metadata = metadata_of(make(15))
+    del metadata["fingerprint"]["recipe"], metadata["fingerprint"]["environment"]["workers"]
+    save_with(tmp_path, metadata)
+    loaded = load(tmp_path)
+    assert (loaded.fingerprint.environment.workers, loaded.fingerprint.recipe) == (1, "")
+    assert loaded.history == make(15).history
 
 
 KILLED_WHILE_SAVING = """
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from tests.integration.faults import Injector
 import numpy as np
@@ -145,14 +233,16 @@ from job.run.checkpoint import Checkpoint, CheckpointStore
 from job.run.folder import OutputDir
 folder = Path(sys.argv[1])
 store = CheckpointStore(OutputDir(folder))
-step = store.load_latest().step + 15
+last = store.load_latest()
+step = last.step + 15
 arrays = {"network/0000": np.arange(step, step + 1000, dtype=np.float32)}
 Injector(folder, "checkpoints", int(sys.argv[2]), sys.argv[3]).install()
-store.save(Checkpoint(step, arrays, {}))
+store.save(Checkpoint(step, arrays, last.fingerprint, last.history))
 print("saved")
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_operation_leaves_the_earlier_or_the_new_checkpoint(tmp_path: Path) -> None:
     """No operation is left out: the numbers go up until a save gets to its end."""
     for moment in ("before", "half", "after"):
@@ -162,16 +252,14 @@ def test_a_kill_at_any_operation_leaves_the_earlier_or_the_new_checkpoint(tmp_pa
         for step in (15, 30):
             first.save(make(step))
         for number in range(1, 100):
-            before = store(folder).load_latest()
-            assert before is not None
+            before = load(folder)
             result = subprocess.run(
                 [sys.executable, "-c", KILLED_WHILE_SAVING, folder, str(number), moment],
                 cwd=REPOSITORY,
                 capture_output=True,
                 text=True,
             )
-            after = store(folder).load_latest()
-            assert after is not None
+            after = load(folder)
             assert after.step in (before.step, before.step + 15)
             np.testing.assert_array_equal(
                 after.arrays["network/0000"], make(after.step).arrays["network/0000"]

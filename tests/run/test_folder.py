@@ -1,22 +1,72 @@
 from pathlib import Path
-from typing import cast
 
 import pytest
 
+from job import log
 from job.config import UserError
-from job.run.folder import OutputDir
-from job.run.lease import Lease, LeaseLostError
+from job.run.folder import OutputDir, prepare_output_dir, require_model, warn_unless_mounted
+from job.run.lease import LeaseLostError
 
 
 def listing(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_an_output_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+    prepare_output_dir(tmp_path / "a" / "b", make=False)
+    assert listing(tmp_path) == []
+    prepare_output_dir(tmp_path / "a" / "b")
+    assert listing(tmp_path / "a" / "b") == []
+
+
+def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match="is a file, expected a folder"):
+        prepare_output_dir(tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_an_output_folder_with_an_impossible_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot write to --output-dir"):
+        prepare_output_dir(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize(
+    ("mount_point", "is_lost"),
+    [
+        ("/", True),
+        ("/o", True),
+        ("/a out", False),
+        ("/a out/put", False),
+        ("/a out/put/below", True),
+    ],
+)
+def test_a_folder_on_no_volume_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mount_point: str, is_lost: bool
+) -> None:
+    table, escaped = tmp_path / "mountinfo", mount_point.replace(" ", r"\040")
+    table.write_text(
+        "21 1 0:20 / / rw,relatime - overlay overlay rw\n"
+        f"22 21 8:1 /home/user/output {escaped} rw,relatime - ext4 /dev/sda1 rw\n"
+    )
+    log.configure("text")
+    warn_unless_mounted(Path("/a out/put"), table)
+    said = capsys.readouterr().out
+    assert ("is no mounted volume: everything in it is lost" in said) == is_lost
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no model .*; train one first"):
+        require_model(tmp_path / "model.h5")
+    (tmp_path / "model.h5").write_text("model")
+    require_model(tmp_path / "model.h5")
+
+
 def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     OutputDir(tmp_path).write_text("file.txt", "whole")
     output = OutputDir(tmp_path)
-    with pytest.raises(RuntimeError), output.replacing("file.txt") as temporary:  # noqa: PT012
+    with pytest.raises(RuntimeError), output.atomic_write("file.txt") as temporary:  # noqa: PT012
         temporary.write_text("ha")
         assert path.read_text() == "whole"
         raise RuntimeError("killed while writing")
@@ -28,6 +78,8 @@ def test_a_write_that_the_system_refuses_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "gone" / "file.txt"
     with pytest.raises(UserError, match=f"cannot write {path}: No such file or directory"):
         OutputDir(tmp_path).write_text("gone/file.txt", "text")
+    with pytest.raises(UserError, match=f"cannot write {path}: No such file or directory"):
+        OutputDir(tmp_path).append_bytes("gone/file.txt", b"text")
 
 
 def test_what_a_killed_process_left_is_tidied_away(tmp_path: Path) -> None:
@@ -45,39 +97,37 @@ def test_what_a_killed_process_left_is_tidied_away(tmp_path: Path) -> None:
 
 
 def test_discarding_keeps_what_is_not_the_jobs(tmp_path: Path) -> None:
-    (tmp_path / "report").mkdir()
+    for name in ("report", "tensorboard", "checkpoints"):
+        (tmp_path / name).mkdir()
     for name in (
-        *("cifar10_model.h5", "evaluation.json", "prediction.png", "predictions.npz"),
-        *("metrics.jsonl", "report.html", "report/accuracy.png"),
+        *("cifar10_model.h5", "evaluation.json", "prediction.png", "predictions.npz", "run.json"),
+        *("metrics.jsonl", "report.html", "report/accuracy.png", "checkpoints/old.npz"),
+        "tensorboard/events.out.tfevents.000001",
     ):
         (tmp_path / name).write_text("old")
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "old.npz").write_text("old")
-    (tmp_path / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "report/mine.png"):
+        (tmp_path / name).write_text("mine")
     OutputDir(tmp_path).discard()
-    assert listing(tmp_path) == ["notes.txt"]
-
-
-def test_discarding_keeps_somebodys_files_beside_the_reports_pictures(tmp_path: Path) -> None:
-    (tmp_path / "report").mkdir()
-    for name in ("accuracy.png", "mine.png"):
-        (tmp_path / "report" / name).write_text("content")
-    OutputDir(tmp_path).discard()
+    assert listing(tmp_path) == ["notes.txt", "report"]
     assert listing(tmp_path / "report") == ["mine.png"]
 
 
 def test_a_folder_that_was_taken_over_is_not_written(tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("theirs")
+    taken = False
 
-    class LostLease:
-        token = "deadbeef"
-
-        def check(self) -> None:
+    def check() -> None:
+        if taken:
             raise LeaseLostError("taken over")
 
-    output = OutputDir(tmp_path, cast(Lease, LostLease()))
+    output = OutputDir(tmp_path, check, "deadbeef")
+    with pytest.raises(LeaseLostError), output.atomic_write("file.txt") as temporary:  # noqa: PT012
+        temporary.write_text("mine")
+        taken = True
     with pytest.raises(LeaseLostError):
         output.write_text("file.txt", "mine")
+    with pytest.raises(LeaseLostError):
+        output.append_bytes("file.txt", b"mine")
     with pytest.raises(LeaseLostError):
         output.remove([tmp_path / "file.txt"])
     with pytest.raises(LeaseLostError):

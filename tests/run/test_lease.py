@@ -15,7 +15,7 @@ import pytest
 
 from job import log
 from job.cluster.scheduler import RunIdentity
-from job.config import UserError
+from job.config import ExitCode, UserError
 from job.run import lease
 from job.run.lease import Holder, Lease, LeaseLostError
 from job.run.stop import StopRequest
@@ -49,14 +49,14 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "LEASE_SECONDS", 1.5)
     monkeypatch.setattr(lease, "UNRENEWED_SECONDS", 1.0)
     monkeypatch.setattr(lease, "HANDOVER_SECONDS", 1.0)
-    monkeypatch.setattr(lease, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "POLL_SECONDS", 0.05)
 
 
 @pytest.fixture
 def different_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look at the kernel is from another one, so that only the counter can tell."""
     numbers = itertools.count()
-    monkeypatch.setattr(lease, "_kernel", lambda path: f"kernel {next(numbers)}")
+    monkeypatch.setattr(lease, "kernel_of", lambda path: f"kernel {next(numbers)}")
 
 
 def make_stop() -> StopRequest:
@@ -69,10 +69,14 @@ def acquire(folder: Path, identity: RunIdentity = NOBODY, stop: StopRequest | No
     return lease.acquire(folder, identity, stop or make_stop())
 
 
-def abandon(held: Lease) -> None:
-    """Stop renewing, without giving the lease back or freeing its lock."""
-    held._released.set()
-    held._thread.join()
+def leave_dead(folder: Path, identity: RunIdentity = NOBODY) -> Lease:
+    """Leave the lease of a holder that has died without giving it back."""
+    held = acquire(folder, identity)
+    (path,) = (folder / ".lease").iterdir()
+    content = path.read_bytes()
+    held.release()
+    path.write_bytes(content)
+    return held
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -91,23 +95,19 @@ def test_a_live_holder_is_named_and_keeps_the_folder(tmp_path: Path) -> None:
     held = acquire(tmp_path, OTHER_JOB)
     with pytest.raises(
         UserError, match=f"{tmp_path} is in use by slurm job 2, process .* on host .* since"
-    ):
+    ) as error:
         acquire(tmp_path, JOB)
+    assert error.value.exit_code == ExitCode.USER_ERROR
     held.check()
     held.release()
 
 
-def test_a_training_waits_for_a_holder_that_is_brief(tmp_path: Path) -> None:
-    held = lease.acquire(tmp_path, NOBODY, make_stop(), brief=True)
-    with pytest.raises(UserError, match="is in use by"):
-        lease.acquire(tmp_path, NOBODY, make_stop(), brief=True)
-    threading.Timer(2.0, held.release).start()
-    assert 1.5 < seconds(lambda: acquire(tmp_path, JOB).release()) < 5
-
-
 @pytest.mark.usefixtures("different_hosts")
 def test_a_lease_that_was_given_back_elsewhere_is_free_at_once(tmp_path: Path) -> None:
-    acquire(tmp_path).release()
+    held = acquire(tmp_path)
+    assert lease.read_holder(tmp_path) is not None
+    held.release()
+    assert lease.read_holder(tmp_path) is None
     assert seconds(lambda: acquire(tmp_path).release()) < 0.5
 
 
@@ -125,8 +125,7 @@ def test_a_dead_holder_on_another_host_is_waited_for(
     tmp_path: Path, first: RunIdentity, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log.configure("json")
-    dead = acquire(tmp_path, first)
-    abandon(dead)
+    dead = leave_dead(tmp_path, first)
     assert 0.9 <= seconds(lambda: acquire(tmp_path, JOB).release()) < 5
     event = json.loads(capsys.readouterr().out.splitlines()[0])
     assert (event["event"], event["level"]) == ("waiting", "warning")
@@ -155,6 +154,26 @@ def test_a_holder_killed_on_the_same_host_is_replaced_at_once(tmp_path: Path) ->
     with holding(tmp_path), pytest.raises(UserError, match="in use"):
         acquire(tmp_path)
     assert seconds(lambda: acquire(tmp_path).release()) < 0.5
+
+
+def test_who_holds_a_folder_is_read_without_asking(tmp_path: Path) -> None:
+    assert lease.read_holder(tmp_path) is None
+    with holding(tmp_path, "slurm job 1"):
+        for _ in range(2):
+            holder = lease.read_holder(tmp_path)
+            assert holder is not None
+            assert (holder.run, holder.attempt) == ("slurm job 1", 0)
+    assert lease.read_holder(tmp_path) is None  # it was killed
+    held = acquire(tmp_path)
+    assert "a run without --run-id, process" in str(lease.read_holder(tmp_path))
+    held.release()
+    assert lease.read_holder(tmp_path) is None
+    for path in (tmp_path / ".lease").iterdir():
+        path.unlink()
+    assert lease.read_holder(tmp_path) is None
+    (tmp_path / ".lease" / "00000001").mkdir()
+    with pytest.raises(UserError, match=r"cannot use the lease .*: Is a directory"):
+        lease.read_holder(tmp_path)
 
 
 def test_a_holder_that_was_stopped_finds_its_lease_taken(tmp_path: Path) -> None:
@@ -216,7 +235,7 @@ def test_an_attempt_that_could_not_go_on_asks_nobody_to_stop(tmp_path: Path) -> 
 def test_a_volume_that_gave_no_answer_does_not_make_a_holder_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = acquire(tmp_path)
+    leave_dead(tmp_path)
     read = lease.read_lease
     looks = itertools.count()
 
@@ -226,11 +245,8 @@ def test_a_volume_that_gave_no_answer_does_not_make_a_holder_dead(
             time.sleep(2.0)  # longer than the lease; the holder could not write either
         return content
 
-    monkeypatch.setattr(lease, "RENEW_SECONDS", 60.0)
-    time.sleep(0.2)  # until it has begun to wait for that long
     monkeypatch.setattr(lease, "read_lease", slow)
     assert seconds(lambda: acquire(tmp_path).release()) > 3.0
-    abandon(held)
 
 
 def test_a_newer_attempt_of_the_same_run_is_not_replaced(tmp_path: Path) -> None:
@@ -243,7 +259,7 @@ def test_a_newer_attempt_of_the_same_run_is_not_replaced(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("different_hosts")
 def test_one_of_many_waiters_follows_a_dead_holder(tmp_path: Path) -> None:
-    abandon(acquire(tmp_path))
+    leave_dead(tmp_path)
 
     def attempt(_: int) -> Lease | None:
         try:
@@ -258,16 +274,21 @@ def test_one_of_many_waiters_follows_a_dead_holder(tmp_path: Path) -> None:
     winners[0].release()
 
 
-def test_only_one_of_two_that_want_to_follow_can(tmp_path: Path) -> None:
-    """Both have seen the same holder die, and neither has seen the other."""
-    folder = tmp_path / ".lease"
-    folder.mkdir()
-    first, second = (
-        lease._Waiter(folder, NOBODY, make_stop(), lambda: None, False) for _ in range(2)
-    )
-    winner = first._create(1)
-    assert winner is not None
-    assert second._create(1) is None
+def test_only_one_of_two_that_want_to_follow_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one has looked before the first one took the folder."""
+    winner = acquire(tmp_path)
+    latest, earlier_looks = lease.latest_generation, [0]
+
+    def look(folder: Path) -> int:
+        is_second = threading.current_thread() is threading.main_thread()
+        return earlier_looks.pop() if is_second and earlier_looks else latest(folder)
+
+    monkeypatch.setattr(lease, "latest_generation", look)
+    with pytest.raises(UserError, match="is in use by"):
+        acquire(tmp_path)
+    assert not earlier_looks
     winner.check()
     winner.release()
 

@@ -1,89 +1,93 @@
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from job.cluster import Device
 from job.cluster.scheduler import RunIdentity
 from job.config import DeviceRequest, TrainConfig
-from job.run import manifest
 from job.run.folder import OutputDir
 from job.run.manifest import RunManifest, git_commit, was_started_fresh_by
+from job.run.record import BestEpoch, Manifest, TrainingRecord, read_manifest
 from tests.conftest import REPOSITORY
 
-CONFIG = TrainConfig(devices=DeviceRequest("cpu", 2))
-DETAILS = {
-    **dict.fromkeys(manifest.DETAILS),
-    "devices": [{"name": "CPU:0", "model": "Zen"}],
-    "replicas": 2,
-}
+CONFIG = TrainConfig(
+    devices=DeviceRequest("cpu:2"), cifar10_url="https://me:secret@mirror/file?token=secret"
+)
+TRAINING = TrainingRecord(devices=[Device("CPU:0", "Zen")], replicas=2)
 SLURM = RunIdentity("slurm job 1")
+BEST = BestEpoch(1, 0.5)
 
 
-def read(folder: Path) -> Any:
-    return json.loads((folder / "run.json").read_text())
+def read(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    return manifest
 
 
 def test_manifest_tells_the_outcome(tmp_path: Path) -> None:
+    assert RunManifest(OutputDir(tmp_path), SLURM).document is None
     written = RunManifest(OutputDir(tmp_path), SLURM)
     written.begin(CONFIG)
-    assert read(tmp_path)["attempts"][0]["outcome"] == "running"
-    assert read(tmp_path)["devices"] is None  # not known yet
-    written.start_training(CONFIG, DETAILS, 0, [])
+    assert read(tmp_path).attempts[0].outcome == "running"
+    assert read(tmp_path).devices is None  # not known yet
+    written.start_training(CONFIG, TRAINING, 0, [])
     running = read(tmp_path)
-    assert (running["outcome"], running["end"], running["replicas"]) == ("running", None, 2)
-    assert running["config"]["devices"] == "cpu:2"
-    assert running["config"]["batch_size"] == 256
-    assert running["config"]["checkpoint_every"] == 60.0
-    written.progress(300, {"epoch": 1, "val_accuracy": 0.5}, 12.3456)
+    assert (running.outcome, running.end, running.replicas) == ("running", None, 2)
+    assert running.devices == [Device("CPU:0", "Zen")]
+    assert running.config.devices == DeviceRequest("cpu:2")
+    written.progress(300, BEST, 12.3456)
     written.finish("failed", "the disk is full")
     ended = read(tmp_path)
-    assert (ended["outcome"], ended["error"]) == ("failed", "the disk is full")
-    assert (ended["best"]["val_accuracy"], ended["elapsed_seconds"]) == (0.5, 12.346)
-    assert ended["start"] == running["start"] <= ended["end"]
-    (attempt,) = ended["attempts"]
-    assert (attempt["first_step"], attempt["last_step"], attempt["devices"]) == (0, 300, ["Zen"])
-    assert (attempt["run_id"], attempt["outcome"]) == ("slurm job 1", "failed")
+    assert (ended.outcome, ended.error) == ("failed", "the disk is full")
+    assert (ended.best, ended.elapsed_seconds) == (BEST, 12.346)
+    assert ended.end is not None
+    assert ended.start == running.start <= ended.end
+    (attempt,) = ended.attempts
+    assert (attempt.first_step, attempt.last_step, attempt.devices) == (0, 300, ["Zen"])
+    assert (attempt.run_id, attempt.outcome) == ("slurm job 1", "failed")
+    assert written.document == ended
+    assert "secret" not in (tmp_path / "run.json").read_text()
 
 
 def test_every_attempt_is_listed_with_its_end(tmp_path: Path) -> None:
     output = OutputDir(tmp_path)
     first = RunManifest(output, SLURM)
     first.begin(CONFIG)
-    first.start_training(CONFIG, DETAILS, 0, [])
-    first.progress(100, {"epoch": 1, "val_accuracy": 0.5}, 10.0)
-    start = read(tmp_path)["start"]
+    first.start_training(CONFIG, TRAINING, 0, [])
+    first.progress(100, BEST, 10.0)
+    start = read(tmp_path).start
     # It is killed here. The next one fails before it trains, the third one gets to the end.
     second = RunManifest(output, SLURM)
     second.begin(CONFIG)
-    assert (read(tmp_path)["outcome"], read(tmp_path)["end"]) == ("running", None)
+    assert (read(tmp_path).outcome, read(tmp_path).end) == ("running", None)
     second.finish("failed", "no GPU")
     third = RunManifest(output, SLURM)
     third.begin(CONFIG)
-    third.start_training(CONFIG, DETAILS, 100, ["replicas: 1 -> 2"])
+    third.start_training(CONFIG, TRAINING, 100, ["replicas: 1 -> 2"])
     third.finish("done")
     document = read(tmp_path)
-    assert document["start"] == start
-    outcomes = [(attempt["outcome"], attempt["reason"]) for attempt in document["attempts"]]
-    assert outcomes == [
+    assert document.start == start
+    assert [(attempt.outcome, attempt.reason) for attempt in document.attempts] == [
         ("lost", "left no word: killed, or its machine failed"),
         ("failed", "no GPU"),
         ("done", None),
     ]
-    assert document["attempts"][2]["changes"] == ["replicas: 1 -> 2"]
-    assert (document["outcome"], document["error"]) == ("done", None)
+    assert document.attempts[2].changes == ["replicas: 1 -> 2"]
+    assert (document.outcome, document.error) == ("done", None)
+    assert (document.best, document.elapsed_seconds) == (BEST, 10.0)
 
 
 def test_a_fresh_start_is_remembered_for_its_run(tmp_path: Path) -> None:
     output = OutputDir(tmp_path)
+    assert not was_started_fresh_by(SLURM, read_manifest(tmp_path))
     RunManifest(output, SLURM).begin(CONFIG)
     fresh = RunManifest(output, SLURM, fresh=True)
     fresh.begin(CONFIG)
-    assert len(read(tmp_path)["attempts"]) == 2
+    assert len(read(tmp_path).attempts) == 2
     assert not was_started_fresh_by(SLURM, read(tmp_path))  # it may fail before it discards any
-    fresh.start_training(CONFIG, DETAILS, 0, [])
-    assert len(read(tmp_path)["attempts"]) == 1
+    fresh.start_training(CONFIG, TRAINING, 0, [])
+    assert len(read(tmp_path).attempts) == 1
     assert was_started_fresh_by(SLURM, read(tmp_path))
     assert not was_started_fresh_by(RunIdentity("slurm job 2"), read(tmp_path))
     assert not was_started_fresh_by(RunIdentity(None), read(tmp_path))
@@ -93,14 +97,14 @@ def test_a_finished_run_stays_finished_if_a_later_attempt_does_not_train(tmp_pat
     output = OutputDir(tmp_path)
     done = RunManifest(output, SLURM)
     done.begin(CONFIG)
-    done.start_training(CONFIG, DETAILS, 0, [])
+    done.start_training(CONFIG, TRAINING, 0, [])
     done.finish("done")
-    end = read(tmp_path)["end"]
+    end = read(tmp_path).end
     later = RunManifest(output, SLURM)
     later.begin(CONFIG)
     later.finish("failed", "no data")
-    assert (read(tmp_path)["outcome"], read(tmp_path)["end"]) == ("done", end)
-    assert read(tmp_path)["attempts"][-1]["reason"] == "no data"
+    assert (read(tmp_path).outcome, read(tmp_path).end) == ("done", end)
+    assert read(tmp_path).attempts[-1].reason == "no data"
 
 
 def test_the_first_end_counts(tmp_path: Path) -> None:
@@ -108,21 +112,18 @@ def test_the_first_end_counts(tmp_path: Path) -> None:
     written.begin(CONFIG)
     written.finish("done")
     written.finish("stopped", "SIGTERM")
-    assert read(tmp_path)["outcome"] == "done"
+    assert read(tmp_path).outcome == "done"
 
 
-def test_git_commit_is_the_checkouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not (REPOSITORY / ".git").exists():
-        pytest.skip("not a git checkout")
-    commit = git_commit()
-    assert commit is not None
-    assert len(commit) == 40
+def test_git_commit_is_the_checkouts_and_an_images_its_builds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if (REPOSITORY / ".git").exists():
+        commit = git_commit()
+        assert commit is not None
+        assert len(commit) == 40
     monkeypatch.setenv("PATH", os.devnull)
     assert git_commit() is None
-
-
-def test_an_image_tells_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JOB_GIT_COMMIT", "0123abcd")
-    assert git_commit() == "0123abcd"
-    monkeypatch.setenv("JOB_GIT_COMMIT", "")
-    assert git_commit() is None
+    for value, expected in (("0123abcd", "0123abcd"), ("", None)):
+        monkeypatch.setenv("JOB_GIT_COMMIT", value)
+        assert git_commit() == expected

@@ -1,11 +1,18 @@
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from job.config import UserError
 from job.run.folder import OutputDir
-from job.run.predictions import Predictions, confusion_matrix, most_confident_mistakes
+from job.run.predictions import (
+    Predictions,
+    confusion_matrix,
+    most_confident_mistakes,
+    reliability,
+)
 
 LABELS = np.array([0, 1, 2, 2, 0], np.int32)
 PROBABILITIES = np.array(
@@ -58,6 +65,9 @@ def test_the_file_gives_back_what_was_saved_and_has_always_the_same_bytes(tmp_pa
         assert vars(loaded)[name].dtype == array.dtype
 
 
+REFUSED = r"predictions\.npz is no file of this version.*python -m job evaluate --output-dir"
+
+
 def test_no_file_is_no_error_and_a_damaged_one_is(tmp_path: Path) -> None:
     assert Predictions.load(tmp_path) is None
     path = tmp_path / "predictions.npz"
@@ -67,5 +77,59 @@ def test_no_file_is_no_error_and_a_damaged_one_is(tmp_path: Path) -> None:
     other = (tmp_path / "other.npz").read_bytes()
     for damaged in (b"", b"no zip", content[:-500], content[:200] + content[300:], other):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"is no file of this version.* job evaluate"):
+        with pytest.raises(UserError, match=REFUSED):
             Predictions.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"labels": np.full(5, 3, np.int32)},
+        {"labels": np.full(5, -1, np.int32)},
+        {"labels": np.zeros(4, np.int32)},
+        {"labels": np.zeros(5, np.float32)},
+        {"probabilities": np.full((5, 3), np.nan, np.float32)},
+        {"probabilities": np.zeros((0, 3), np.float32), "labels": np.zeros(0, np.int32)},
+        {"probabilities": np.full((5, 3), "a")},
+        {"mistakes": np.full(3, 5, np.int64)},
+        {"mistake_images": np.zeros((2, 32, 32, 3), np.uint8)},
+        {"originals": np.zeros((2, 32, 32), np.uint8)},
+        {"original_labels": np.full(2, 9, np.int32)},
+        {"augmented": np.zeros((2, 3, 16, 32, 3), np.uint8)},
+        {"augmented": np.zeros((2, 0, 32, 32, 3), np.uint8)},
+    ],
+)
+def test_predictions_that_do_not_fit_one_another_are_refused(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    replace(make_predictions(), **changes).save(OutputDir(tmp_path))
+    with pytest.raises(UserError, match=REFUSED):
+        Predictions.load(tmp_path)
+
+
+def rows(*confidences: float) -> np.ndarray:
+    """Probabilities of two classes, the first of which is predicted."""
+    return np.array([[p, 1 - p] for p in confidences], np.float32)
+
+
+def test_expected_calibration_error_of_a_case_worked_out_by_hand() -> None:
+    # Of four bins the last two are used: (0.5, 0.75] and (0.75, 1].
+    probabilities = rows(0.6, 0.7, 0.8, 0.9, 1.0)
+    labels = np.array([0, 1, 0, 0, 1])
+    result = reliability(labels, probabilities, bins=4)
+    assert result.counts.tolist() == [0, 0, 2, 3]
+    assert result.confidence[2:] == pytest.approx([0.65, 0.9])
+    assert result.accuracy[2:] == pytest.approx([1 / 2, 2 / 3])
+    assert np.isnan(result.accuracy[:2]).all()
+    # 2/5 * |0.5 - 0.65| + 3/5 * |2/3 - 0.9|
+    assert result.expected_error == pytest.approx(0.06 + 0.14)
+
+
+def test_the_upper_edge_belongs_to_a_bin() -> None:
+    result = reliability(np.zeros(3, int), rows(0.75, 0.7501, 1.0), bins=4)
+    assert result.counts.tolist() == [0, 0, 1, 2]
+
+
+def test_a_model_that_is_right_as_often_as_it_says_has_no_error() -> None:
+    labels = np.array([0, 0, 0, 1])
+    assert reliability(labels, rows(*[0.75] * 4)).expected_error == pytest.approx(0.0)

@@ -1,18 +1,27 @@
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from job.config import UserError
+from job.config import DeviceRequest, TrainConfig, UserError
 from job.run.folder import OutputDir
 from job.run.predictions import Predictions
-from job.run.record import RunRecord
+from job.run.record import (
+    DamagedError,
+    EpochRecord,
+    EvaluationRecord,
+    Manifest,
+    Outcome,
+    RunRecord,
+    decode,
+    earlier_evaluation,
+    encode,
+    read_manifest,
+)
 from tests.conftest import RunJob
-from tests.run_folders import make_run
+from tests.run_folders import TRAINING, change, lines, make_run
 
 TRAIN_AGAIN = "run the same train command again"
 EVALUATE = "write it anew with python -m job evaluate --output-dir"
@@ -20,11 +29,45 @@ EVALUATE = "write it anew with python -m job evaluate --output-dir"
 
 def test_a_whole_run_is_read(whole: OutputDir) -> None:
     record = RunRecord.load(whole.path)
-    assert record.manifest["outcome"] == "done"
-    assert [line["epoch"] for line in record.epochs] == [1, 2, 3]
+    assert record.manifest is not None
+    assert (record.manifest.outcome, record.manifest.data) == ("done", TRAINING.data)
+    assert record.epochs == lines(3)
     assert record.class_names == ["cat", "dog", "eel"]
     assert record.predictions is not None
     assert RunRecord.load(whole.path, with_predictions=False).predictions is None
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no run: .* name the --output-dir of a training"):
+        RunRecord.load(tmp_path)
+
+
+def test_what_is_written_is_read_to_the_last_bit(whole: OutputDir) -> None:
+    kinds: dict[str, type] = {"run.json": Manifest, "evaluation.json": EvaluationRecord}
+    for name, kind in kinds.items():
+        content = (whole.path / name).read_bytes()
+        assert encode(decode(content, kind), indent=True) == content
+    for line in (whole.path / "metrics.jsonl").read_bytes().splitlines():
+        assert encode(decode(line, EpochRecord)) == line
+
+
+def test_every_option_survives_its_file() -> None:
+    settings: dict[str, Any] = {
+        **{"output_dir": Path("a b"), "data_dir": Path("/d"), "dataset": "synthetic", "seed": 7},
+        **{"cifar10_url": "file:///c", "recipe": "other", "epochs": 1, "batch_size": 2**40},
+        **{"learning_rate": 0.1 + 0.2, "limit": 9, "precision": "bfloat16", "jit": "on"},
+        **{"deterministic": "off", "devices": DeviceRequest("gpu:2"), "require_gpus": 2},
+        **{"join_timeout": 1.5, "stall_timeout": 2.5, "checkpoint_every": 3.5, "stop_after": 4.5},
+        **{"fresh": True, "run_id": "\N{SNOWMAN}", "tensorboard": True},
+        "metrics_textfile": Path("m.prom"),
+    }
+    config = TrainConfig(**settings)
+    for one in fields(TrainConfig):
+        assert getattr(config, one.name) != one.default, f"{one.name} is not tried"
+    read = decode(encode(config), TrainConfig)
+    assert read == config
+    assert isinstance(read.devices, DeviceRequest)
+    assert decode(encode(TrainConfig()), TrainConfig) == TrainConfig()
 
 
 @pytest.mark.parametrize(
@@ -38,7 +81,7 @@ def test_a_whole_run_is_read(whole: OutputDir) -> None:
     ],
 )
 def test_going_on_with_a_finished_run_is_no_restart(
-    tmp_path: Path, outcomes: list[str], restarts: list[int]
+    tmp_path: Path, outcomes: list[Outcome], restarts: list[int]
 ) -> None:
     output = make_run(tmp_path / "run", ends=tuple((outcome, None) for outcome in outcomes))
     assert [step for step, _ in RunRecord.load(output.path).restarts] == restarts
@@ -46,183 +89,141 @@ def test_going_on_with_a_finished_run_is_no_restart(
 
 def test_an_attempt_that_did_not_train_interrupts_nothing(tmp_path: Path) -> None:
     output = make_run(tmp_path / "run", ends=(("done", None), ("failed", None), ("done", None)))
-    document = json.loads((output.path / "run.json").read_text())
-    document["attempts"][1]["first_step"] = None
-    output.write_json("run.json", document)
+    attempts = json.loads((output.path / "run.json").read_text())["attempts"]
+    attempts[1]["first_step"] = None
+    change(output.path, attempts=attempts)
     assert RunRecord.load(output.path).restarts == []
 
 
-def set_entry(*names: str | int, value: Any) -> Callable[[Any], None]:
-    def change(document: Any) -> None:
-        for name in names[:-1]:
-            document = document[name]
-        document[names[-1]] = value
-
-    return change
+MISSING = object()
 
 
-def remove(*names: str | int) -> Callable[[Any], None]:
-    def change(document: Any) -> None:
-        for name in names[:-1]:
-            document = document[name]
-        del document[names[-1]]
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (remove("config"), "config: received nothing, expected a value"),
-        (remove("config", "seed"), "config.seed: received nothing"),
-        (remove("versions"), "versions: received nothing"),
-        (remove("versions", "job"), "versions.job: received nothing"),
-        (set_entry("config", value=[]), "config: received [], expected an object"),
-        (set_entry("config", "epochs", value="3"), "received '3', expected a whole number from 1"),
-        (set_entry("config", "epochs", value=True), "received True, expected a whole number"),
-        (set_entry("config", "batch_size", value=10**400), "expected a whole number from 1"),
-        (set_entry("config", "recipe", value=None), "config.recipe: received None, expected a"),
-        (set_entry("outcome", value="ended"), "outcome: received 'ended', expected one of"),
-        (set_entry("outcome", value=[]), "outcome: received [], expected one of running, done"),
-        (set_entry("end", value=12), "end: received 12, expected a text"),
-        (set_entry("elapsed_seconds", value=float("nan")), "received nan, expected a finite"),
-        (set_entry("elapsed_seconds", value=-1.0), "received -1.0, expected a finite number from"),
-        (set_entry("attempts", value=[]), "attempts: received [], expected a list of at least 1"),
-        (set_entry("attempts", value={}), "attempts: received {}, expected a list"),
-        (set_entry("attempts", 1, "first_step", value="x"), "attempts[1].first_step: received"),
-        (set_entry("attempts", 1, "changes", value=[1]), "attempts[1].changes[0]: received 1"),
-        (remove("attempts", 0, "host"), "attempts[0].host: received nothing"),
-        (set_entry("devices", value=["CPU"]), "devices[0]: received 'CPU', expected an object"),
-        (set_entry("data", value="cifar10"), "data: received 'cifar10', expected an object"),
-    ],
-)
-def test_a_damaged_run_json_is_told_by_the_entry(
-    whole: OutputDir, change: Callable[[Any], None], problem: str
-) -> None:
-    expect_damage(whole.path, "run.json", change, problem, TRAIN_AGAIN)
+def altered(content: bytes, place: str, value: Any) -> bytes:
+    """A JSON document with another value at a place such as ``attempts.1.host``."""
+    document = part = json.loads(content)
+    *names, last = (int(name) if name.isdecimal() else name for name in place.split("."))
+    for name in names:
+        part = part[name]
+    if value is MISSING:
+        del part[last]
+    else:
+        part[last] = value
+    return json.dumps(document).encode()
 
 
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (remove("loss"), "loss: received nothing"),
-        (set_entry("loss", value=float("inf")), "loss: received inf, expected a finite number"),
-        (set_entry("accuracy", value=1.5), "accuracy: received 1.5, expected a number from 0 to"),
-        (set_entry("classes", value=["cat"]), "classes: received ['cat'], expected an object"),
-        (set_entry("classes", "cat", "recall", value="1"), "classes.cat.recall: received '1'"),
-        (remove("classes", "eel"), "confusion_matrix: received 3 rows of [3] and 200 images"),
-        (set_entry("examples", value=201), "expected the 3 classes and 201 examples"),
-        (remove("confusion_matrix"), "confusion_matrix: received nothing"),
-        (set_entry("confusion_matrix", 2, value=[1, 2]), "received 3 rows of [2, 3]"),
-        (set_entry("confusion_matrix", 2, 1, value=-1), "confusion_matrix[2][1]: received -1"),
-    ],
-)
-def test_a_damaged_evaluation_is_told_by_the_entry(
-    whole: OutputDir, change: Callable[[Any], None], problem: str
-) -> None:
-    expect_damage(whole.path, "evaluation.json", change, problem, EVALUATE)
-
-
-def expect_damage(
-    folder: Path, name: str, change: Callable[[Any], None], problem: str, advice: str
-) -> None:
-    document = json.loads((folder / name).read_text())
-    change(document)
-    (folder / name).write_text(json.dumps(document))
-    expect_refusal(folder, f"{folder / name}: ", problem, advice)
-
-
-def expect_refusal(folder: Path, *parts: str) -> None:
-    with pytest.raises(UserError) as error:
+def expect_refusal(folder: Path, *parts: str, kind: type[UserError] = DamagedError) -> None:
+    with pytest.raises(kind) as error:
         RunRecord.load(folder)
     for part in parts:
         assert part in str(error.value)
     assert len(str(error.value)) < 600
 
 
-@pytest.mark.parametrize("name", ["run.json", "evaluation.json"])
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"{", b"nonsense", b"\xff\xfe\xff", b"[" * 100_000, b"[]", b"null", b'"text"', b"{}"],
-    ids=["empty", "cut off", "no JSON", "no UTF-8", "deep", "list", "null", "text", "nothing"],
-)
-def test_a_file_that_is_no_such_document_is_named(
-    whole: OutputDir, name: str, content: bytes
-) -> None:
-    (whole.path / name).write_bytes(content)
-    advice = TRAIN_AGAIN if name == "run.json" else EVALUATE
-    expect_refusal(whole.path, f"{whole.path / name}: ", "received", "expected", advice)
+def expect_damage(folder: Path, name: str, damages: list[tuple[str, Any, str]], end: str) -> None:
+    """Every damage alone is refused by file, problem and advice."""
+    path = folder / name
+    content = path.read_bytes()
+    for place, value, problem in damages:
+        path.write_bytes(altered(content, place, value))
+        expect_refusal(folder, f"{path}", problem, end)
 
 
-LINE = {
-    **{"epoch": 3, "step": 30, "loss": 0.5, "accuracy": 0.4, "val_loss": 0.6, "val_accuracy": 0.5},
-    **{"learning_rate": 1e-3, "seconds": 5.0, "images_per_second": 500.0, "elapsed_seconds": 18.0},
-}
+def test_a_damaged_run_json_is_told_by_the_entry(whole: OutputDir) -> None:
+    damages = [
+        ("config", MISSING, "is damaged: Object missing required field `config`; "),
+        ("config", [], "Expected `object`, got `array` - at `$.config`"),
+        ("config.epochs", "3", "Expected `int`, got `str` - at `$.config.epochs`"),
+        ("config.epochs", True, "Expected `int`, got `bool` - at `$.config.epochs`"),
+        ("config.epochs", 0, "Expected a value >= 1 - at `$.config.epochs`"),
+        ("config.batch_size", 0, "Expected a value >= 1 - at `$.config.batch_size`"),
+        ("config.limit", -1, "Expected a value >= 1 - at `$.config.limit`"),
+        ("config.recipe", None, "Expected `str`, got `null` - at `$.config.recipe`"),
+        ("config.devices", "tpu", "received 'tpu', expected auto, cpu:N or gpu:N"),
+        ("config.output_dir", 5, "at `$.config.output_dir`"),
+        ("versions", MISSING, "missing required field `versions`"),
+        ("versions.job", MISSING, "missing required field `job` - at `$.versions`"),
+        ("outcome", "ended", "Invalid enum value 'ended' - at `$.outcome`"),
+        ("outcome", [], "Expected `str`, got `array` - at `$.outcome`"),
+        ("end", 12, "Expected `str | null`, got `int` - at `$.end`"),
+        ("elapsed_seconds", float("nan"), "JSON is malformed"),
+        ("elapsed_seconds", -1.0, "Expected `float` >= 0.0 - at `$.elapsed_seconds`"),
+        ("attempts", [], "length >= 1 - at `$.attempts`"),
+        ("attempts", {}, "Expected `array`, got `object` - at `$.attempts`"),
+        ("attempts.1.first_step", "x", "at `$.attempts[1].first_step`"),
+        ("attempts.1.changes", [1], "got `int` - at `$.attempts[1].changes[0]`"),
+        ("attempts.0.host", MISSING, "missing required field `host` - at `$.attempts[0]`"),
+        ("devices", ["CPU"], "Expected `object`, got `str` - at `$.devices[0]`"),
+        ("data", "cifar10", "got `str` - at `$.data`"),
+    ]
+    expect_damage(whole.path, "run.json", damages, TRAIN_AGAIN)
 
 
-@pytest.mark.parametrize(
-    ("last", "problem"),
-    [
-        ('{"epoch": 3, "st', 'received \'{"epoch": 3, "st\', expected a JSON object'),
-        ("", "received '', expected a JSON object"),
-        ("\0\0\0\0", "expected a JSON object"),
-        (json.dumps(LINE | {"epoch": 4}), "epoch: received 4, expected 3"),
-        (json.dumps(LINE | {"loss": None}), "loss: received None, expected a finite number"),
-        (json.dumps(LINE | {"val_loss": float("nan")}), "val_loss: received nan"),
-        (json.dumps(LINE | {"val_accuracy": 50}), "val_accuracy: received 50, expected a number"),
-        (json.dumps(LINE | {"elapsed_seconds": "6"}), "elapsed_seconds: received '6'"),
-        (json.dumps({"epoch": 3}), "step: received nothing"),
-        ("[3]", "received [3], expected an object"),
-    ],
-)
-def test_a_damaged_line_of_the_metrics_is_told_by_its_number(
-    whole: OutputDir, last: str, problem: str
-) -> None:
+def test_a_damaged_evaluation_is_told_by_the_entry(whole: OutputDir) -> None:
+    damages = [
+        ("loss", MISSING, "is damaged: Object missing required field `loss`; "),
+        ("loss", float("inf"), "JSON is malformed"),
+        ("accuracy", 1.5, "Expected `float` <= 1.0 - at `$.accuracy`"),
+        ("classes", ["cat"], "Expected `object`, got `array` - at `$.classes`"),
+        ("classes.cat.recall", "1", "got `str` - at `$.classes[...].recall`"),
+        ("classes.eel", MISSING, "confusion_matrix: received 3 rows of [3] and 200 images"),
+        ("examples", 201, "expected the 3 classes and 201 examples"),
+        ("confusion_matrix", MISSING, "missing required field `confusion_matrix`"),
+        ("confusion_matrix.2", [1, 2], "received 3 rows of [2, 3]"),
+        ("confusion_matrix.2.1", -1, "Expected `int` >= 0 - at `$.confusion_matrix[2][1]`"),
+    ]
+    expect_damage(whole.path, "evaluation.json", damages, EVALUATE)
+    assert earlier_evaluation(whole.path) is None
+
+
+def test_a_damaged_line_of_the_metrics_is_told_by_its_number(whole: OutputDir) -> None:
     path = whole.path / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([*lines[:2], last, "\n" if not last else ""]))
-    expect_refusal(whole.path, f"{path}, line 3: ", problem, "remove report.html and", TRAIN_AGAIN)
+    *before, last = path.read_bytes().splitlines(keepends=True)
+    damages = [
+        (last[:20], "is damaged: Input data was truncated; "),
+        (b"\n", "truncated"),
+        (b"\0\0\0\0", "JSON is malformed"),
+        (altered(last, "epoch", 4), "epoch: received 4, expected 3"),
+        (altered(last, "loss", None), "Expected `float`, got `null` - at `$.loss`"),
+        (altered(last, "val_loss", float("nan")), "JSON is malformed"),
+        (altered(last, "val_accuracy", 50), "Expected `float` <= 1.0 - at `$.val_accuracy`"),
+        (altered(last, "elapsed_seconds", "6"), "got `str` - at `$.elapsed_seconds`"),
+        (b'{"epoch": 3}', "missing required field `step`"),
+        (b"[3]", "Expected `object`, got `array`"),
+    ]
+    for damaged, problem in damages:
+        path.write_bytes(b"".join([*before, damaged]))
+        expect_refusal(
+            whole.path, f"{path}, line 3", problem, "remove report.html and", TRAIN_AGAIN
+        )
+
+
+def test_a_file_that_is_no_such_document_is_named(whole: OutputDir) -> None:
+    for name, advice in (("evaluation.json", EVALUATE), ("run.json", TRAIN_AGAIN)):
+        path = whole.path / name
+        whole_content = path.read_bytes()
+        for content in (
+            *(b"", b"{", b"nonsense", b"\xff\xfe\xff", b"[" * 100_000, b'{"a":' * 100_000),
+            *(b"[]", b"null", b'"text"', b"{}", whole_content[:-20], whole_content + b"{}"),
+        ):
+            path.write_bytes(content)
+            expect_refusal(whole.path, f"{path} is damaged: ", advice)
+        path.write_bytes(whole_content)
 
 
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "evaluation.json"])
 def test_a_file_that_cannot_be_opened_is_named(whole: OutputDir, name: str) -> None:
     (whole.path / name).unlink()
     (whole.path / name).mkdir()
-    expect_refusal(whole.path, f"cannot read {whole.path / name}: Is a directory")
+    problem = f"cannot read {whole.path / name}: Is a directory"
+    expect_refusal(whole.path, problem, kind=UserError)
 
 
 def test_predictions_of_another_model_are_refused(whole: OutputDir) -> None:
     predictions = Predictions.load(whole.path)
     assert predictions is not None
     replace(predictions, probabilities=predictions.probabilities[::-1]).save(whole)
-    expect_refusal(whole.path, "are of another model than its evaluation", "job evaluate")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"labels": np.full(200, 3, np.int32)},
-        {"labels": np.full(200, -1, np.int32)},
-        {"labels": np.zeros(199, np.int32)},
-        {"labels": np.zeros(200, np.float32)},
-        {"probabilities": np.full((200, 3), np.nan, np.float32)},
-        {"probabilities": np.zeros((0, 3), np.float32), "labels": np.zeros(0, np.int32)},
-        {"probabilities": np.full((200, 3), "a")},
-        {"mistakes": np.full(16, 200, np.int64)},
-        {"mistake_images": np.zeros((15, 32, 32, 3), np.uint8)},
-        {"originals": np.zeros((3, 32, 32), np.uint8)},
-        {"original_labels": np.full(3, 9, np.int32)},
-        {"augmented": np.zeros((3, 5, 16, 32, 3), np.uint8)},
-        {"augmented": np.zeros((3, 0, 32, 32, 3), np.uint8)},
-    ],
-)
-def test_predictions_that_do_not_fit_one_another_are_refused(
-    whole: OutputDir, changes: dict[str, Any]
-) -> None:
-    predictions = Predictions.load(whole.path)
-    assert predictions is not None
-    replace(predictions, **changes).save(whole)
-    expect_refusal(whole.path, "predictions.npz is no file of this version", EVALUATE)
+    problem = "are of another model than its evaluation"
+    expect_refusal(whole.path, problem, "job evaluate", kind=UserError)
 
 
 def test_the_command_ends_with_exit_code_2_and_one_line(run_job: RunJob, whole: OutputDir) -> None:
@@ -231,12 +232,31 @@ def test_the_command_ends_with_exit_code_2_and_one_line(run_job: RunJob, whole: 
     result = run_job("report", whole.path)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert "metrics.jsonl, line 4: received" in line
+    assert "metrics.jsonl, line 4 is damaged: Input data was truncated; remove" in line
 
 
 def test_a_run_of_an_earlier_version_is_read(whole: OutputDir) -> None:
+    """Without what came later, and with what is no more."""
     document = json.loads((whole.path / "run.json").read_text())
-    for name in ("threads", "xla", "deterministic", "devices", "data"):
-        document.pop(name)
-    whole.write_json("run.json", document)
-    assert RunRecord.load(whole.path).manifest["outcome"] == "done"
+    for name in (
+        *("threads", "xla", "deterministic", "devices", "data", "workers", "replicas"),
+        *("precision", "recipe_fingerprint"),
+    ):
+        del document[name]
+    for name in ("cifar10_url", "join_timeout", "stall_timeout", "tensorboard"):
+        del document["config"][name]
+    for attempt in document["attempts"]:
+        del attempt["devices"]
+    document["config"]["no_more"] = document["no_more"] = {"a": [1]}
+    (whole.path / "run.json").write_text(json.dumps(document))
+    manifest = RunRecord.load(whole.path).manifest
+    assert manifest is not None
+    assert (manifest.outcome, manifest.workers, manifest.data) == ("done", None, None)
+    assert manifest.config == TrainConfig(output_dir=Path("out"), epochs=3)
+
+
+def test_a_password_that_an_earlier_version_kept_is_not_given_on(whole: OutputDir) -> None:
+    change(whole.path, cifar10_url="https://me:secret@mirror/c.tar.gz?token=secret")
+    manifest = read_manifest(whole.path)
+    assert manifest is not None
+    assert manifest.config.cifar10_url == "https://REMOVED@mirror/c.tar.gz?REMOVED"

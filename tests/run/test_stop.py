@@ -1,24 +1,29 @@
+import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from job.run.stop import StopRequest
+from job import log
+from job.run.stop import StopRequest, Watchdog
 from tests.conftest import REPOSITORY
 
 # A call that Python cannot interrupt stands for a compiled one.
 PROGRAM = """
-import hashlib, os, signal, sys, time
-from job.run.stop import listen_to_signals
+import ctypes, hashlib, os, signal, sys, time
+from job.config import ExitCode
+from job.run.stop import Watchdog, listen_to_signals
 stop = listen_to_signals()
 with (
-    stop.last_words(lambda reason: print("first", reason, flush=True)),
-    stop.last_words(lambda reason: print("second", reason, flush=True)),
-    stop.last_words(lambda reason: {last_words}),
+    stop.on_exit(lambda code, reason: print("first", int(code), reason, flush=True)),
+    stop.on_exit(lambda code, reason: print("second", int(code), reason, flush=True)),
+    stop.on_exit(lambda code, reason: {callback}),
 ):
     print("ready", flush=True)
     {body}
@@ -29,21 +34,30 @@ LOOP = """stop.defer()
     print("saving because of", stop.reason, flush=True)
     time.sleep({seconds})
     sys.exit(75)"""
+HOLD_THE_GIL = "ctypes.PyDLL(None).sleep(60)"
+WATCHED = """end = lambda: stop.end(ExitCode.DEFECT, "a call hung")
+    with Watchdog({timeout}, end, margin_seconds={margin}).watch("a call"):
+        print("watched", flush=True)
+        {call}
+    print("returned", flush=True)"""
 
 
 @pytest.fixture(autouse=True)
-def hearing_of_hangups() -> Iterator[None]:
+def no_signal_ignored() -> Iterator[None]:
     """Processes inherit what is ignored, and these tests may run under nohup."""
-    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    numbers = (signal.SIGHUP, signal.SIGTSTP)
+    handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     yield
-    signal.signal(signal.SIGHUP, handler)
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
 
 
 @contextmanager
-def running(body: str, last_words: str = "None") -> Iterator[subprocess.Popen[str]]:
+def running(body: str, callback: str = "None") -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(body=body, last_words=last_words)],
+        [sys.executable, "-c", PROGRAM.format(body=body, callback=callback)],
         cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -57,6 +71,15 @@ def running(body: str, last_words: str = "None") -> Iterator[subprocess.Popen[st
         process.communicate()
 
 
+@contextmanager
+def watching(call: str, timeout: float, margin: float) -> Iterator[subprocess.Popen[str]]:
+    body = WATCHED.format(call=call, timeout=timeout, margin=margin)
+    with running(body) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "watched\n"
+        yield process
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_with_nothing_to_save_ends_at_once(name: str) -> None:
     with running(UNINTERRUPTIBLE) as process:
@@ -64,12 +87,12 @@ def test_a_signal_with_nothing_to_save_ends_at_once(name: str) -> None:
         process.send_signal(getattr(signal, name))
         output, errors = process.communicate()
     assert (process.returncode, errors) == (75, "")
-    assert output == f"second {name}\nfirst {name}\n"
+    assert output == f"second 75 {name}\nfirst 75 {name}\n"
     assert time.monotonic() - start < 3
 
 
-def test_last_words_that_hang_do_not_keep_the_process() -> None:
-    with running(UNINTERRUPTIBLE, last_words="time.sleep(60)") as process:
+def test_a_callback_that_hangs_does_not_keep_the_process() -> None:
+    with running(UNINTERRUPTIBLE, callback="time.sleep(60)") as process:
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) == 75
 
@@ -142,3 +165,120 @@ def test_the_first_reason_counts() -> None:
     stop.request("SIGTERM")
     stop.request("SIGUSR1")
     assert stop.reason == "SIGTERM"
+
+
+def test_a_stall_logs_every_threads_stack_and_ends_the_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log.configure("json")
+    stalled = threading.Event()
+    watchdog = Watchdog(0.05, on_stall=stalled.set)
+
+    def hanging_collective() -> None:
+        assert stalled.wait(30)
+
+    with watchdog.watch("a test"):
+        hanging_collective()
+    line = json.loads(capsys.readouterr().out)
+    assert (line["event"], line["level"], line["what"]) == ("stalled", "critical", "a test")
+    assert line["timeout_seconds"] == 0.05
+    assert "hanging_collective" in line["stacks"]
+    assert "MainThread" in line["stacks"]
+
+
+def test_a_stall_ends_the_process_with_exit_code_1() -> None:
+    with watching(UNINTERRUPTIBLE, timeout=0.2, margin=60) as process:
+        output, _ = process.communicate(timeout=10)
+    assert (process.returncode, output) == (1, "second 1 a call hung\nfirst 1 a call hung\n")
+
+
+def test_a_call_that_returns_in_time_goes_on() -> None:
+    stalled = threading.Event()
+    watchdog = Watchdog(0.3, on_stall=stalled.set)
+    for _ in range(5):
+        with watchdog.watch("a test"):
+            assert not stalled.wait(0.1)
+    assert not stalled.wait(0.6)
+
+
+def test_a_first_call_has_time_to_compile(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("job.run.stop.COMPILATION_SECONDS", 0.5)
+    stalled = threading.Event()
+    with Watchdog(0.05, on_stall=stalled.set).watch("a test", compiling=True):
+        assert not stalled.wait(0.2)
+        assert stalled.wait(30)
+
+
+def test_a_call_has_its_whole_time_again_after_one_inside_of_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log.configure("json")
+    stalled = threading.Event()
+    watchdog = Watchdog(1.0, on_stall=stalled.set)
+    with watchdog.watch("the outer call"):
+        assert not stalled.wait(0.6)
+        with watchdog.watch("the inner call", seconds=30):
+            assert not stalled.wait(1.5)
+        assert not stalled.wait(0.6)
+        assert stalled.wait(30)
+    assert json.loads(capsys.readouterr().out)["what"] == "the outer call"
+
+
+def test_a_log_that_cannot_be_written_does_not_save_a_hung_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("job.run.stop.thread_stacks", lambda: 1 / 0)
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    stalled = threading.Event()
+    with Watchdog(0.05, on_stall=stalled.set).watch("a test"):
+        assert stalled.wait(30)
+
+
+def test_a_hung_call_that_holds_the_global_lock_is_ended_natively() -> None:
+    """No Python thread of the process runs any more."""
+    with watching(HOLD_THE_GIL, timeout=0.5, margin=1.0) as process:
+        start = time.monotonic()
+        output, errors = process.communicate(timeout=10)
+        seconds = time.monotonic() - start
+    assert (process.returncode, output) == (1, "")
+    assert "Timeout (0:00:01.5" in errors
+    assert 'File "<string>"' in errors
+    assert 1.2 < seconds < 4
+
+
+def suspend(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    process.send_signal(number)
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+
+
+def test_a_process_that_was_suspended_is_not_taken_for_hung() -> None:
+    """SIGSTOP gives no warning, so that its time may not exceed that of the native timer."""
+    idle = "sys.stdin.readline()"
+    # Python threads wait for this one, and the native timer would not.
+    busy = "end = time.monotonic() + 7.5; next(0 for _ in iter(int, 1) if time.monotonic() > end)"
+    with (
+        watching(idle, timeout=5, margin=60) as stopped,
+        watching(busy, timeout=5, margin=0.5) as asked,
+    ):
+        suspend(stopped, signal.SIGSTOP)
+        suspend(asked, signal.SIGTSTP)
+        time.sleep(6)
+        for process in (stopped, asked):
+            process.send_signal(signal.SIGCONT)
+        time.sleep(1.2)  # a tick, at which either would be ended
+        for process in (stopped, asked):
+            output, errors = process.communicate("\n", timeout=10)
+            assert (process.returncode, output, errors) == (0, "returned\n", "")
+
+
+def test_a_process_that_was_continued_is_watched_again_natively() -> None:
+    call = f"sys.stdin.readline(); time.sleep(0.6); {HOLD_THE_GIL}"
+    with watching(call, timeout=1, margin=0.5) as process:
+        suspend(process, signal.SIGTSTP)
+        process.send_signal(signal.SIGCONT)
+        _, errors = process.communicate("\n", timeout=10)
+    assert process.returncode == 1
+    assert "Timeout (0:00:0" in errors
