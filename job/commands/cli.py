@@ -38,7 +38,7 @@ def cli() -> None:
     """Train CIFAR-10 data-parallel on every visible GPU, as a batch job.
 
     Every option is also an environment variable. Exit codes: 0 done, 1 a defect, 2 you must change
-    something, 3 a GPU is missing, 75 stopped: the same command goes on.
+    something, 3 a GPU is missing, 75 stopped: the same command resumes.
     """
 
 
@@ -62,7 +62,8 @@ def train(
 ) -> None:
     """Train, and leave model, evaluation, prediction picture and report in the output folder.
 
-    A run that was stopped or killed goes on where its last checkpoint was; a finished one is done.
+    A run that was stopped or killed resumes from its last checkpoint; a finished one stays as it
+    is.
     """
     log.configure(log_format)
     warn_of_misspelt_variables(train, os.environ)

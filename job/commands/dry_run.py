@@ -33,8 +33,8 @@ class Preview:
     """What was found out.
 
     Attributes:
-        report: A JSON object: the configuration, and for each of output, workers, devices, data and
-            batch an object, missing where a problem came before it.
+        report: A JSON object: the configuration, and for each of output, devices, data and batch an
+            object, missing where a problem came before it; for workers, where there are several.
         lines: The same for people: pairs of label and text.
         problems: Why the training would not start.
         outcome: What the training would do, where there is no problem.

@@ -159,7 +159,7 @@ def require_writable_folder(png: Path) -> None:
     """Refuse early if a picture could not be written in the end.
 
     Raises:
-        UserError: If there is no folder for it.
+        UserError: If its folder is not there or cannot be written.
     """
     if not os.access(png.parent, os.W_OK):
         raise UserError(

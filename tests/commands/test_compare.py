@@ -216,12 +216,12 @@ def test_nothing_to_compare_is_exit_code_2(tmp_path: Path) -> None:
 
 def test_no_text_of_a_run_can_command_a_terminal(tmp_path: Path) -> None:
     escape, escaped = "\x1b[2J\n", r"\x1b[2J\n"
-    for name in ("common", "varying", "outcome", "surrogate"):
+    for name in ("common", "varying", "outcome", f"surrogate{escape}"):
         make_sweep_run(tmp_path / name, climb(0.5))
         change(tmp_path / name, recipe=escape)
     change(tmp_path / "varying", dataset=f"other{escape}")
     change(tmp_path / "outcome", outcome=f"ended{escape}")
-    change(tmp_path / "surrogate", recipe="\ud800")
+    change(tmp_path / f"surrogate{escape}", recipe="\ud800")
     result = invoke(tmp_path, "--png", tmp_path / "runs.png")
     assert result.exception is None
     assert "\x1b" not in result.output
@@ -229,7 +229,7 @@ def test_no_text_of_a_run_can_command_a_terminal(tmp_path: Path) -> None:
     assert f" other{escaped} " in result.stdout
     outcome, surrogate = result.stderr.splitlines()
     assert f"Invalid enum value 'ended{escaped}'" in outcome
-    assert f"{tmp_path}/surrogate/run.json is damaged: " in surrogate
+    assert f"{tmp_path}/surrogate{escaped}/run.json is damaged: " in surrogate
     with pytest.raises(UserError) as error:
         compare_runs([str(tmp_path / "outcome")])
     assert f"'ended{escaped}'" in str(error.value)
