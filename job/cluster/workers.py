@@ -206,7 +206,7 @@ def _wait_for_others(spec: ClusterSpec, deadline: float, timeout_seconds: float)
             ranks = [rank for rank in missing if rank not in seen] or list(missing)
             names = "; ".join(f"{spec.name(rank)} ({missing[rank]})" for rank in ranks)
             raise LostWorkerError(
-                f"missing {names}; expected all {spec.count} workers within --rendezvous-timeout "
+                f"missing {names}; expected all {spec.count} workers within --join-timeout "
                 f"{timeout_seconds:g} s; see the logs of those, and whether names resolve and "
                 f"ports are open between the nodes, then run again"
             )
@@ -224,7 +224,7 @@ class Workers:
     """All workers of a run, as one of them sees them.
 
     Args:
-        spec: Who they are. Only `job.cluster.workers.join` makes several of them meet.
+        spec: Who they are. Only `rendezvous` makes several of them meet.
     """
 
     def __init__(self, spec: ClusterSpec) -> None:

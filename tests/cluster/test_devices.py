@@ -1,12 +1,15 @@
 from dataclasses import replace
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tensorflow as tf
 
-from job.cluster import devices
-from job.cluster.devices import Devices, LocalDevices, Previous, open_devices
-from job.config import DeviceRequest, UserError
+from job.cluster import Device, devices
+from job.cluster.devices import Devices, Previous, open_devices_of_all, open_visible_devices
+from job.cluster.scheduler import ClusterSpec
+from job.cluster.workers import Workers
+from job.config import DeviceRequest, TrainConfig, UserError
 from tests.conftest import MakeDevices
 
 PREVIOUS = Previous(
@@ -15,13 +18,13 @@ PREVIOUS = Previous(
     precision="bfloat16",
     jit="off",
     deterministic=False,
-    global_batch_size=256,
+    batch_size=256,
 )
 
 
 def test_more_gpus_than_there_are_is_the_users_to_change() -> None:
     with pytest.raises(UserError, match=r"--devices received gpu:99, expected at most the \d+"):
-        open_devices(DeviceRequest("gpu", 99), "auto", "auto")
+        open_visible_devices(TrainConfig(devices=DeviceRequest("gpu:99")))
 
 
 def test_rows_per_replica(make_devices: MakeDevices) -> None:
@@ -34,41 +37,40 @@ def test_rows_per_replica(make_devices: MakeDevices) -> None:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Open devices on a machine with some GPUs, or none, without setting any up."""
 
-    def use(count: int, kind: Literal["cpu", "gpu"], model: str) -> LocalDevices:
-        names = tuple(f"{kind.upper()}:{index}" for index in range(count))
-        return LocalDevices(kind, names, ({"model": model},) * count, model == "new")
+    def describe(count: int, model: str) -> tuple[Device, ...]:
+        compute_capability = {"new": (8, 0), "old": (7, 5)}.get(model, ())
+        return (Device("a device", model, None, compute_capability),) * count
 
-    def open_with(gpus: int, model: str, *settings: Any, **options: Any) -> Devices:
+    def open_with(
+        gpus: int, model: str, request: str, previous: Previous | None = None, **options: Any
+    ) -> Devices:
         monkeypatch.setattr(devices, "visible_gpus", lambda: ["GPU"] * gpus)
-        monkeypatch.setattr(devices, "use_gpus", lambda used: use(len(used), "gpu", model))
-        monkeypatch.setattr(devices, "use_cpu", lambda count: use(count, "cpu", "cpu"))
+        monkeypatch.setattr(devices, "use_gpus", lambda used: describe(len(used), model))
+        monkeypatch.setattr(devices, "use_cpu", lambda count: describe(count, "cpu"))
         monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda names: None)
         monkeypatch.setattr(tf.config.experimental, "enable_op_determinism", lambda: None)
-        return open_devices(DeviceRequest.parse(settings[0]), *settings[1:], **options)
+        config = TrainConfig(devices=DeviceRequest(request), **options)
+        return open_visible_devices(config, previous)
 
     return open_with
 
 
 def test_auto_takes_every_gpu_and_is_deterministic_on_cpus(opened: Any) -> None:
-    gpus = opened(4, "new", "auto", "auto", "auto")
+    gpus = opened(4, "new", "auto")
     assert (gpus.kind, gpus.replicas, gpus.precision) == ("gpu", 4, "bfloat16")
     assert (gpus.deterministic, gpus.compilation.network) == (False, True)
     # Collectives stay outside of XLA, so only a single replica's loop is compiled.
     assert not gpus.compilation.loops
-    assert opened(1, "new", "auto", "auto", "auto").compilation.loops
-    cpu = opened(0, "", "auto", "auto", "auto")
+    assert opened(1, "new", "auto").compilation.loops
+    cpu = opened(0, "", "auto")
     assert (cpu.kind, cpu.replicas) == ("cpu", 1)
     assert (cpu.deterministic, cpu.compilation.network) == (True, False)
 
 
 def test_auto_keeps_what_the_attempt_before_came_to(opened: Any) -> None:
-    cpu = opened(0, "", "auto", "auto", "auto", previous=PREVIOUS)
-    assert (cpu.replicas, cpu.precision, cpu.jit, cpu.deterministic) == (
-        2,
-        "bfloat16",
-        "off",
-        False,
-    )
+    cpu = opened(0, "", "auto", PREVIOUS)
+    assert (cpu.replicas, cpu.precision, cpu.jit) == (2, "bfloat16", "off")
+    assert not cpu.deterministic
     assert not cpu.compilation.elementwise
 
 
@@ -76,21 +78,84 @@ def test_threads_are_those_that_tensorflow_is_told(
     opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "3")
-    assert opened(0, "", "auto", "auto", "auto").threads == 3
+    assert opened(0, "", "auto").threads == 3
 
 
 def test_a_setting_of_this_attempt_wins(opened: Any) -> None:
-    cpu = opened(0, "", "cpu:1", "float32", "on", "on", PREVIOUS)
+    settings = {"precision": "float32", "jit": "on", "deterministic": "on"}
+    cpu = opened(0, "", "cpu:1", PREVIOUS, **settings)
     assert (cpu.replicas, cpu.precision, cpu.jit, cpu.deterministic) == (1, "float32", "on", True)
 
 
 def test_a_run_goes_on_with_the_gpus_that_the_next_node_has(opened: Any) -> None:
-    gpus = opened(3, "new", "auto", "auto", "auto", previous=PREVIOUS)
+    gpus = opened(3, "new", "auto", PREVIOUS)
     assert (gpus.kind, gpus.replicas) == ("gpu", 2)  # 256 does not divide by 3
     assert not gpus.deterministic
     on_gpus = replace(PREVIOUS, kind="gpu", replicas=4)
-    assert opened(8, "new", "auto", "auto", "auto", previous=on_gpus).replicas == 4
-    assert opened(3, "new", "auto", "auto", "auto", previous=on_gpus).replicas == 2
-    assert opened(8, "new", "gpu:8", "auto", "auto", previous=on_gpus).replicas == 8
+    assert opened(8, "new", "auto", on_gpus).replicas == 4
+    assert opened(3, "new", "auto", on_gpus).replicas == 2
+    assert opened(8, "new", "gpu:8", on_gpus).replicas == 8
     # GPUs that cannot compute in bfloat16 do not keep it.
-    assert opened(1, "old", "auto", "auto", "auto", previous=PREVIOUS).precision == "float32"
+    assert opened(1, "old", "auto", PREVIOUS).precision == "float32"
+
+
+TWO_WORKERS = ClusterSpec(("n1:1", "n2:1"), 1)
+CPUS = (Device("CPU:0"), Device("CPU:1"))
+ALL_CPUS = tuple(Device(f"worker {rank} {device.name}") for rank in range(2) for device in CPUS)
+
+
+@pytest.fixture
+def opened_of_all(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Open two CPU devices on each of two workers, which offer what is told beside that."""
+
+    def open_with(*offers: dict[str, Any], replicas_in_sync: int = 4) -> Devices:
+        def gather(self: Workers, document: dict[str, Any]) -> list[dict[str, Any]]:
+            return [document | offer for offer in offers]
+
+        def meet(*_arguments: object) -> Any:
+            return SimpleNamespace(num_replicas_in_sync=replicas_in_sync)
+
+        monkeypatch.setattr(devices, "use_cpu", lambda count: CPUS)
+        monkeypatch.setattr(devices, "rendezvous", meet)
+        monkeypatch.setattr(Workers, "gather", gather)
+        monkeypatch.setattr(Workers, "shutdown", lambda self: None)
+        return open_devices_of_all(TrainConfig(devices=DeviceRequest("cpu:2")), TWO_WORKERS)
+
+    return open_with
+
+
+def test_replicas_of_all_workers_count_and_are_named(opened_of_all: Any) -> None:
+    opened = opened_of_all({}, {})
+    assert opened.replicas == 4
+    assert opened.descriptions == ALL_CPUS
+
+
+def test_one_worker_that_lacks_bfloat16_decides_for_all(opened_of_all: Any) -> None:
+    has, lacks = {"computes_bfloat16": True}, {"computes_bfloat16": False}
+    assert opened_of_all(has, has).computes_bfloat16
+    assert not opened_of_all(has, lacks).computes_bfloat16
+
+
+@pytest.mark.parametrize("first", ["cpu:1", "gpu:2"])
+def test_workers_with_other_devices_are_refused(opened_of_all: Any, first: str) -> None:
+    with pytest.raises(UserError) as caught:
+        opened_of_all({"devices": first}, {})
+    assert f"worker 0 (n1:1) {first}, worker 1 (n2:1) cpu:2" in str(caught.value)
+    assert str(caught.value).endswith("or say --devices cpu:1")
+
+
+def test_several_cpu_replicas_of_a_worker_are_refused_where_tensorflow_takes_one(
+    opened_of_all: Any,
+) -> None:
+    with pytest.raises(UserError) as caught:
+        opened_of_all({}, {}, replicas_in_sync=2)
+    assert str(caught.value).startswith("--devices received cpu:2 with 2 workers, expected cpu:1")
+
+
+def test_a_worker_without_the_others_has_its_own_first_replica(make_devices: MakeDevices) -> None:
+    of_all = replace(
+        make_devices(2), descriptions=tuple(map(Device, "abcd")), workers=Workers(TWO_WORKERS)
+    )
+    alone = of_all.without_other_workers()
+    assert (alone.replicas, alone.local_names, alone.workers.count) == (1, ("CPU:0",), 1)
+    assert alone.descriptions == (Device("c"),)

@@ -35,7 +35,7 @@ from job.config import GpuMissingError, UserError
         ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "NoDevFiles"}, [], 4),
     ],
 )
-def test_promised_gpus(
+def test_expected_gpus(
     tmp_path: Path, environ: dict[str, str], nodes: list[str], count: int
 ) -> None:
     for node in nodes:
@@ -43,7 +43,7 @@ def test_promised_gpus(
     assert expected_gpus(environ, tmp_path).count == count
 
 
-def test_a_promise_that_is_no_number_is_refused(tmp_path: Path) -> None:
+def test_a_number_of_gpus_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="SLURM_GPUS_ON_NODE received 'gpu:2', expected a number"):
         expected_gpus({"SLURM_GPUS_ON_NODE": "gpu:2"}, tmp_path)
 

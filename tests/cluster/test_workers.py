@@ -1,10 +1,133 @@
+import ctypes
+import os
+import signal
+import socket
+import time
 from typing import Any
 
 import pytest
+import tensorflow as tf
 
+from job.cluster import workers
 from job.cluster.scheduler import ALONE, ClusterSpec
-from job.cluster.workers import Workers
-from job.config import UserError
+from job.cluster.workers import Workers, naming_lost_workers, rendezvous
+from job.config import ExitCode, LostWorkerError, UserError
+from tests.conftest import free_ports
+
+
+def test_missing_workers_are_named_after_the_time_to_wait(three_workers: ClusterSpec) -> None:
+    start = time.monotonic()
+    with pytest.raises(LostWorkerError) as caught:
+        rendezvous(three_workers, lambda: time.sleep(60), timeout_seconds=0.5)
+    assert time.monotonic() - start < 10
+    assert caught.value.exit_code == ExitCode.RUN_AGAIN
+    assert str(caught.value).startswith(
+        f"missing {three_workers.name(2)} (Connection refused); expected all 3 workers within "
+        f"--join-timeout 0.5 s"
+    )
+    assert three_workers.name(1) not in str(caught.value)
+
+
+def test_a_name_that_does_not_resolve_is_a_missing_worker() -> None:
+    own = f"127.0.0.1:{free_ports(1)[0]}"
+    spec = ClusterSpec((own, "no-such-host.invalid:2222"), 0)
+    with pytest.raises(LostWorkerError, match=r"missing worker 1 \(no-such-host.invalid:2222\) \("):
+        rendezvous(spec, lambda: time.sleep(60), timeout_seconds=0.5)
+
+
+def test_a_port_that_is_taken_is_not_shared(listener: socket.socket) -> None:
+    port = listener.getsockname()[1]
+    spec = ClusterSpec((f"127.0.0.1:{port}", "127.0.0.1:1"), 0)
+    with pytest.raises(LostWorkerError, match=f"port {port} of worker 0 .* cannot be used"):
+        rendezvous(spec, lambda: pytest.fail("it must not begin"), timeout_seconds=0.5)
+
+
+@pytest.fixture
+def two_workers(listener: socket.socket) -> ClusterSpec:
+    """Two workers: the first is this one, the second answers."""
+    ports = (free_ports(1)[0], listener.getsockname()[1])
+    return ClusterSpec(tuple(f"127.0.0.1:{port}" for port in ports), 0)
+
+
+def test_what_goes_wrong_while_joining_is_raised(two_workers: ClusterSpec) -> None:
+    def fail() -> tf.distribute.Strategy:
+        raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match="a defect"):
+        rendezvous(two_workers, fail, timeout_seconds=5)
+
+
+def test_after_joining_signals_get_through_again(two_workers: ClusterSpec) -> None:
+    received: list[int] = []
+
+    def swallow_signals() -> None:
+        # As native code does it, behind Python's back.
+        libc = ctypes.CDLL(None)
+        libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+        libc.signal(signal.SIGTERM, int(signal.SIG_IGN))
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        rendezvous(two_workers, swallow_signals, timeout_seconds=5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_who_was_there_and_has_ended_is_not_blamed_for_who_never_came(
+    three_workers: ClusterSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = {2: "Connection refused"}
+    looks = [never, {1: "Connection refused", **never}]
+    monkeypatch.setattr(
+        workers, "unreachable", lambda spec: looks.pop(0) if looks[1:] else looks[0]
+    )
+    with pytest.raises(LostWorkerError) as caught:
+        rendezvous(three_workers, lambda: pytest.fail("it must not begin"), timeout_seconds=0.1)
+    assert str(caught.value).startswith(f"missing {three_workers.name(2)} (Connection refused);")
+    assert three_workers.name(1) not in str(caught.value)
+
+
+LOSSES = [
+    tf.errors.UnavailableError(None, None, "Socket closed"),
+    tf.errors.InternalError(None, None, "Collective ops is aborted by: something"),
+]
+
+
+@pytest.mark.parametrize("error", LOSSES)
+def test_a_lost_worker_is_named_by_who_does_not_answer(
+    three_workers: ClusterSpec, error: tf.errors.OpError
+) -> None:
+    with pytest.raises(LostWorkerError) as caught, naming_lost_workers(three_workers):
+        raise error
+    assert str(caught.value).startswith(f"lost {three_workers.name(2)}, which has ended")
+    assert three_workers.name(1) not in str(caught.value)
+
+
+def test_a_lost_worker_that_still_answers_is_named_by_what_tensorflow_says(
+    listener: socket.socket,
+) -> None:
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+    spec = ClusterSpec((f"127.0.0.1:{free_ports(1)[0]}", address), 0)
+    told = "Collective ops is aborted by: Error reported from /job:worker/task:1: unhealthy"
+    with (
+        pytest.raises(LostWorkerError, match=r"^lost worker 1 .*\(Error reported from"),
+        naming_lost_workers(spec),
+    ):
+        raise tf.errors.UnavailableError(None, None, told)
+
+
+@pytest.mark.parametrize(
+    ("spec_of", "error"),
+    [
+        (ALONE, tf.errors.UnavailableError(None, None, "a device")),
+        (ClusterSpec(("a:1", "b:1"), 0), tf.errors.InternalError(None, None, "a kernel failed")),
+    ],
+)
+def test_other_errors_stay_what_they_are(spec_of: ClusterSpec, error: tf.errors.OpError) -> None:
+    with pytest.raises(type(error)), naming_lost_workers(spec_of):
+        raise error
 
 
 def test_one_that_is_alone_gets_back_what_it_gives() -> None:
@@ -25,7 +148,7 @@ def test_workers_that_differ_are_named(
         {"seed": 2},
     ]
     monkeypatch.setattr(one, "gather", lambda document: told)
-    monkeypatch.setattr(one, "leave", lambda: None)
+    monkeypatch.setattr(one, "shutdown", lambda: None)
     with pytest.raises(UserError) as caught:
         one.require_equal(told[0])
     name = three_workers.name(2)

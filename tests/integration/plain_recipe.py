@@ -5,6 +5,8 @@ in place of ReLU, means in place of maxima. At a kink rounding alone decides whi
 goes, and within 60 steps that grows to 4e-4 between one replica and two, also in one process.
 """
 
+# ruff: noqa: E402 (TensorFlow is loaded first, its messages held back)
+
 import dataclasses
 
 from job.commands.cli import load_tensorflow
@@ -16,6 +18,7 @@ import keras
 from job.__main__ import run
 from job.recipes import classic
 from job.training import saved_model, train
+from tests.integration.cpu_replicas import allow_cpu_replicas
 
 
 def build_model(seed: int, classes: int) -> keras.Model:
@@ -53,4 +56,5 @@ PLAIN = dataclasses.replace(
 if __name__ == "__main__":
     for module in (train, saved_model):
         module.get_recipe = lambda name: PLAIN  # type: ignore[attr-defined]
+    allow_cpu_replicas()
     run()

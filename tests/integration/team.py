@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,12 @@ class Team:
         self._folder, self._arguments, self._module = folder, arguments, module
         self.workers: dict[int, Job] = {}
 
-    def start(self, *ranks: int, options: Sequence[str | Path] = ()) -> "Team":
+    def start(
+        self,
+        *ranks: int,
+        options: Sequence[str | Path] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> "Team":
         """Start some of the workers, or all of them."""
         for rank in ranks or range(len(self.addresses)):
             task = {"type": "worker", "index": rank}
@@ -47,7 +52,7 @@ class Team:
                 self._folder,
                 *self._arguments,
                 *options,
-                env={"TF_CONFIG": json.dumps(config)},
+                env={"TF_CONFIG": json.dumps(config), **(env or {})},
                 module=self._module,
             )
         return self

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,9 +20,12 @@ from tests.integration.chaos import compare, state_of_checkpoint
 from tests.integration.plain_recipe import build_model
 from tests.integration.team import Team, evaluate_on_one_device, free_addresses
 
+pytestmark = pytest.mark.slow
+
 # Spans of 15 and 5 steps, and a checkpoint after each; 60 steps in all.
 OPTIONS = "--limit 1280 --batch-size 64 --epochs 3 --checkpoint-every 0.001 --log-format json"
 PLAIN = "tests.integration.plain_recipe"
+HANGING = "tests.integration.hanging"
 PRECISE = ("--precision", "float32", "--learning-rate", "0.01")
 # Heartbeats of TensorFlow's runtime tell of a worker that is silent, an end of its process at once.
 SILENT_SECONDS = 30
@@ -210,6 +214,64 @@ def test_a_worker_that_hangs_ends_the_others(make_team: StartTeam) -> None:
     team.kill()
 
 
+# A native timer ends a worker whose Python threads cannot run, ten seconds later than a thread.
+STALL_SECONDS, LATEST_SECONDS = 15, 15 + 10 + 5
+COMPILATION_SECONDS = 30
+
+
+def say_stalled(errors: str) -> bool:
+    """Whether a worker tells that a call hung, by its watchdog's thread or by the native timer."""
+    return "did not return within --stall-timeout" in errors or "Timeout (" in errors
+
+
+@pytest.mark.parametrize(
+    ("rank", "place", "seconds"),
+    [
+        (1, "Workers.require_equal 1", LATEST_SECONDS),
+        (0, "Workers.broadcast 1", LATEST_SECONDS + COMPILATION_SECONDS),
+        (1, "Engine.train_epoch 2", LATEST_SECONDS),
+        (1, "Evaluator.__call__ 2", LATEST_SECONDS),
+        (0, "CheckpointStore.save 4", LATEST_SECONDS),
+        (1, "Engine.digest 1", LATEST_SECONDS),
+        (0, "Engine.export 1", LATEST_SECONDS + COMPILATION_SECONDS),
+        (1, "Workers.barrier 1", LATEST_SECONDS),
+    ],
+)
+def test_a_worker_that_hangs_with_heartbeats_ends_the_others(
+    make_team: StartTeam, rank: int, place: str, seconds: float
+) -> None:
+    team = make_team(2, "--stall-timeout", str(STALL_SECONDS), module=HANGING)
+    env = {"COMPILATION_SECONDS": str(COMPILATION_SECONDS)}
+    team.start(1 - rank, env=env)
+    team.start(rank, options=("--stall-timeout", "1000"), env={**env, "HANG": place})
+    hanging = team.workers.pop(rank)
+    try:
+        hanging.wait_for("hangs")
+        start = time.monotonic()
+        assert team.finish(seconds + 60) == [1], team.errors
+        assert time.monotonic() - start < seconds
+        assert say_stalled(team.errors[1 - rank]), team.errors
+    finally:
+        hanging.kill()
+        hanging.communicate()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_that_listens_but_never_joins_ends_the_others(
+    make_team: StartTeam, tmp_path: Path, listener: socket.socket, rank: int
+) -> None:
+    team = make_team(2, "--join-timeout", "5", "--stall-timeout", "5")
+    team.addresses[1 - rank] = f"127.0.0.1:{listener.getsockname()[1]}"
+    team.start(rank)
+    start = time.monotonic()
+    assert team.finish(120) == [1], team.errors
+    # Five seconds each, ten until the native timer fires, and the start of the process.
+    assert time.monotonic() - start < 5 + 5 + 10 + 15
+    assert say_stalled(team.errors[rank]), team.errors
+    assert "in rendezvous" in team.errors[rank]
+    assert not (tmp_path / "output").exists()
+
+
 def test_a_worker_may_start_late(make_team: StartTeam) -> None:
     team = make_team(2, "--epochs", "1").start(0)
     time.sleep(20)
@@ -281,6 +343,12 @@ def test_workers_with_other_options_or_devices_are_refused_by_all(make_team: Sta
     for errors in team.errors.values():
         assert "received different devices" in errors
         assert "cpu:2" in errors
+    # TensorFlow's strategy would leave one of each out.
+    team = make_team(2, "--devices", "cpu:2").start()
+    assert team.finish() == [2, 2], team.errors
+    for errors in team.errors.values():
+        assert "--devices received cpu:2 with 2 workers, expected cpu:1" in errors
+        assert "start more workers instead" in errors
 
 
 def test_a_dry_run_tells_the_share_of_each_worker_and_asks_nobody(
