@@ -55,7 +55,7 @@ STALLED = "a call did not return within --stall-timeout"
 
 # Besides those that make the run. Folders may be others on every worker.
 _EQUAL_OPTIONS = ("epochs", "precision", "jit", "deterministic", "fresh")
-# For TensorFlow to connect the workers, once all are there.
+# For TensorFlow to connect the workers, once all are there; less where no call may take as long.
 _CONNECT_SECONDS = 60.0
 
 
