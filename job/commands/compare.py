@@ -3,7 +3,6 @@
 import json
 import os
 import statistics
-import string
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -204,11 +203,6 @@ class Group:
         return statistics.fmean(run.elapsed_seconds for run in self.runs)
 
     @property
-    def repeats(self) -> int:
-        """How many runs repeat the seed of another one."""
-        return len(self.runs) - len({run.seed for run in self.runs})
-
-    @property
     def best(self) -> Run:
         """The run whose saved model is the most accurate, the first among equals."""
         return max(self.runs, key=lambda run: run.accuracy or 0.0)
@@ -229,11 +223,6 @@ class Comparison:
     groups: tuple[Group, ...]
     varying: tuple[str, ...]
     left_out: dict[str, str]
-
-    @property
-    def common(self) -> list[str]:
-        """Names of the settings that are the same in every run."""
-        return [name for name in SETTINGS if len({run.settings[name] for run in self.runs}) == 1]
 
     def document(self) -> dict[str, Any]:
         """This comparison as a JSON object; the README documents it."""
@@ -262,7 +251,7 @@ def compare_runs(folders: Iterable[str]) -> Comparison:
             left_out[folder] = str(error)
     left_out |= {run.folder: run.problem for run in runs if run.problem}
     runs.sort(key=lambda run: (_order(run), run.seed))
-    varying = tuple(name for name in SETTINGS if _tells_apart(runs, name))
+    varying = tuple(name for name in SETTINGS if len({run.settings[name] for run in runs}) > 1)
     alike: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         if not run.problem:
@@ -274,20 +263,6 @@ def compare_runs(folders: Iterable[str]) -> Comparison:
         raise UserError(f"received no folder of a finished run ({reasons}); name some")
     groups = tuple(Group(_label(same[0], varying), tuple(same)) for same in alike.values())
     return Comparison(tuple(runs), groups, varying, left_out)
-
-
-def _tells_apart(runs: Sequence[Run], name: str) -> bool:
-    """Whether runs differ in a setting.
-
-    Another learning rate, for one, is another recipe's fingerprint too: that one is worth a word
-    only where nothing else tells.
-    """
-    values: dict[tuple[Any, ...], set[Any]] = {}
-    for run in runs:
-        others = [run.settings[other] for other in SETTINGS if other != name]
-        key = tuple(others) if name == "recipe_fingerprint" else ()
-        values.setdefault(key, set()).add(run.settings[name])
-    return any(len(one) > 1 for one in values.values())
 
 
 def _order(run: Run) -> list[tuple[bool, bool, Any]]:
@@ -371,7 +346,7 @@ def write_tables(comparison: Comparison) -> None:
         UserError: If it cannot be written.
     """
     varying = comparison.varying
-    common = named(comparison.runs[0], comparison.common)
+    common = named(comparison.runs[0], [name for name in SETTINGS if name not in varying])
     titles = [title(name) for name in varying]
     write_lines([f"Every run: {', '.join(common)}", ""])
     write_table(
@@ -386,14 +361,6 @@ def write_tables(comparison: Comparison) -> None:
         [_group_row(group, varying) for group in comparison.groups],
         left=(*titles, "best run"),
     )
-    if any(group.repeats for group in comparison.groups):
-        write_lines(
-            [
-                "",
-                "More runs than seeds: a seed was repeated. Such runs may be equal to the last "
-                "bit, so that ± is less than between seeds.",
-            ]
-        )
 
 
 def _percent(fraction: float | None) -> str:
@@ -450,7 +417,7 @@ def save_comparison(path: Path, groups: Sequence[Group]) -> None:
         path: PNG file to write.
         groups: At least one; the runs of each have curves of one length.
     """
-    names = [_letters(number) if len(groups) > 1 else "" for number in range(len(groups))]
+    names = [str(number + 1) if len(groups) > 1 else "" for number in range(len(groups))]
     legend = [_legend_text(*one) for one in zip(names, groups, strict=True)]
     lines = sum(text.count("\n") + 1 for text in legend)
     height = max(3.9, 1.6 + 0.5 * len(groups)) + 0.4 + 0.19 * lines
@@ -494,12 +461,6 @@ def save_comparison(path: Path, groups: Sequence[Group]) -> None:
         text.set_parse_math(False)
     save_png(figure, path, SCREEN_DPI)
     plt.close(figure)
-
-
-def _letters(number: int) -> str:
-    """Name a group by capital letters: A to Z, then AA, AB and so on."""
-    before, last = divmod(number, len(string.ascii_uppercase))
-    return (_letters(before - 1) if before else "") + string.ascii_uppercase[last]
 
 
 def _legend_text(name: str, group: Group) -> str:

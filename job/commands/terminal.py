@@ -4,11 +4,12 @@ import contextlib
 import os
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
 import click
-from rich import cells
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.progress import (
@@ -20,7 +21,6 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from job import log
@@ -45,7 +45,7 @@ def _escaped(letter: str) -> str:
 
 def padded(text: str, width: int) -> str:
     """Text with spaces behind it, to a width in columns of the terminal."""
-    return text + " " * (width - cells.cell_len(text))
+    return text + " " * (width - cell_len(text))
 
 
 def plural(number: int, noun: str) -> str:
@@ -85,39 +85,24 @@ def write_lines(lines: Iterable[str]) -> None:
 def write_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str]
 ) -> None:
-    """Write a table to stdout; on a terminal too narrow for it, each row as a list.
+    """Write a table to stdout.
 
     Args:
         columns: Their headings.
         rows: A cell for each column; what a terminal would obey in it is escaped.
         left: Headings of the columns that begin at the left, as text does.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in columns:
-        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
-    rows = [[printable(cell) for cell in row] for row in rows]
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console = open_console()
-    needed = console.measure(table, options=console.options.update(width=10_000)).maximum
-    if not console.is_terminal or needed <= console.width:
-        console.width = needed
-        tables = [table]
-    else:
-        tables = [_record(columns, row) for row in rows]
-    with console.capture() as captured:
-        for number, part in enumerate(tables):
-            console.print(*([""] if number else []), part, sep="\n")
-    write_lines(line.rstrip() for line in captured.get().splitlines())
-
-
-def _record(columns: Sequence[str], row: Sequence[str]) -> Table:
-    record = Table(box=None, pad_edge=False, show_header=False)
-    record.add_column(no_wrap=True, style="bold")
-    record.add_column(overflow="fold")
-    for heading, cell in zip(columns, row, strict=True):
-        record.add_row(heading, Text(cell))
-    return record
+    cells = [columns, *([printable(cell) for cell in row] for row in rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        spaces = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        aligned = [
+            cell + space if heading in left else space + cell
+            for cell, space, heading in zip(row, spaces, columns, strict=True)
+        ]
+        lines.append("  ".join(aligned).rstrip())
+    write_lines(lines)
 
 
 def open_console() -> Console:
@@ -190,7 +175,7 @@ class DownloadBar:
 
 
 class EpochBar(Observer):
-    """Where the training is: one line where it fits, else two; never longer than the terminal.
+    """Where the training is, in one line.
 
     It appears when the training begins and leaves the screen with its context.
 
@@ -203,7 +188,7 @@ class EpochBar(Observer):
         self._status: Status | None = None
         self._live = Live(
             console=console,
-            get_renderable=lambda: StatusLines(self._status),
+            get_renderable=lambda: StatusLine(self._status),
             transient=True,
             redirect_stderr=bool(sys.stderr and sys.stderr.isatty()),
         )
@@ -235,68 +220,40 @@ class EpochBar(Observer):
         self._status = status
 
 
-class StatusLines:
-    """A status laid out for the width of the terminal."""
+class StatusLine:
+    """A status, the most important first, as far as the terminal has room for it."""
 
     def __init__(self, status: Status | None) -> None:
         self._status = status
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        status = self._status
-        if status is None:
+        if (status := self._status) is None:
             return
         # Room for the ^C that a terminal shows.
         width = options.max_width - 2
-        head = f"epoch {status.epoch}/{status.epochs} "
-        count = f" {status.steps}/{status.steps_per_epoch}"
-        details = _details(status)
-        left = [_time_left(status)] if status.seconds_left is not None else []
-        one_line = _GAP.join(["", *details, *left])
-        if len(head + count + one_line) + _LEAST_BAR <= width:
-            first, second = count + one_line, ""
-        else:
-            first, second = _GAP.join([count, *left]), _as_many_as_fit(details, width)
-        bar_width = min(width - len(head + first), _MOST_BAR)
+        head, text = f"epoch {status.epoch}/{status.epochs}", ""
+        for part in (f"{status.steps}/{status.steps_per_epoch}", *_details(status)):
+            if len(f"{head} {text}{_GAP}{part}") + _LEAST_BAR > width:
+                break
+            text += _GAP + part
+        bar_width = min(width - len(f"{head} {text}"), _MOST_BAR)
         if bar_width < _LEAST_BAR:
-            yield Text((head + first.lstrip())[:width])
-        else:
-            yield Text(head, end="")
-            yield ProgressBar(
-                status.steps_per_epoch,
-                status.steps,
-                width=bar_width,
-                pulse=status.phase != "training",
-            )
-            yield Text(first)
-        if second:
-            yield Text(second)
+            yield Text(head[:width])
+            return
+        is_known = status.phase == "training"
+        yield Text(f"{head} ", end="")
+        yield ProgressBar(status.steps_per_epoch, status.steps, width=bar_width, pulse=not is_known)
+        yield Text(text)
 
 
 def _details(status: Status) -> list[str]:
-    """What there is to say about the phase, the most important first."""
-    if status.phase == "compiling":
-        return ["compiling"]
-    texts = ["validating"] if status.phase == "validating" else []
+    """What there is to report of the phase, the most important first."""
+    texts = [] if status.phase == "training" else [status.phase]
+    if status.seconds_left is not None:
+        least = ">" if status.seconds_left_is_least else ""
+        texts.append(f"{least}{timedelta(seconds=round(status.seconds_left))} left")
     if status.loss is not None and status.accuracy is not None:
         texts += [f"loss {status.loss:.4f}", f"acc {status.accuracy:.1%}"]
-    if status.phase == "training" and status.steps_per_second and status.images_per_second:
-        texts += [
-            f"{status.steps_per_second:,.1f} steps/s",
-            f"{status.images_per_second:,.0f} img/s",
-        ]
+    if status.phase == "training" and status.images_per_second:
+        texts.append(f"{status.images_per_second:,.0f} img/s")
     return texts
-
-
-def _time_left(status: Status) -> str:
-    minutes, seconds = divmod(round(status.seconds_left or 0.0), 60)
-    hours, minutes = divmod(minutes, 60)
-    clock = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-    return f"{'>' if status.seconds_left_is_least else ''}{clock} left"
-
-
-def _as_many_as_fit(texts: list[str], width: int) -> str:
-    for count in range(len(texts), 0, -1):
-        line = _GAP.join(texts[:count])
-        if len(line) <= width:
-            return line
-    return ""
