@@ -1,21 +1,22 @@
 """What the scheduler's environment says about a run: its workers and its identity.
 
-The only module that reads these variables. Standard library only: pure functions over a mapping.
+The only module that reads these variables. Pure functions over a mapping.
 """
 
 import hashlib
 import ipaddress
 import itertools
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
 
 from job.config import UserError
 
 _HOSTS = 65536  # as many as Slurm knows in one list
-_NODE_NUMBER = re.compile(r"[0-9]{1,18}")
 _NODES = r"(?:[^\s,\[\]]|\[[0-9][0-9,-]*\])+"
 _NODELIST = re.compile(rf"{_NODES}(?:,{_NODES})*")
 
@@ -50,7 +51,7 @@ def _expand_ranges(text: str) -> list[str]:
     numbers: list[str] = []
     for part in text.split(","):
         bounds = part.split("-")
-        if len(bounds) > 2 or not all(_NODE_NUMBER.fullmatch(bound) for bound in bounds):
+        if len(bounds) > 2 or not all(_NUMBER.fullmatch(bound) for bound in bounds):
             raise ValueError(f"received {part!r} in [{text}], expected a number or a range")
         first, last = int(bounds[0]), int(bounds[-1])
         if not first <= last < first + _HOSTS:
@@ -126,75 +127,53 @@ def cluster_spec(environ: Mapping[str, str]) -> ClusterSpec:
     return ALONE
 
 
+class _Task(msgspec.Struct):
+    type: Literal["chief", "worker"]
+    index: Annotated[int, Meta(ge=0)] | Annotated[str, Meta(pattern=r"^[0-9]{1,18}\Z")]
+
+
+class _TfConfig(msgspec.Struct):
+    cluster: dict[str, list[str]]
+    task: _Task
+
+
 def _from_tf_config(text: str) -> ClusterSpec:
     try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"TF_CONFIG is no JSON ({error}), expected "
-            '{"cluster": {"worker": ["host:port", …]}, "task": {"type": "worker", "index": 0}}; '
-            "mend it, or unset TF_CONFIG to train without it"
-        ) from error
-    parts = config if isinstance(config, dict) else {}
-    cluster, task = parts.get("cluster"), parts.get("task")
-    if not isinstance(cluster, dict):
-        raise _refused("cluster", cluster, 'an object such as {"worker": ["host:port", …]}')
-    if not isinstance(task, dict):
-        raise _refused("task", task, 'an object such as {"type": "worker", "index": 0}')
-    chief, others = _chief_and_workers(cluster)
-    kind, index = task.get("type"), str(task.get("index"))
-    if kind not in ("chief", "worker"):
-        raise _refused("task.type", kind, '"worker" or "chief": this job has no others')
-    count = len(chief if kind == "chief" else others)
-    if not _NUMBER.fullmatch(index) or int(index) >= count:
-        expected = f"a number from 0, less than the {count} addresses of cluster.{kind}"
-        raise _refused("task.index", task.get("index"), expected)
-    rank = int(index) if kind == "chief" else len(chief) + int(index)
-    return ClusterSpec((*chief, *others), rank)
+        config = msgspec.json.decode(text, type=_TfConfig)
+    except msgspec.MsgspecError as error:
+        raise _refused(str(error)) from error
+    chief, others = config.cluster.get("chief", []), config.cluster.get("worker", [])
+    kind, index, addresses = config.task.type, int(config.task.index), [*chief, *others]
+    strange = {name for name, has in config.cluster.items() if has} - {"chief", "worker"}
+    if strange:
+        raise _refused(f"cluster has {', '.join(sorted(strange))}, for which this job has no part")
+    if not addresses or len(chief) > 1:
+        raise _refused(f"cluster has {len(chief)} chiefs and {len(others)} workers")
+    for address in addresses:
+        if not _is_address(address) or addresses.count(address) > 1:
+            raise _refused(f"cluster has the address {address!r}, which is none or not unique")
+    if index >= len(chief if kind == "chief" else others):
+        raise _refused(f"task.index is {index}, which has no address in cluster.{kind}")
+    return ClusterSpec((*chief, *others), index if kind == "chief" else len(chief) + index)
 
 
-def _chief_and_workers(cluster: dict[str, Any]) -> tuple[list[str], list[str]]:
-    for kind, addresses in cluster.items():
-        if not isinstance(addresses, list):
-            raise _refused(f"cluster.{kind}", addresses, 'a list such as ["host:port", …]')
-        if addresses and kind not in ("chief", "worker"):
-            raise _refused(f"cluster.{kind}", addresses, "none: this job has workers and a chief")
-    chief, others = cluster.get("chief", []), cluster.get("worker", [])
-    if len(chief) > 1:
-        raise _refused("cluster.chief", chief, "one address")
-    if not chief and not others:
-        raise _refused("cluster", cluster, '"worker" with an address "host:port" for each')
-    known: set[str] = set()
-    for kind, addresses in (("chief", chief), ("worker", others)):
-        for rank, address in enumerate(addresses):
-            part = f"cluster.{kind}[{rank}]"
-            if not _is_address(address):
-                raise _refused(part, address, '"host:port" with a port from 1 to 65535')
-            if address in known:
-                raise _refused(part, address, "an address of its own; another worker has this one")
-            known.add(address)
-    return chief, others
-
-
-def _refused(part: str, received: Any, expected: str) -> UserError:
-    text = json.dumps(received, ensure_ascii=False)
+def _refused(received: str) -> UserError:
     return UserError(
-        f"TF_CONFIG: {part} is {text}, expected {expected}; mend it, or unset TF_CONFIG to train "
-        f"without it"
+        f"TF_CONFIG: {received}; expected "
+        '{"cluster": {"worker": ["host:port", …]}, "task": {"type": "worker", "index": 0}}, with a '
+        "port from 1 to 65535 and at most one chief beside the workers; mend it, or unset "
+        "TF_CONFIG to train without it"
     )
 
 
-def _is_address(address: Any) -> bool:
-    match = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
+def _is_address(address: str) -> bool:
+    match = _ADDRESS.fullmatch(address)
     if match is None or not 1 <= int(match[3]) <= 65535:
         return False
-    if match[2] is None:
-        return True
     try:
-        ipaddress.IPv6Address(match[2])
+        return match[2] is None or bool(ipaddress.IPv6Address(match[2]))
     except ValueError:
         return False
-    return True
 
 
 def _from_slurm_step(environ: Mapping[str, str]) -> ClusterSpec:
