@@ -107,10 +107,6 @@ class ProgressBar(Protocol):
         """End."""
 
 
-def _name_only(config: TrainConfig) -> Location:
-    return Location(f"read by job/data/{config.dataset}.py")
-
-
 @dataclass(frozen=True)
 class Source:
     """Where a data set comes from. The module ``job.data.<name>`` has one as ``SOURCE``.
@@ -122,7 +118,9 @@ class Source:
     """
 
     load: Callable[[TrainConfig], Dataset]
-    find: Callable[[TrainConfig], Location] = _name_only
+    find: Callable[[TrainConfig], Location] = lambda config: Location(
+        f"read by job/data/{config.dataset}.py"
+    )
     download: Callable[[TrainConfig, ProgressBar | None], None] | None = None
 
 

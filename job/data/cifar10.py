@@ -49,18 +49,13 @@ _ROW_BYTES = 3 * 32 * 32
 ReadFile = Callable[[str], tuple[str, bytes]]
 
 
-def load(data_dir: Path) -> Dataset:
-    """Load CIFAR-10 from a folder.
-
-    Args:
-        data_dir: Holds ``cifar-10-batches-py/`` or ``cifar-10-python.tar.gz``.
-
-    Returns:
-        The 50,000 training and 10,000 test images in the official order.
+def load(config: TrainConfig) -> Dataset:
+    """Load the 50,000 training and 10,000 test images in the official order.
 
     Raises:
         UserError: If the data cannot be found, or is damaged.
     """
+    data_dir = config.data_dir
     try:
         path = _locate(data_dir)
         if path is None:
@@ -105,12 +100,11 @@ def _unreadable(data_dir: Path, error: OSError) -> UserError:
     )
 
 
-def download(data_dir: Path, url: str, bar: ProgressBar | None = None) -> None:
+def download(config: TrainConfig, bar: ProgressBar | None) -> None:
     """Download the official archive; it appears under its name only whole and verified.
 
     Args:
-        data_dir: The folder that receives it; it is made if it is not there.
-        url: Where to download it from.
+        config: Names the address, and the folder, which is made if it is not there.
         bar: Shows the progress.
 
     Raises:
@@ -120,18 +114,13 @@ def download(data_dir: Path, url: str, bar: ProgressBar | None = None) -> None:
     import pooch
     import requests
 
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot create --data-dir {data_dir}: {error.strerror}; name a folder you can write"
-        ) from error
-    address = redact_url(url)
+    data_dir, address = config.data_dir, redact_url(config.cifar10_url)
     log.event("download", url=address, message=f"downloading {address} to {data_dir}")
     pooch.get_logger().setLevel(logging.ERROR)
     try:
+        data_dir.mkdir(parents=True, exist_ok=True)
         pooch.retrieve(
-            url,
+            config.cifar10_url,
             known_hash=f"sha256:{ARCHIVE_SHA256}",
             fname=ARCHIVE_NAME,
             path=data_dir,
@@ -167,33 +156,26 @@ def _folder_reader(folder: Path) -> ReadFile:
 
 
 def _archive_reader(archive: Path) -> ReadFile:
-    """Read the batch files out of the archive in one pass; it is a compressed stream."""
-    wanted = {f"{FOLDER_NAME}/{name}": name for name in (*TRAIN_FILES, TEST_FILE)}
-    contents: dict[str, bytes] = {}
     try:
+        # All of it at once: the checksum is at the end, behind the last file.
         with gzip.open(archive) as stream:
-            with tarfile.open(fileobj=stream, mode="r|") as tar:
-                for member in tar:
-                    file = tar.extractfile(member) if member.name in wanted else None
-                    if file is not None:
-                        contents[wanted[member.name]] = file.read()
-            # The checksum of the whole stream is at its end, behind the last member.
-            while stream.read(2**20):
-                pass
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
+            content = io.BytesIO(stream.read())
+        tar = tarfile.open(fileobj=content)  # noqa: SIM115 (`read` reads it)
+        names = tar.getnames()
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(
             f"{archive} is truncated or damaged ({error}); delete it and run again to download it"
         ) from error
 
     def read(name: str) -> tuple[str, bytes]:
-        if name not in contents:
+        path = f"{FOLDER_NAME}/{name}"
+        file = tar.extractfile(path) if path in names else None
+        if file is None:
             raise UserError(
-                f"{archive} holds no {FOLDER_NAME}/{name}; expected the official CIFAR-10 archive, "
+                f"{archive} holds no {path}; expected the official CIFAR-10 archive, "
                 f"delete the file and run again to download it"
             )
-        return f"{archive}:{name}", contents[name]
+        return f"{archive}:{name}", file.read()
 
     return read
 
@@ -224,24 +206,18 @@ def _parse_batch(
 
     try:
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+        data, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise fail(f"a pickle that cannot be read ({error})", "a CIFAR-10 batch") from error
-    if not isinstance(batch, dict) or not {"data", "labels"} <= batch.keys():
-        keys = sorted(map(str, batch)) if isinstance(batch, dict) else type(batch).__name__
-        raise fail(f"{keys}", "a dictionary with 'data' and 'labels'")
-    data, labels = batch["data"], batch["labels"]
-    if not isinstance(data, np.ndarray) or data.shape != (_ROWS, _ROW_BYTES):
-        raise fail(f"data of shape {np.shape(data)}", f"shape {(_ROWS, _ROW_BYTES)}")
-    if data.dtype != np.uint8:
-        raise fail(f"data of type {data.dtype}", "uint8")
-    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-        raise fail("labels that are not a list of integers", "a list of integers")
-    if len(labels) != _ROWS:
-        raise fail(f"{len(labels)} labels", f"{_ROWS}")
-    if not 0 <= min(labels) <= max(labels) < len(CLASS_NAMES):
-        raise fail(f"labels from {min(labels)} to {max(labels)}", "labels from 0 to 9")
+        received = f"what cannot be read ({type(error).__name__}: {error})"
+        raise fail(received, "a pickled dictionary with 'data' and 'labels'") from error
+    if data.dtype != np.uint8 or data.shape != (_ROWS, _ROW_BYTES):
+        raise fail(f"data {data.dtype} {data.shape}", f"uint8 {(_ROWS, _ROW_BYTES)}")
+    if labels.dtype.kind != "i" or labels.shape != (_ROWS,):
+        raise fail(f"labels {labels.dtype} {labels.shape}", f"{_ROWS} integers")
+    if not 0 <= labels.min() <= labels.max() < len(CLASS_NAMES):
+        raise fail(f"labels from {labels.min()} to {labels.max()}", "labels from 0 to 9")
     images = np.ascontiguousarray(data.reshape(_ROWS, 3, 32, 32).transpose(0, 2, 3, 1))
-    return images, np.array(labels, np.int32)
+    return images, labels.astype(np.int32)
 
 
 def _dtype(code: str, _align: object, _copy: object) -> "np.dtype[Any]":
@@ -268,12 +244,4 @@ class _ArrayUnpickler(pickle.Unpickler):
             ) from None
 
 
-def _load(config: TrainConfig) -> Dataset:
-    return load(config.data_dir)
-
-
-def _download(config: TrainConfig, bar: ProgressBar | None) -> None:
-    download(config.data_dir, config.cifar10_url, bar)
-
-
-SOURCE = Source(_load, find, _download)
+SOURCE = Source(load, find, download)

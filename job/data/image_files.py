@@ -2,11 +2,12 @@
 
 import functools
 import io
+import itertools
 import os
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -64,7 +65,14 @@ def find_images(names: Sequence[str]) -> list[ImageFile]:
     Args:
         names: Paths of files and folders, and `STDIN`.
     """
-    return [source for name in names for source in _find(name)]
+    files: list[ImageFile] = []
+    for name in names:
+        if name == STDIN or not os.path.isdir(name):  # noqa: PTH112 (a `Path` drops a leading ./)
+            files.append(ImageFile(name))
+        else:
+            problem = "no file in this folder has the suffix of an image format"
+            files += list(_walk(name)) or [ImageFile(name, problem)]
+    return files
 
 
 def require_no_image(target: Path, files: Sequence[ImageFile]) -> None:
@@ -90,24 +98,7 @@ def _identity(file: str | int) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _find(name: str) -> Iterator[ImageFile]:
-    if name == STDIN or not os.path.isdir(name):  # noqa: PTH112 (a `Path` drops a leading ./)
-        yield ImageFile(name)
-        return
-    found = False
-    for source in _walk(name, _image_suffixes()):
-        found = True
-        yield source
-    if not found:
-        yield ImageFile(name, "no file in this folder has the suffix of an image format")
-
-
-def _image_suffixes() -> frozenset[str]:
-    suffixes = Image.registered_extensions()
-    return frozenset(name for name, kind in suffixes.items() if kind not in UNREAD_FORMATS)
-
-
-def _walk(folder: str, suffixes: frozenset[str]) -> Iterator[ImageFile]:
+def _walk(folder: str) -> Iterator[ImageFile]:
     try:
         with os.scandir(folder) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
@@ -118,14 +109,16 @@ def _walk(folder: str, suffixes: frozenset[str]) -> Iterator[ImageFile]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path, suffixes)
+            yield from _walk(entry.path)
         # A pipe in a folder would be waited for; a broken link is a broken image.
-        elif (entry.is_file() or entry.is_symlink()) and _suffix(entry.name) in suffixes:
+        elif (entry.is_file() or entry.is_symlink()) and _has_suffix(entry.name):
             yield ImageFile(entry.path)
 
 
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()  # noqa: PTH122 (`Path.suffix` makes a path first)
+def _has_suffix(name: str) -> bool:
+    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 (`Path.suffix` makes a path first)
+    kind = Image.registered_extensions().get(suffix)
+    return kind is not None and kind not in UNREAD_FORMATS
 
 
 @dataclass(frozen=True)
@@ -154,33 +147,30 @@ def decode_batches(
     Yields:
         The batches, in the order of the sources.
     """
+
+    def decode_all(part: Sequence[ImageFile]) -> list[Decoded]:
+        return [_decode(source, shape) for source in part]
+
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "decode")
-    waiting = deque(
-        sources[start : start + batch_size] for start in range(0, len(sources), batch_size)
-    )
-    started: deque[list[Future[list[Decoded]]]] = deque()
+    ahead: deque[Iterator[list[Decoded]]] = deque()
     # Damaged metadata makes Pillow warn, and then the pixels come or an error does.
     with warnings.catch_warnings(action="ignore"):
         try:
-            while waiting or started:
-                while waiting and len(started) <= _BATCHES_AHEAD:
-                    batch = waiting.popleft()
-                    started.append(
-                        [
-                            pool.submit(_decode, batch[start : start + _IMAGES_A_TASK], shape)
-                            for start in range(0, len(batch), _IMAGES_A_TASK)
-                        ]
-                    )
-                yield [decoded for task in started.popleft() for decoded in task.result()]
+            for batch in _parts(sources, batch_size):
+                ahead.append(pool.map(decode_all, _parts(batch, _IMAGES_A_TASK)))
+                if len(ahead) > _BATCHES_AHEAD:
+                    yield list(itertools.chain.from_iterable(ahead.popleft()))
+            for parts in ahead:
+                yield list(itertools.chain.from_iterable(parts))
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _decode(sources: Sequence[ImageFile], shape: ImageShape) -> list[Decoded]:
-    return [_decode_one(source, shape) for source in sources]
+def _parts(sources: Sequence[ImageFile], size: int) -> Iterator[Sequence[ImageFile]]:
+    return (sources[start : start + size] for start in range(0, len(sources), size))
 
 
-def _decode_one(source: ImageFile, shape: ImageShape) -> Decoded:
+def _decode(source: ImageFile, shape: ImageShape) -> Decoded:
     if source.problem:
         return Decoded(source, None)
     try:
@@ -220,11 +210,10 @@ def read_image(name: str, shape: ImageShape) -> npt.NDArray[np.uint8]:
         raise
     except UnidentifiedImageError as error:
         raise UserError("no image of a known format") from error
-    except OSError as error:
-        raise UserError(error.strerror or str(error)) from error
     # Pillow's readers meet damaged files with exceptions of every kind.
     except Exception as error:
-        raise UserError(str(error) or type(error).__name__) from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(reason) from error
 
 
 @functools.cache

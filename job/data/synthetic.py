@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from job.config import TrainConfig
 from job.data import Dataset, Location, Source
 
 CLASS_NAMES = (
@@ -153,12 +152,7 @@ def _paint(cover: Array, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     return painted.astype(np.uint8)
 
 
-def _load(config: TrainConfig) -> Dataset:
-    return make_dataset(config.seed)
-
-
-def _find(config: TrainConfig) -> Location:
-    return Location(f"drawn from seed {config.seed}")
-
-
-SOURCE = Source(_load, _find)
+SOURCE = Source(
+    load=lambda config: make_dataset(config.seed),
+    find=lambda config: Location(f"drawn from seed {config.seed}"),
+)

@@ -58,7 +58,7 @@ def write_archive(path: Path, good: bytes, names: tuple[str, ...]) -> None:
             tar.addfile(member, io.BytesIO(good))
 
 
-def load(data_dir: Path, url: str) -> Dataset:
+def load(data_dir: Path, url: str = NOWHERE) -> Dataset:
     """Load CIFAR-10 as a run does, which downloads it from an address if it is not there."""
     return load_dataset(TrainConfig(data_dir=data_dir, cifar10_url=url))
 
@@ -83,7 +83,7 @@ def serve(tmp_path: Path) -> Iterator[str]:
 
 def test_reads_a_folder_in_order_and_channels_last(tmp_path: Path, good_batch: bytes) -> None:
     write_folder(tmp_path, good_batch)
-    dataset = cifar10.load(tmp_path)
+    dataset = load(tmp_path)
     assert dataset.train_images.shape == (50_000, 32, 32, 3)
     assert dataset.test_images.shape == (10_000, 32, 32, 3)
     row = batch()["data"][7]
@@ -93,20 +93,23 @@ def test_reads_a_folder_in_order_and_channels_last(tmp_path: Path, good_batch: b
 
 
 def test_reads_the_archive(good_archive: Path) -> None:
-    assert len(cifar10.load(good_archive.parent).train_images) == 50_000
+    assert len(load(good_archive.parent).train_images) == 50_000
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": np.zeros((9_999, 3_072), np.uint8)}, r"data of shape \(9999, 3072\)"),
-        ({"data": np.zeros((10_000, 3_072), np.float32)}, "data of type float32, expected uint8"),
-        ({"data": [1, 2]}, r"data of shape \(2,\)"),
-        ({"labels": None}, r"received \['data'\], expected a dictionary with 'data' and 'labels'"),
+        (
+            {"data": np.zeros((9_999, 3_072), np.uint8)},
+            r"data uint8 \(9999, 3072\), expected uint8",
+        ),
+        ({"data": np.zeros((10_000, 3_072), np.float32)}, "data float32 .*, expected uint8"),
+        ({"data": [1, 2]}, r"data int64 \(2,\)"),
+        ({"labels": None}, r"KeyError: 'labels'\), expected a pickled dictionary with 'data'"),
         ({"labels": [10] * 10_000}, "labels from 10 to 10, expected labels from 0 to 9"),
         ({"labels": [-1] * 10_000}, "labels from -1 to -1"),
-        ({"labels": [0] * 9_999}, "9999 labels, expected 10000"),
-        ({"labels": ["cat"] * 10_000}, "labels that are not a list of integers"),
+        ({"labels": [0] * 9_999}, r"labels int64 \(9999,\), expected 10000 integers"),
+        ({"labels": ["cat"] * 10_000}, "labels <U3 .*, expected 10000 integers"),
     ],
 )
 def test_a_wrong_batch_file_is_refused_by_name(
@@ -115,7 +118,7 @@ def test_a_wrong_batch_file_is_refused_by_name(
     bad = pickle.dumps(batch(**changes), protocol=3)
     folder = write_folder(tmp_path, good_batch, data_batch_3=bad)
     with pytest.raises(UserError, match=message) as error:
-        cifar10.load(tmp_path)
+        load(tmp_path)
     assert str(folder / "data_batch_3") in str(error.value)
 
 
@@ -126,21 +129,21 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path: Path, good_batch: bytes
 
     write_folder(tmp_path, good_batch, test_batch=pickle.dumps(Attack(), protocol=3))
     with pytest.raises(UserError, match="only NumPy arrays are allowed"):
-        cifar10.load(tmp_path)
+        load(tmp_path)
     assert not (tmp_path / "attacked").exists()
 
 
 def test_a_truncated_batch_file_is_refused(tmp_path: Path, good_batch: bytes) -> None:
     write_folder(tmp_path, good_batch, data_batch_1=good_batch[:5_000])
     with pytest.raises(UserError, match=r"data_batch_1.*cannot be read"):
-        cifar10.load(tmp_path)
+        load(tmp_path)
 
 
 def test_a_missing_batch_file_is_named(tmp_path: Path, good_batch: bytes) -> None:
     folder = write_folder(tmp_path, good_batch)
     (folder / "data_batch_4").unlink()
     with pytest.raises(UserError, match="data_batch_4: No such file"):
-        cifar10.load(tmp_path)
+        load(tmp_path)
 
 
 def test_a_truncated_or_damaged_archive_is_refused(tmp_path: Path, good_archive: Path) -> None:
@@ -151,13 +154,13 @@ def test_a_truncated_or_damaged_archive_is_refused(tmp_path: Path, good_archive:
     for damaged in (b"", content[: size // 2], content[: int(0.999 * size)], wrong_checksum):
         archive.write_bytes(damaged)
         with pytest.raises(UserError, match="truncated or damaged"):
-            cifar10.load(tmp_path)
+            load(tmp_path)
 
 
 def test_an_archive_of_something_else_is_refused(tmp_path: Path, good_batch: bytes) -> None:
     write_archive(tmp_path / cifar10.ARCHIVE_NAME, good_batch, ("data_batch_1",))
     with pytest.raises(UserError, match="holds no cifar-10-batches-py/data_batch_2"):
-        cifar10.load(tmp_path)
+        load(tmp_path)
 
 
 def test_no_data_and_no_network_is_explained(tmp_path: Path) -> None:
@@ -209,5 +212,5 @@ def test_a_verified_download_is_kept_and_read(
 
 def test_a_data_folder_that_cannot_be_made_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--data-dir"):
+    with pytest.raises(UserError, match=r"--data-dir .* cannot be written there: Not a directory"):
         load(tmp_path / "file" / "data", NOWHERE)
