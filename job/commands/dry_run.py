@@ -16,8 +16,9 @@ from job.cluster.devices import Devices, open_devices
 from job.cluster.scheduler import cluster_spec, run_identity
 from job.cluster.workers import Workers
 from job.commands.terminal import write_lines
-from job.config import JobError, TrainConfig, Value, describe_config, option_name
+from job.config import JobError, TrainConfig, describe_config
 from job.data import get_source, load_dataset, require_limit
+from job.report.page import command_line
 from job.run.attempt import Attempt, inspect_output_dir
 from job.run.folder import OutputDir, prepare_output_dir
 from job.run.lease import read_holder, refusal
@@ -62,7 +63,7 @@ class Preview:
         """What was found out, for a person to read, the most important first."""
         verdict = [("Problem", str(problem)) for problem in self.problems]
         verdict = verdict or [("Dry run", f"{self.outcome}; nothing was written")]
-        lines = [*verdict, *self.lines, *_option_lines(self.report["config"])]
+        lines = [*verdict, *self.lines]
         return "\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in lines)
 
 
@@ -78,7 +79,7 @@ def preview(
         load: Loads the data set where nothing has to be downloaded.
     """
     found = Preview()
-    found.add("config", describe_config(config))
+    found.add("config", describe_config(config), command_line("train", config))
     attempt = None
     with found.collecting():
         attempt = _preview_output(found, config, stop)
@@ -202,20 +203,6 @@ def _preview_data(
         + (f", {left_out:,} images left out, others each time" if left_out else ""),
         f"{plan.epochs:,} epochs = {plan.total_steps:,} steps",
     )
-
-
-def _option_lines(options: dict[str, Value]) -> Iterator[tuple[str, str]]:
-    """Each option that is not at its default, and all others together."""
-    words = {None: "not set", True: "on", False: "off"}
-    usual = describe_config(TrainConfig())
-    defaults = []
-    for name, value in options.items():
-        text = words[value] if value is None or isinstance(value, bool) else str(value)
-        if value == usual[name]:
-            defaults.append(f"{option_name(name)} {text}")
-        else:
-            yield "Config", f"{option_name(name):<20}{text}"
-    yield "Defaults", ", ".join(defaults)
 
 
 def print_dry_run(config: TrainConfig, stop: StopRequest) -> None:

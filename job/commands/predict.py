@@ -192,7 +192,7 @@ def predict_images(
     if done:
         say(f"{plural(done, 'image')} in {seconds:.1f} s ({done / seconds:,.0f} images/s)")
     if png and shown:
-        _save_picture(png, shown, done)
+        _save_picture(png, shown, done, classifier.image_shape)
     if broken:
         raise _unreadable(broken, len(sources), as_json=as_json)
 
@@ -240,11 +240,11 @@ def predict_batches(
 def _most_probable(
     classifier: Classifier, probabilities: npt.NDArray[np.float32], top: int
 ) -> list[tuple[tuple[str, float], ...]]:
+    names = classifier.class_names
     best = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top]
-    values = np.take_along_axis(probabilities, best, axis=-1)
-    names = np.array(classifier.class_names, object)[best]
     return [
-        tuple(zip(*row, strict=True)) for row in zip(names.tolist(), values.tolist(), strict=True)
+        tuple((names[label], float(row[label])) for label in labels)
+        for row, labels in zip(probabilities, best, strict=True)
     ]
 
 
@@ -282,12 +282,14 @@ def _text_lines(
     return describe
 
 
-def _save_picture(png: Path, shown: Sequence[Prediction], images: int) -> None:
+def _save_picture(png: Path, shown: Sequence[Prediction], images: int, shape: ImageShape) -> None:
     from job.report import pictures
+
+    height, width, _ = shape
 
     shown_images = [
         pictures.Captioned(
-            _as_rgb(prediction.decoded.pixels),
+            np.broadcast_to(prediction.decoded.pixels, (height, width, 3)),
             printable(PurePath(prediction.decoded.source.name).name),
             *prediction.classes[0],
         )
@@ -300,7 +302,3 @@ def _save_picture(png: Path, shown: Sequence[Prediction], images: int) -> None:
     say(
         f"picture {png}" + (f" of the first {len(shown_images)}; {rest:,} left out" if rest else "")
     )
-
-
-def _as_rgb(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
