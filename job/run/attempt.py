@@ -29,7 +29,7 @@ from job.run.folder import (
     sha256_of,
 )
 from job.run.lease import LeaseLostError, acquire
-from job.run.manifest import RunManifest, earlier_manifest, was_started_fresh_by
+from job.run.manifest import RunManifest, earlier_manifest
 from job.run.record import Manifest, earlier_evaluation
 from job.run.stop import StopRequest
 
@@ -187,7 +187,12 @@ def inspect_output_dir(
         is_finished = earlier.config.epochs == config.epochs
     if checkpoint:
         require_same_run(checkpoint.fingerprint.run, options, output.path)
-        _require_epochs(config, checkpoint.history.epochs_begun)
+        begun = checkpoint.history.epochs_begun
+        if config.epochs < begun:
+            raise UserError(
+                f"--epochs received {config.epochs}, expected at least {begun}, which the run in "
+                f"{output.path} has begun; ask for more, or start over with --fresh"
+            )
     if not (checkpoint or is_finished) and (output.path / MODEL).exists():
         raise UserError(
             f"--output-dir {output.path} holds a model and no checkpoint to go on from; name "
@@ -204,11 +209,13 @@ def _has_started_over(
 
     A person who repeats it means another run, or to do a finished one over.
     """
-    if earlier is None or not was_started_fresh_by(identity, earlier):
+    if earlier is None or identity.name is None or (is_complete and not identity.attempt):
         return False
-    if is_complete and not identity.attempt:
-        return False
-    if run_options(earlier.config) != run_options(config):
+    started = any(
+        attempt.fresh and attempt.run_id == identity.name and attempt.first_step is not None
+        for attempt in earlier.attempts
+    )
+    if not started or run_options(earlier.config) != run_options(config):
         return False
     log.event(
         "fresh",
@@ -227,11 +234,3 @@ def _is_complete(folder: Path, manifest: Manifest) -> bool:
     if evaluation is None or not (folder / MODEL).exists():
         return False
     return sha256_of(folder / MODEL) == evaluation.model_sha256
-
-
-def _require_epochs(config: TrainConfig, begun: int) -> None:
-    if config.epochs < begun:
-        raise UserError(
-            f"--epochs received {config.epochs}, expected at least {begun}, which the run in "
-            f"{config.output_dir} has begun; ask for more, or start over with --fresh"
-        )

@@ -6,11 +6,10 @@ A checkpoint is complete or invisible, and is checked when it is read. Two are k
 import hashlib
 import io
 import logging
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -19,12 +18,11 @@ import numpy.typing as npt
 from job import log
 from job.config import UserError
 from job.run.fingerprint import Fingerprint
-from job.run.folder import CHECKPOINTS, METRICS, OutputDir
+from job.run.folder import CHECKPOINTS, METRICS, OutputDir, refused
 from job.run.record import BestEpoch, EpochRecord, decode, encode
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-_FORMAT = 1
 _KEPT = 2
 _DIGITS = 16
 _NAME = re.compile(rf"(\d+)-step-(\d+)-([0-9a-f]{{{_DIGITS}}})\.npz")
@@ -88,13 +86,9 @@ class History(msgspec.Struct):
 
 
 class _Metadata(msgspec.Struct):
-    format: int
+    format: Literal[1]
     fingerprint: Fingerprint
     history: History
-
-
-class _Format(msgspec.Struct):
-    format: int
 
 
 @dataclass(frozen=True)
@@ -116,7 +110,7 @@ class Checkpoint:
     def to_bytes(self) -> bytes:
         """All but the step as the content of an ``.npz`` file."""
         buffer = io.BytesIO()
-        metadata = encode(_Metadata(_FORMAT, self.fingerprint, self.history)).decode()
+        metadata = encode(_Metadata(1, self.fingerprint, self.history)).decode()
         members: dict[str, Any] = {**self.arrays, _METADATA: np.array(metadata)}
         np.savez(buffer, **members)
         return buffer.getvalue()
@@ -130,11 +124,7 @@ class Checkpoint:
         """
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        text = str(arrays.pop(_METADATA))
-        received = decode(text, _Format).format
-        if received != _FORMAT:
-            raise ValueError(f"received format {received}, expected {_FORMAT}")
-        metadata = decode(text, _Metadata)
+        metadata = decode(str(arrays.pop(_METADATA)), _Metadata)
         return cls(step, arrays, metadata.fingerprint, metadata.history)
 
 
@@ -170,17 +160,29 @@ class CheckpointStore:
                 version of this program.
         """
         checkpoints = self._list()
-        for number, path in reversed(checkpoints):
+        for number, step, path in reversed(checkpoints):
             self._last_number = max(self._last_number, number)
             try:
                 content = path.read_bytes()
             except OSError as error:
-                raise _unreadable(path, error) from error
-            if _name(number, _step_of(path), content) != path.name:
-                _report_damaged(path)
+                raise refused("read", path, error) from error
+            if _name(number, step, content) != path.name:
+                log.event(
+                    "checkpoint_damaged",
+                    logging.WARNING,
+                    path=str(path),
+                    message=f"the checkpoint {path} is damaged: its content does not have the "
+                    f"checksum in its name; going on without it",
+                )
                 continue
             self._kept = [path]
-            return _parse(path, content)
+            try:
+                return Checkpoint.from_bytes(step, content)
+            except ValueError as error:
+                raise UserError(
+                    f"cannot use the checkpoint {path}: {error}; go on with the version of this "
+                    f"program that wrote it, or start over with --fresh"
+                ) from error
         if checkpoints:
             raise UserError(
                 f"no checkpoint in {self._folder} is intact, expected one to go on from; restore "
@@ -204,53 +206,21 @@ class CheckpointStore:
         name = _name(self._last_number, checkpoint.step, content)
         self._output.write_bytes(f"{CHECKPOINTS}/{name}", content)
         self._kept = [*self._kept, self._folder / name][-_KEPT:]
-        self._output.remove([path for _, path in self._list() if path not in self._kept])
+        self._output.remove([path for *_, path in self._list() if path not in self._kept])
         return len(content)
 
-    def _list(self) -> list[tuple[int, Path]]:
-        """Numbers and paths of all checkpoints, in order."""
+    def _list(self) -> list[tuple[int, int, Path]]:
+        """Numbers, steps and paths of all checkpoints, in order."""
         try:
             paths = list(self._folder.iterdir())
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise _unreadable(self._folder, error) from error
+            raise refused("read", self._folder, error) from error
         matches = [(path, _NAME.fullmatch(path.name)) for path in paths]
-        return sorted((int(match[1]), path) for path, match in matches if match)
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot read {path}: {error.strerror or error}; mend the volume or give user "
-        f"{os.getuid()} access, or remove it to go on without it"
-    )
+        return sorted((int(match[1]), int(match[2]), path) for path, match in matches if match)
 
 
 def _name(number: int, step: int, content: bytes) -> str:
     digest = hashlib.sha256(content).hexdigest()[:_DIGITS]
     return f"{number:06d}-step-{step:08d}-{digest}.npz"
-
-
-def _step_of(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    return int(match[2]) if match else 0
-
-
-def _parse(path: Path, content: bytes) -> Checkpoint:
-    try:
-        return Checkpoint.from_bytes(_step_of(path), content)
-    except ValueError as error:
-        raise UserError(
-            f"cannot use the checkpoint {path}: {error}; go on with the version of this program "
-            f"that wrote it, or start over with --fresh"
-        ) from error
-
-
-def _report_damaged(path: Path) -> None:
-    log.event(
-        "checkpoint_damaged",
-        logging.WARNING,
-        path=str(path),
-        message=f"the checkpoint {path} is damaged: its content does not have the checksum in its "
-        f"name; going on without it",
-    )

@@ -88,12 +88,11 @@ class Fingerprint(msgspec.Struct, frozen=True):
 
     def changes_since(self, earlier: Environment) -> list[str]:
         """What is computed differently than in an earlier environment, a phrase each."""
-        names = Environment.__struct_fields__
-        pairs = ((name, getattr(earlier, name), getattr(self.environment, name)) for name in names)
+        before = msgspec.structs.asdict(earlier)
         return [
-            f"{name.replace('_', ' ')}: {before} -> {after}"
-            for name, before, after in pairs
-            if before != after
+            f"{name.replace('_', ' ')}: {before[name]} -> {value}"
+            for name, value in msgspec.structs.asdict(self.environment).items()
+            if value != before[name]
         ]
 
 
@@ -197,17 +196,14 @@ def require_same_run(
         expected = saved.get(name, received)
         if received == expected:
             continue
-        differences.append(
-            _CONTENTS.get(name) or f"{_describe(name)} received {received}, expected {expected}"
-        )
+        option = option_name(name)
+        if name.startswith(_OPTIMIZER):
+            key = name.removeprefix(_OPTIMIZER)
+            option = f"the optimizer's {key} (--epochs may set its schedule)"
+        problem = f"{option} received {received}, expected {expected}"
+        differences.append(_CONTENTS.get(name, problem))
     if differences:
         raise UserError(
             f"{output_dir} holds another run: {'; '.join(differences)}; go on with its settings, "
             f"start over with --fresh, or name another --output-dir"
         )
-
-
-def _describe(name: str) -> str:
-    if name.startswith(_OPTIMIZER):
-        return f"the optimizer's {name.removeprefix(_OPTIMIZER)} (--epochs may set its schedule)"
-    return option_name(name)

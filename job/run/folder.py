@@ -1,6 +1,7 @@
 """The output folder: the names of its files, each written whole or not at all."""
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -162,7 +163,7 @@ class OutputDir:
             _flush_folder(path.parent)
         except OSError as error:
             self.check()  # who takes the folder over tidies it up, temporary files included
-            raise _cannot_write(path, error) from error
+            raise refused("write", path, error) from error
         finally:
             # A volume that is gone has nothing left to tidy up, and that error came first.
             with contextlib.suppress(OSError):
@@ -191,18 +192,12 @@ class OutputDir:
         Raises:
             UserError: If it is not there or cannot be written.
         """
-        path = self.path / name
-        self.check()
-        try:
-            # Never made anew: another attempt may have removed it to write its own.
-            with path.open("rb+") as file:
-                file.seek(0, os.SEEK_END)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            self.check()
-            raise _cannot_write(path, error) from error
+        # Never made anew: another attempt may have removed it to write its own.
+        with self._changing("write", self.path / name) as path, path.open("rb+") as file:
+            file.seek(0, os.SEEK_END)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
     def make_folder(self, name: str) -> None:
         """Make a folder in this one, if it is not there.
@@ -210,14 +205,9 @@ class OutputDir:
         Raises:
             UserError: If it cannot be made.
         """
-        try:
-            (self.path / name).mkdir(exist_ok=True)
+        with self._changing("make the folder", self.path / name) as path:
+            path.mkdir(exist_ok=True)
             _flush_folder(self.path)
-        except OSError as error:
-            raise UserError(
-                f"cannot make the folder {self.path / name}: {error.strerror or error}; mend the "
-                f"volume or give user {os.getuid()} access, then run again"
-            ) from error
 
     def remove(self, paths: list[Path]) -> None:
         """Remove files of this folder.
@@ -226,13 +216,8 @@ class OutputDir:
             UserError: If one cannot be removed.
         """
         for path in paths:
-            self.check()
-            try:
+            with self._changing("remove", path):
                 path.unlink(missing_ok=True)
-            except OSError as error:
-                raise UserError(
-                    f"cannot remove {path}: {error.strerror or error}; remove it, then run again"
-                ) from error
 
     def discard(self) -> None:
         """Remove checkpoints and artifacts of an earlier run, and nothing else.
@@ -242,17 +227,10 @@ class OutputDir:
         Raises:
             UserError: If something cannot be removed.
         """
-        self.check()
-        checkpoints = self.path / CHECKPOINTS
-        if checkpoints.exists():
-            try:
+        with self._changing("remove", self.path / CHECKPOINTS) as checkpoints:
+            if checkpoints.exists():
                 checkpoints.rename(self.path / f"{_DISCARDED}.{self._token}")
                 _flush_folder(self.path)
-            except OSError as error:
-                raise UserError(
-                    f"cannot remove {checkpoints}: {error.strerror or error}; remove it, then run "
-                    f"again"
-                ) from error
         self.remove([*(self.path / name for name in _ARTIFACTS), *self.path.glob(EVENT_FILES)])
         for folder in (PICTURES, TENSORBOARD):
             with contextlib.suppress(OSError):
@@ -268,6 +246,15 @@ class OutputDir:
         for path in self.path.glob(f"{_DISCARDED}.*"):
             shutil.rmtree(path, ignore_errors=True)
 
+    @contextlib.contextmanager
+    def _changing(self, action: str, path: Path) -> Iterator[Path]:
+        self.check()
+        try:
+            yield path
+        except OSError as error:
+            self.check()
+            raise refused(action, path, error) from error
+
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
@@ -275,11 +262,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write {path}: {error.strerror or error}; free some space or mend the volume, then "
-        f"run again"
-    )
+def refused(action: str, path: Path, error: OSError) -> UserError:
+    """The error about a file that the system refuses; ``action`` is what was tried."""
+    advice = f"mend the volume or give user {os.getuid()} access"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "free some space"
+    return UserError(f"cannot {action} {path}: {error.strerror or error}; {advice}, then run again")
 
 
 def _flush_folder(folder: Path) -> None:

@@ -11,9 +11,7 @@ continues cannot overwrite its successor's lease; it finds a higher number and g
 """
 
 import contextlib
-import dataclasses
 import fcntl
-import json
 import logging
 import os
 import socket
@@ -21,13 +19,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from job import log
 from job.cluster.scheduler import RunIdentity
 from job.config import ExitCode, JobError, UserError
+from job.run.folder import refused
 from job.run.stop import StopRequest
 
 FOLDER = ".lease"
@@ -36,6 +35,14 @@ RENEW_SECONDS = 2.0
 UNRENEWED_SECONDS = 15.0
 """A holder that could not renew for so long stops: soon others will take it for dead."""
 
+LEASE_SECONDS = 20.0
+"""A lease that has not changed for so long is dead."""
+
+HANDOVER_SECONDS = 15.0
+"""Time that an older attempt of the same run has to save its work when it is asked to stop."""
+
+POLL_SECONDS = 0.5
+
 
 class LeaseLostError(JobError):
     """Another attempt has taken the folder over; nothing may be written any more."""
@@ -43,9 +50,8 @@ class LeaseLostError(JobError):
     exit_code = ExitCode.RUN_AGAIN
 
 
-@dataclass(frozen=True)
-class Holder:
-    """Who holds a folder.
+class Holder(msgspec.Struct, frozen=True):
+    """Who holds a folder: the content of a lease.
 
     Attributes:
         run: Name of its run; None where nothing tells.
@@ -55,6 +61,8 @@ class Holder:
         start: When it took the folder, UTC; for people.
         kernel: What identifies the kernel and the file system as one in which file locks of holder
             and waiter meet; None where the holder could get no lock.
+        beats: How often it has written the lease.
+        released: Whether it has given the folder back.
     """
 
     run: str | None
@@ -63,6 +71,8 @@ class Holder:
     pid: int
     start: str
     kernel: str | None
+    beats: int = 0
+    released: bool = False
 
     def __str__(self) -> str:
         run = self.run or "a run without --run-id"
@@ -89,13 +99,11 @@ class Lease:
         self.token = uuid.uuid4().hex[:8]
         self._folder, self._generation, self._stop = folder, generation, stop
         self._descriptor, self._holder = descriptor, holder
-        self._beats = 0
-        self._size = len(self._document(released=False)) + 16
+        self._size = len(msgspec.json.encode(holder)) + 16  # the digits of many beats
         self._lock = threading.Lock()
         self._released = threading.Event()
-        self._write(released=False)
-        self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
-        self._thread.start()
+        self._write()
+        threading.Thread(target=self._keep_renewing, daemon=True).start()
 
     def check(self) -> None:
         """Make sure that the folder is still this process's to write into.
@@ -108,11 +116,11 @@ class Lease:
         try:
             latest = latest_generation(self._folder)
         except OSError as error:
-            raise UserError(unusable(path, error)) from error
+            raise refused("use the lease", path, error) from error
         if latest > self._generation:
             successor = None
             with contextlib.suppress(OSError):  # it may have been followed in turn
-                _, successor = read_lease(lease_path(self._folder, latest))
+                successor = read_lease(lease_path(self._folder, latest))
             raise LeaseLostError(
                 f"{self._folder.parent} was taken over by {successor or 'another attempt'}; "
                 f"this attempt ends without writing"
@@ -141,7 +149,7 @@ class Lease:
                 with self._lock:
                     if self._released.is_set():
                         return
-                    self._write(released=False)
+                    self._write()
                 renewed = time.monotonic()
                 asking = asking_path(self._folder, self._generation)
                 if asking.exists() and (name := asking.read_text()):
@@ -154,16 +162,14 @@ class Lease:
                 if time.monotonic() - renewed > UNRENEWED_SECONDS:
                     self._stop.request(f"the lease cannot be renewed: {error}")
 
-    def _write(self, *, released: bool) -> None:
-        self._beats += 1
-        text = self._document(released=released).ljust(self._size)
+    def _write(self, *, released: bool = False) -> None:
+        self._holder = msgspec.structs.replace(
+            self._holder, beats=self._holder.beats + 1, released=released
+        )
         # In place and of one size: network file systems show that to others without a delay, and a
         # name that comes to mean another file only once their directory cache has expired.
-        os.pwrite(self._descriptor, text.encode(), 0)
+        os.pwrite(self._descriptor, msgspec.json.encode(self._holder).ljust(self._size), 0)
         os.fsync(self._descriptor)
-
-    def _document(self, *, released: bool) -> str:
-        return json.dumps({**asdict(self._holder), "beats": self._beats, "released": released})
 
 
 def lease_path(folder: Path, generation: int) -> Path:
@@ -181,44 +187,13 @@ def latest_generation(folder: Path) -> int:
     return max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=0)
 
 
-def read_lease(path: Path) -> tuple[bytes, Holder | None]:
-    """A lease's content and its holder; None where it is being written for the first time."""
+def read_lease(path: Path) -> Holder | None:
+    """A lease's holder; None where it is being written for the first time."""
     content = path.read_bytes()
-    document = _parse(content)
-    names = [field.name for field in dataclasses.fields(Holder)]
-    if not all(name in document for name in names):
-        return content, None
-    return content, Holder(**{name: document[name] for name in names})
-
-
-def is_released(content: bytes) -> bool:
-    """Whether the holder has given the folder back, by the content of its lease."""
-    return bool(_parse(content).get("released"))
-
-
-def _parse(content: bytes) -> dict[str, Any]:
     try:
-        document = json.loads(content)
-    except ValueError:
-        return {}
-    return document if isinstance(document, dict) else {}
-
-
-def unusable(path: Path, error: OSError) -> str:
-    """The message about a lease that the system refuses."""
-    return (
-        f"cannot use the lease {path}: {error.strerror or error}; mend the volume or give user "
-        f"{os.getuid()} access, then run again"
-    )
-
-
-LEASE_SECONDS = 20.0
-"""A lease that has not changed for so long is dead."""
-
-HANDOVER_SECONDS = 15.0
-"""Time that an older attempt of the same run has to save its work when it is asked to stop."""
-
-POLL_SECONDS = 0.5
+        return msgspec.json.decode(content, type=Holder)
+    except msgspec.MsgspecError:
+        return None
 
 
 def acquire(
@@ -243,9 +218,16 @@ def acquire(
     folder = output_dir / FOLDER
     try:
         folder.mkdir(exist_ok=True)
-        return _Waiter(folder, identity, stop, before_asking).wait()
+        while True:
+            generation = latest_generation(folder)
+            # Another one may be faster, and tidy away what this one looks at.
+            with contextlib.suppress(FileExistsError, FileNotFoundError):
+                if generation:
+                    _outlast(folder, generation, identity, before_asking)
+                return _create(folder, generation + 1, identity, stop)
+            time.sleep(POLL_SECONDS)
     except OSError as error:
-        raise UserError(unusable(folder, error)) from error
+        raise refused("use the lease", folder, error) from error
 
 
 def read_holder(output_dir: Path) -> Holder | None:
@@ -260,16 +242,16 @@ def read_holder(output_dir: Path) -> Holder | None:
     """
     folder = output_dir / FOLDER
     try:
-        if not folder.is_dir() or (generation := latest_generation(folder)) == 0:
+        generation = latest_generation(folder) if folder.is_dir() else 0
+        if not generation:
             return None
         path = lease_path(folder, generation)
-        content, holder = read_lease(path)
-        is_over = is_released(content) or _probe(path, holder) == "free"
+        holder = read_lease(path)
+        return None if holder is None or _probe(path, holder) == "free" else holder
     except FileNotFoundError:
         return read_holder(output_dir)  # its successor has tidied it away
     except OSError as error:
-        raise UserError(unusable(folder, error)) from error
-    return None if is_over else holder
+        raise refused("use the lease", folder, error) from error
 
 
 def refusal(output_dir: Path, identity: RunIdentity, holder: Holder) -> JobError:
@@ -282,127 +264,85 @@ def refusal(output_dir: Path, identity: RunIdentity, holder: Holder) -> JobError
     )
 
 
-class _Waiter:
-    """Watches the latest lease of a folder until it can be succeeded."""
+def _outlast(
+    folder: Path, generation: int, identity: RunIdentity, before_asking: Callable[[], None]
+) -> None:
+    """Wait until a lease is given back or dead, or its holder has had its time to stop.
 
-    def __init__(
-        self,
-        folder: Path,
-        identity: RunIdentity,
-        stop: StopRequest,
-        before_asking: Callable[[], None],
-    ) -> None:
-        self._folder, self._identity, self._stop = folder, identity, stop
-        self._before_asking = before_asking
-        self._watch(0, b"")
-
-    def _watch(self, generation: int, content: bytes) -> None:
-        self._generation, self._content = generation, content
-        self._looked_at = time.monotonic()
-        self._unchanged_seconds = 0.0
-        self._asked_at: float | None = None
-        self._announced = False
-
-    def wait(self) -> Lease:
-        while True:
-            generation = latest_generation(self._folder)
-            if generation == 0 or self._may_follow(generation):
-                lease = self._create(generation + 1)
-                if lease:
-                    return lease
-            else:
-                time.sleep(POLL_SECONDS)
-
-    def _may_follow(self, generation: int) -> bool:
-        """Whether the holder of a lease has given it back, is dead, or has had its time."""
-        try:
-            return self._is_over(generation)
-        except FileNotFoundError:
-            return False  # its successor has tidied it away
-
-    def _is_over(self, generation: int) -> bool:
-        path = lease_path(self._folder, generation)
-        content, holder = read_lease(path)
-        if generation != self._generation:
-            self._watch(generation, content)
-        if is_released(content):
-            return True
-        lock = _probe(path, holder)
+    Raises:
+        JobError: If the holder is alive and does not have to stop.
+        FileNotFoundError: If a successor has tidied the lease away.
+    """
+    path = lease_path(folder, generation)
+    seen, looked_at = read_lease(path), time.monotonic()
+    unchanged_seconds, announced = 0.0, False
+    asked_at: float | None = None
+    while True:
+        holder = read_lease(path)
+        lock = _probe(path, holder) if holder else "unknown"
         if lock == "free":
-            return True
-        alive = lock == "held" or content != self._content
-        self._count_silence(content)
-        replaces = holder and self._identity.replaces(holder.run, holder.attempt)
+            return
+        now, alive = time.monotonic(), lock == "held" or holder != seen
+        replaces = holder is not None and identity.replaces(holder.run, holder.attempt)
         if holder and alive and not replaces:
-            raise refusal(self._folder.parent, self._identity, holder)
-        if replaces:
-            self._ask_to_stop(generation)
-        self._announce(holder)
-        return self._unchanged_seconds >= LEASE_SECONDS or (
-            self._asked_at is not None and time.monotonic() - self._asked_at >= HANDOVER_SECONDS
-        )
-
-    def _count_silence(self, content: bytes) -> None:
-        """Count the time in which the lease was seen not to change.
-
-        Not the time in which the volume gave no answer: the holder could not renew it either.
-        """
-        now = time.monotonic()
-        silence = min(now - self._looked_at, 2 * POLL_SECONDS)
-        self._unchanged_seconds = (
-            self._unchanged_seconds + silence if content == self._content else 0.0
-        )
-        self._looked_at, self._content = now, content
-
-    def _ask_to_stop(self, generation: int) -> None:
-        if self._asked_at is None:
-            self._before_asking()
-            name = f"a newer attempt of {self._identity.name} on host {socket.gethostname()}"
-            asking_path(self._folder, generation).write_text(name)
-            self._asked_at = time.monotonic()
-
-    def _announce(self, holder: Holder | None) -> None:
-        if not self._announced:
-            self._announced = True
-            log.event(
-                "waiting",
-                logging.WARNING,
-                holder=str(holder) if holder else None,
-                timeout_seconds=LEASE_SECONDS,
-                message=f"{self._folder.parent} is held by {holder or 'somebody'}; waiting until "
-                f"it is given back or not renewed for {LEASE_SECONDS:g} s",
-            )
-
-    def _create(self, generation: int) -> Lease | None:
-        """Create the lease of this number; None if somebody else was faster."""
-        path = lease_path(self._folder, generation)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            return None
-        kernel = kernel_of(path)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            kernel = None  # a file system without locks
-        holder = Holder(
-            self._identity.name,
-            self._identity.attempt,
-            socket.gethostname(),
-            os.getpid(),
-            log.utc_now(),
-            kernel,
-        )
-        lease = Lease(self._folder, generation, descriptor, holder, self._stop)
-        for earlier in self._folder.iterdir():
-            if earlier.stem.isdecimal() and int(earlier.stem) < generation:
-                earlier.unlink(missing_ok=True)
-        return lease
+            raise refusal(folder.parent, identity, holder)
+        # Not the time in which the volume gave no answer: the holder could not renew it either.
+        silence = min(now - looked_at, 2 * POLL_SECONDS)
+        unchanged_seconds = unchanged_seconds + silence if holder == seen else 0.0
+        seen, looked_at = holder, now
+        if replaces and asked_at is None:
+            before_asking()
+            name = f"a newer attempt of {identity.name} on host {socket.gethostname()}"
+            asking_path(folder, generation).write_text(name)
+            asked_at = time.monotonic()
+        if not announced:
+            _announce(folder.parent, holder)
+            announced = True
+        had_its_time = asked_at is not None and now - asked_at >= HANDOVER_SECONDS
+        if had_its_time or unchanged_seconds >= LEASE_SECONDS:
+            return
+        time.sleep(POLL_SECONDS)
 
 
-def _probe(path: Path, holder: Holder | None) -> str:
-    """Whether the holder's file lock is "held", "free", or "unknown" because it is elsewhere."""
-    if holder is None or holder.kernel is None or holder.kernel != kernel_of(path):
+def _announce(output_dir: Path, holder: Holder | None) -> None:
+    log.event(
+        "waiting",
+        logging.WARNING,
+        holder=str(holder) if holder else None,
+        timeout_seconds=LEASE_SECONDS,
+        message=f"{output_dir} is held by {holder or 'somebody'}; waiting until it is given back "
+        f"or not renewed for {LEASE_SECONDS:g} s",
+    )
+
+
+def _create(folder: Path, generation: int, identity: RunIdentity, stop: StopRequest) -> Lease:
+    """Create the lease of this number, and remove all earlier ones.
+
+    Raises:
+        FileExistsError: If another waiter was faster.
+    """
+    path = lease_path(folder, generation)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    kernel = kernel_of(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        kernel = None  # a file system without locks
+    holder = Holder(
+        identity.name, identity.attempt, socket.gethostname(), os.getpid(), log.utc_now(), kernel
+    )
+    lease = Lease(folder, generation, descriptor, holder, stop)
+    for earlier in folder.iterdir():
+        if earlier.stem.isdecimal() and int(earlier.stem) < generation:
+            earlier.unlink(missing_ok=True)
+    return lease
+
+
+def _probe(path: Path, holder: Holder) -> str:
+    """Whether a lease is "free" or "held", or "unknown" as its file lock is on another host."""
+    if holder.released:
+        return "free"
+    if holder.kernel is None or holder.kernel != kernel_of(path):
         return "unknown"
     with path.open("rb") as file:
         try:

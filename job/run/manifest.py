@@ -198,18 +198,6 @@ def earlier_manifest(folder: Path) -> Manifest | None:
         return None
 
 
-def was_started_fresh_by(identity: RunIdentity, manifest: Manifest | None) -> bool:
-    """Whether an attempt of this run has started over, by the run's manifest."""
-    return (
-        manifest is not None
-        and identity.name is not None
-        and any(
-            attempt.fresh and attempt.run_id == identity.name and attempt.first_step is not None
-            for attempt in manifest.attempts
-        )
-    )
-
-
 def versions() -> dict[str, str]:
     """Versions of this job, Python and the libraries that decide a run's numbers."""
     libraries = {name: metadata.version(name) for name in _VERSIONED}

@@ -1,20 +1,17 @@
 """``predictions.npz``: what the saved model makes of every test image, and some images to see."""
 
 import io
-import zipfile
 import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
 from job.config import UserError
 from job.run.folder import PREDICTIONS, OutputDir
-
-# What NumPy makes of a file that is no such archive.
-_UNREADABLE = (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -62,57 +59,14 @@ class Predictions:
             # A file that NumPy opens by itself stays open where it is none of its archives.
             content = io.BytesIO(path.read_bytes())
             with np.load(content, allow_pickle=False) as file:
-                predictions = cls(**{field.name: file[field.name] for field in fields(cls)})
-            predictions._check()
-            return predictions
+                return cls(**{field.name: file[field.name] for field in fields(cls)})
         except FileNotFoundError:
             return None
-        except (OSError, *_UNREADABLE) as error:
+        except (OSError, EOFError, KeyError, ValueError, BadZipFile, zlib.error) as error:
             raise UserError(
                 f"{path} is no file of this version of the job ({error}); write it anew with "
                 f"python -m job evaluate --output-dir {folder}"
             ) from error
-
-    def _check(self) -> None:
-        """Raise a `ValueError` unless the arrays fit one another, as those that were saved do."""
-        examples, classes = _require("probabilities", self.probabilities, "f", 2)
-        _require("labels", self.labels, "i", 1, (examples,), classes)
-        (mistakes,) = _require("mistakes", self.mistakes, "i", 1, below=examples)
-        _require("mistake_images", self.mistake_images, "u", 4, (mistakes,))
-        originals = _require("originals", self.originals, "u", 4)
-        _require("original_labels", self.original_labels, "i", 1, originals[:1], classes)
-        augmented = _require("augmented", self.augmented, "u", 5, originals[:1])
-        if augmented[2:] != originals[1:] or not augmented[1]:
-            raise ValueError(f"augmented has shape {augmented}, originals has {originals}")
-        values = self.probabilities
-        if not examples or not ((values >= 0) & (values <= 1)).all():
-            raise ValueError("probabilities are not all from 0 to 1, or there is none")
-
-
-def _require(
-    name: str,
-    array: npt.NDArray[Any],
-    kind: str,
-    dimensions: int,
-    first: tuple[int, ...] = (),
-    below: int | None = None,
-) -> tuple[int, ...]:
-    """Raise a `ValueError` unless an array is as expected; return its shape.
-
-    Args:
-        name: Its name.
-        array: The array.
-        kind: Of its elements, a letter of NumPy's.
-        dimensions: How many it has.
-        first: How long the first of them are.
-        below: What all elements are below and not below 0; None where they may be anything.
-    """
-    shape = array.shape
-    if array.dtype.kind != kind or len(shape) != dimensions or shape[: len(first)] != first:
-        raise ValueError(f"{name} has shape {shape} and type {array.dtype}")
-    if below is not None and not ((array >= 0) & (array < below)).all():
-        raise ValueError(f"{name} are not all from 0 to {below - 1}")
-    return shape
 
 
 def confusion_matrix(

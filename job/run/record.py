@@ -4,11 +4,9 @@
 set. They may have been cut off, edited or mixed up on their way here, so they are checked first.
 """
 
-import dataclasses
-import os
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -16,7 +14,7 @@ from msgspec import Meta, Struct
 
 from job.cluster import Device
 from job.config import TrainConfig, UserError, redacted
-from job.run.folder import EVALUATION, METRICS, REPORT, RUN
+from job.run.folder import EVALUATION, METRICS, REPORT, RUN, refused
 from job.run.predictions import Predictions, confusion_matrix
 
 Count = Annotated[int, Meta(ge=0)]
@@ -233,7 +231,13 @@ class RunRecord(Struct, frozen=True):
                 f"the --output-dir of a training"
             )
         if record.predictions and evaluation:
-            _require_same_model(folder, record.predictions, evaluation)
+            predicted = record.predictions
+            counted = confusion_matrix(predicted.labels, predicted.probabilities)
+            if counted.tolist() != evaluation.confusion_matrix:
+                raise UserError(
+                    f"the predictions in {folder} are of another model than its {EVALUATION}; "
+                    f"write both anew with python -m job evaluate --output-dir {folder}"
+                )
         return record
 
     @property
@@ -307,14 +311,10 @@ def decode(content: bytes | str, kind: type[_Document]) -> _Document:
         ValueError: If it is no JSON, or of another shape.
     """
     try:
-        return msgspec.json.decode(content, type=kind, dec_hook=_from_text)
+        # A path or the like is text in JSON.
+        return msgspec.json.decode(content, type=kind, dec_hook=lambda kind, text: kind(text))
     except (msgspec.MsgspecError, RecursionError) as error:
         raise ValueError(str(error)) from error
-
-
-def _from_text(kind: type, value: Any) -> Any:
-    """The types that JSON has as text."""
-    return kind(value)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -330,22 +330,8 @@ def read_manifest(folder: Path) -> Manifest | None:
     )
     manifest = _read_document(folder / RUN, advice, Manifest)
     if manifest:
-        problem = _find_impossible(manifest)
-        if problem:
-            raise DamagedError(f"{folder / RUN} is damaged: {problem}; {advice}")
         manifest.config = redacted(manifest.config)  # earlier versions kept it as it was given
     return manifest
-
-
-def _find_impossible(manifest: Manifest) -> str | None:
-    """What the types alone do not say and readers rely on; None where all is well."""
-    if "job" not in manifest.versions:
-        return "Object missing required field `job` - at `$.versions`"
-    for one in dataclasses.fields(TrainConfig):
-        value, least = getattr(manifest.config, one.name), one.metadata["option"].minimum
-        if None not in (value, least) and value < least:
-            return f"Expected a value >= {least} - at `$.config.{one.name}`"
-    return None
 
 
 def read_evaluation(folder: Path) -> EvaluationRecord | None:
@@ -419,10 +405,7 @@ def _read(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror or error}; mend the volume or give user "
-            f"{os.getuid()} access"
-        ) from error
+        raise refused("read", path, error) from error
 
 
 def _parse(content: bytes, place: str, advice: str, kind: type[_Document]) -> _Document:
@@ -430,14 +413,3 @@ def _parse(content: bytes, place: str, advice: str, kind: type[_Document]) -> _D
         return decode(content, kind)
     except ValueError as error:
         raise DamagedError(f"{place} is damaged: {error}; {advice}") from error
-
-
-def _require_same_model(
-    folder: Path, predictions: Predictions, evaluation: EvaluationRecord
-) -> None:
-    counted = confusion_matrix(predictions.labels, predictions.probabilities)
-    if counted.tolist() != evaluation.confusion_matrix:
-        raise UserError(
-            f"the predictions in {folder} are of another model than its {EVALUATION}; write both "
-            f"anew with python -m job evaluate --output-dir {folder}"
-        )

@@ -16,7 +16,7 @@ from job.run import folder
 from job.run.attempt import Attempt, hold_output_dir, open_attempt
 from job.run.checkpoint import Checkpoint, History, Progress
 from job.run.fingerprint import Environment, Fingerprint
-from job.run.lease import LeaseLostError, is_released
+from job.run.lease import LeaseLostError, read_lease
 from job.run.record import ClassRecord, EvaluationRecord, encode
 from job.run.stop import RUN_AGAIN, StopRequest
 from tests.conftest import REPOSITORY
@@ -203,6 +203,7 @@ def test_fresh_keeps_nothing_of_the_run_before(config: TrainConfig) -> None:
 def test_fresh_is_done_once_where_a_scheduler_repeats_the_command(config: TrainConfig) -> None:
     run(config, save(config, 1))
     repeated = replace(config, fresh=True, run_id="mine")
+    assert run(repeated).fresh  # it ends before it discards any
     assert run(repeated, save(config, 1, 5)).checkpoint is None
     again = run(repeated)
     assert again.checkpoint is not None
@@ -295,7 +296,9 @@ def test_the_end_of_a_process_that_ends_at_once_is_recorded(
     )
     assert document["error"] == ("a reason" if outcome == "failed" else None)
     (lease,) = (config.output_dir / ".lease").iterdir()
-    assert is_released(lease.read_bytes())
+    holder = read_lease(lease)
+    assert holder is not None
+    assert holder.released
 
 
 def test_the_folder_is_free_after_an_attempt(config: TrainConfig) -> None:

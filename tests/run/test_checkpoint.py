@@ -203,7 +203,7 @@ def save_with(folder: Path, metadata: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"format": 2, "fingerprint": "another"}, "received format 2, expected 1"),
+        ({"format": 2, "fingerprint": "another"}, r"Invalid enum value 2 - at `\$\.format`"),
         ({"history": {"progress": []}}, r"Expected `object`, got `array`.*history\.progress"),
     ],
 )

@@ -1,10 +1,18 @@
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from job import log
 from job.config import UserError
-from job.run.folder import OutputDir, prepare_output_dir, require_model, warn_unless_mounted
+from job.run.folder import (
+    OutputDir,
+    prepare_output_dir,
+    refused,
+    require_model,
+    warn_unless_mounted,
+)
 from job.run.lease import LeaseLostError
 
 
@@ -80,6 +88,12 @@ def test_a_write_that_the_system_refuses_names_the_file(tmp_path: Path) -> None:
         OutputDir(tmp_path).write_text("gone/file.txt", "text")
     with pytest.raises(UserError, match=f"cannot write {path}: No such file or directory"):
         OutputDir(tmp_path).append_bytes("gone/file.txt", b"text")
+
+
+def test_a_full_volume_and_a_broken_one_are_told_with_their_own_advice(tmp_path: Path) -> None:
+    for number, advice in ((errno.ENOSPC, "free some space"), (errno.EIO, "mend the volume or")):
+        error = refused("write", tmp_path, OSError(number, os.strerror(number)))
+        assert str(error).startswith(f"cannot write {tmp_path}: {os.strerror(number)}; {advice}")
 
 
 def test_what_a_killed_process_left_is_tidied_away(tmp_path: Path) -> None:

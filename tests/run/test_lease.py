@@ -239,11 +239,11 @@ def test_a_volume_that_gave_no_answer_does_not_make_a_holder_dead(
     read = lease.read_lease
     looks = itertools.count()
 
-    def slow(path: Path) -> tuple[bytes, Holder | None]:
-        content = read(path)
+    def slow(path: Path) -> Holder | None:
+        holder = read(path)
         if next(looks) == 1:
             time.sleep(2.0)  # longer than the lease; the holder could not write either
-        return content
+        return holder
 
     monkeypatch.setattr(lease, "read_lease", slow)
     assert seconds(lambda: acquire(tmp_path).release()) > 3.0

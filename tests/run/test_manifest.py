@@ -7,7 +7,7 @@ from job.cluster import Device
 from job.cluster.scheduler import RunIdentity
 from job.config import DeviceRequest, TrainConfig
 from job.run.folder import OutputDir
-from job.run.manifest import RunManifest, git_commit, was_started_fresh_by
+from job.run.manifest import RunManifest, git_commit
 from job.run.record import BestEpoch, Manifest, TrainingRecord, read_manifest
 from tests.conftest import REPOSITORY
 
@@ -78,19 +78,15 @@ def test_every_attempt_is_listed_with_its_end(tmp_path: Path) -> None:
     assert (document.best, document.elapsed_seconds) == (BEST, 10.0)
 
 
-def test_a_fresh_start_is_remembered_for_its_run(tmp_path: Path) -> None:
+def test_a_fresh_start_keeps_no_earlier_attempt_once_it_trains(tmp_path: Path) -> None:
     output = OutputDir(tmp_path)
-    assert not was_started_fresh_by(SLURM, read_manifest(tmp_path))
     RunManifest(output, SLURM).begin(CONFIG)
     fresh = RunManifest(output, SLURM, fresh=True)
     fresh.begin(CONFIG)
     assert len(read(tmp_path).attempts) == 2
-    assert not was_started_fresh_by(SLURM, read(tmp_path))  # it may fail before it discards any
     fresh.start_training(CONFIG, TRAINING, 0, [])
-    assert len(read(tmp_path).attempts) == 1
-    assert was_started_fresh_by(SLURM, read(tmp_path))
-    assert not was_started_fresh_by(RunIdentity("slurm job 2"), read(tmp_path))
-    assert not was_started_fresh_by(RunIdentity(None), read(tmp_path))
+    (attempt,) = read(tmp_path).attempts
+    assert attempt.fresh
 
 
 def test_a_finished_run_stays_finished_if_a_later_attempt_does_not_train(tmp_path: Path) -> None:

@@ -1,6 +1,4 @@
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -79,32 +77,6 @@ def test_no_file_is_no_error_and_a_damaged_one_is(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=REFUSED):
             Predictions.load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"labels": np.full(5, 3, np.int32)},
-        {"labels": np.full(5, -1, np.int32)},
-        {"labels": np.zeros(4, np.int32)},
-        {"labels": np.zeros(5, np.float32)},
-        {"probabilities": np.full((5, 3), np.nan, np.float32)},
-        {"probabilities": np.zeros((0, 3), np.float32), "labels": np.zeros(0, np.int32)},
-        {"probabilities": np.full((5, 3), "a")},
-        {"mistakes": np.full(3, 5, np.int64)},
-        {"mistake_images": np.zeros((2, 32, 32, 3), np.uint8)},
-        {"originals": np.zeros((2, 32, 32), np.uint8)},
-        {"original_labels": np.full(2, 9, np.int32)},
-        {"augmented": np.zeros((2, 3, 16, 32, 3), np.uint8)},
-        {"augmented": np.zeros((2, 0, 32, 32, 3), np.uint8)},
-    ],
-)
-def test_predictions_that_do_not_fit_one_another_are_refused(
-    tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    replace(make_predictions(), **changes).save(OutputDir(tmp_path))
-    with pytest.raises(UserError, match=REFUSED):
-        Predictions.load(tmp_path)
 
 
 def rows(*confidences: float) -> np.ndarray:
