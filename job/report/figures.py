@@ -59,25 +59,25 @@ def draw_figures(record: RunRecord) -> dict[str, Figure]:
 
 
 def _curves(record: RunRecord) -> Iterator[Figure]:
-    epochs = [line.epoch for line in record.epochs]
-    for name, factor, unit, form in (
-        ("accuracy", 100, "Accuracy (%)", "{:.1f}%"),
-        ("loss", 1, "Cross-entropy (nats)", "{:.3f}"),
+    for name, factor, unit, form, caption in (
+        (
+            *("accuracy", 100, "Accuracy (%)", "{:.1f}%"),
+            "Training counts augmented images with Dropout, validation all test images without.",
+        ),
+        ("loss", 1, "Cross-entropy (nats)", "{:.3f}", "Lower is better."),
     ):
         training = [factor * getattr(line, name) for line in record.epochs]
         validation = [factor * getattr(line, f"val_{name}") for line in record.epochs]
-        first, last = (
-            tuple(form.format(values[index]) for values in (training, validation))
-            for index in (0, -1)
+        trained, validated = (
+            f"from {form.format(values[0])} to {form.format(values[-1])}"
+            for values in (training, validation)
         )
         yield Figure(
             name,
-            pictures.curves(name.capitalize(), unit, epochs, training, validation),
-            f"Line chart of {name} over {len(epochs)} epochs: in training it goes from {first[0]} "
-            f"to {last[0]}, in validation from {first[1]} to {last[1]}.",
-            "Training counts augmented images with Dropout, validation all test images without."
-            if name == "accuracy"
-            else "Lower is better.",
+            pictures.curves(name.capitalize(), unit, training, validation),
+            f"Line chart of {name} over {len(training)} epochs: in training it goes {trained}, in "
+            f"validation {validated}.",
+            caption,
         )
 
 
@@ -85,18 +85,16 @@ def _throughput(record: RunRecord) -> Figure:
     seconds = [line.elapsed_seconds for line in record.epochs]
     rates = [line.images_per_second for line in record.epochs]
     restarts = record.restarts
-    unit, length = next(
-        (unit, length)
-        for unit, length in (("h", 3600), ("min", 60), ("s", 1))
-        if seconds[-1] > 3 * length or unit == "s"
-    )
+    unit, length = "s", 1
+    for longer, size in (("min", 60), ("h", 3600)):
+        if seconds[-1] > 3 * size:
+            unit, length = longer, size
     times = [second / length for second in seconds]
-    png = pictures.throughput(times, rates, unit, [at / length for _, at in restarts])
     where = ", ".join(f"{at / length:.1f} {unit} (step {step:,})" for step, at in restarts)
     interruptions = f"restarts at {where}" if restarts else "no restart"
     return Figure(
         "throughput",
-        png,
+        pictures.throughput(times, rates, unit, [at / length for _, at in restarts]),
         f"Line chart of training images per second over {times[-1]:.1f} {unit}: median "
         f"{np.median(rates):,.0f}, lowest {min(rates):,.0f}, highest {max(rates):,.0f}; "
         f"{interruptions}.",
@@ -150,15 +148,10 @@ def _predictions(predictions: Predictions, names: list[str]) -> Iterator[Figure]
     listed = list_mistakes(predictions, names)
     if listed:
         worst = listed[0]
-        png = pictures.mistakes(
-            predictions.mistake_images,
-            [mistake.true for mistake in listed],
-            [mistake.predicted for mistake in listed],
-            [mistake.confidence for mistake in listed],
-        )
+        captions = [f"{true}\nas {wrong}\n{value:.1%}" for _, true, wrong, value in listed]
         yield Figure(
             "mistakes",
-            png,
+            pictures.mistakes(predictions.mistake_images, captions),
             f"The {len(listed)} wrongly classified test images with the highest probabilities, "
             f"listed below; first of all a picture of class {worst.true}, taken for "
             f"{worst.predicted} at {worst.confidence:.1%}.",
@@ -177,17 +170,16 @@ def _predictions(predictions: Predictions, names: list[str]) -> Iterator[Figure]
 
 
 def _calibration(result: Reliability) -> Figure:
-    used = result.counts > 0
-    gap = (result.counts[used] * (result.confidence - result.accuracy)[used]).sum()
-    tendency = f"{'more' if gap > 0 else 'less'} confident than accurate"
-    if not gap:
-        tendency = "as confident as accurate"
+    shares = result.counts / result.counts.sum()
+    confidence, accuracy = (
+        np.nansum(shares * values) for values in (result.confidence, result.accuracy)
+    )
     return Figure(
         "reliability",
         pictures.calibration(result),
         f"Reliability curve, accuracy against confidence, above a histogram of the confidences: on "
-        f"the whole the model is {tendency}; the expected calibration "
-        f"error is {result.expected_error:.2%}.",
+        f"the whole the model is {confidence:.1%} confident and {accuracy:.1%} accurate; the "
+        f"expected calibration error is {result.expected_error:.2%}.",
         f"Test images by the probability of their predicted class, in {BINS} bins of equal width. "
         f"Below the diagonal a model is too confident, above it too little.",
     )

@@ -90,13 +90,16 @@ def render(record: RunRecord, figures: dict[str, Figure]) -> str:
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
-    manifest = record.manifest
-    error = _calibration_error(record)
+    manifest, error = record.manifest, None
+    if record.predictions:
+        predicted = record.predictions
+        error = reliability(predicted.labels, predicted.probabilities).expected_error
+    config = manifest.config if manifest else TrainConfig()
+    evaluated = ("output_dir", "data_dir", "dataset", "seed", "recipe")
     return environment.get_template("report.html.jinja").render(
         record=record,
-        title=_title(manifest),
-        status=_status(record),
-        notes=_notes(record),
+        manifest=manifest,
+        end=moment(manifest.end) if manifest else None,
         key_figures=_key_figures(record, error),
         calibration_error=error,
         figures={name: _embedded(figure) for name, figure in figures.items()},
@@ -106,10 +109,10 @@ def render(record: RunRecord, figures: dict[str, Figure]) -> str:
         mistakes=mistake_table(record),
         attempts=attempt_table(manifest),
         facts=facts(manifest) if manifest else [],
-        resume=manifest and not record.is_done and resume_command(manifest.config),
-        rerun=manifest and rerun_command(manifest.config),
-        rerun_note=manifest and _rerun_note(manifest),
-        address_note=manifest and _address_note(manifest.config),
+        evaluate=command_line("evaluate", config, *evaluated),
+        resume=resume_command(config),
+        rerun=rerun_command(config),
+        removed=REMOVED,
     )
 
 
@@ -236,14 +239,9 @@ def attempt_table(manifest: Manifest | None) -> Table:
 def facts(manifest: Manifest) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """Tables of names and values: heading, caption and rows of each."""
     options = {option_name(name): value for name, value in describe_config(manifest.config).items()}
-    computed = {
-        "workers": manifest.workers,
-        "replicas": manifest.replicas,
-        "threads": manifest.threads,
-        "precision": _PRECISIONS.get(manifest.precision or "", manifest.precision),
-        "xla": manifest.xla,
-        "deterministic": manifest.deterministic,
-    }
+    names = ("workers", "replicas", "threads", "precision", "xla", "deterministic")
+    computed = {name: getattr(manifest, name) for name in names}
+    computed["precision"] = _PRECISIONS.get(computed["precision"], computed["precision"])
     for number, device in enumerate(manifest.devices or (), 1):
         computed[f"device {number}"] = f"{device.name}, {device}"
     data = msgspec.structs.asdict(manifest.data) if manifest.data else {}
@@ -280,62 +278,6 @@ def _embedded(figure: Figure) -> dict[str, object]:
     width, height = struct.unpack(">II", figure.png[16:24])
     encoded = base64.b64encode(figure.png).decode()
     return vars(figure) | {"width": width, "height": height, "base64": encoded}
-
-
-def _title(manifest: Manifest | None) -> str:
-    if manifest is None:
-        return "Training"
-    return f"Training of {manifest.config.recipe} on {manifest.config.dataset}"
-
-
-def _status(record: RunRecord) -> str:
-    """One sentence on whether the run is finished."""
-    manifest = record.manifest
-    if manifest is None:
-        return "There is no run.json, so it is not known what ran and how it ended."
-    end = f"on {moment(manifest.end)} UTC"
-    done = f"{len(record.epochs)} of {manifest.config.epochs} epochs are done"
-    error, reason = (
-        f" ({text})" if text else "" for text in (manifest.error, manifest.attempts[-1].reason)
-    )
-    return {
-        "done": f"Finished {end}.",
-        "failed": f"Not finished: it failed {end}{error}; {done}.",
-        "stopped": f"Not finished: it was stopped {end}{reason}; {done}, and the same command "
-        f"goes on.",
-        "running": f"Not finished: its last attempt has left no word of its end; {done}, and the "
-        f"same command goes on.",
-    }[manifest.outcome]
-
-
-def _notes(record: RunRecord) -> list[str]:
-    """What the reader has to know of what is missing."""
-    notes = []
-    if not record.evaluation:
-        notes.append(
-            "There is no evaluation of the saved model yet, which is the end of a training; so "
-            "everything about classes and single images is missing."
-        )
-    elif not record.predictions:
-        options = ("output_dir", "data_dir", "dataset", "seed", "recipe")
-        config = record.manifest.config if record.manifest else TrainConfig()
-        notes.append(
-            f"There is no predictions.npz in the folder, so calibration, mistakes and augmented "
-            f"images are missing. This writes it and the report anew: "
-            f"{command_line('evaluate', config, *options)}"
-        )
-    if record.evaluation and not record.is_done:
-        notes.append(
-            "The evaluation is of the model that an earlier attempt saved, not of the last epoch."
-        )
-    return notes
-
-
-def _calibration_error(record: RunRecord) -> float | None:
-    predictions = record.predictions
-    if predictions is None:
-        return None
-    return reliability(predictions.labels, predictions.probabilities).expected_error
 
 
 def _key_figures(record: RunRecord, calibration_error: float | None) -> list[tuple[str, str, str]]:
@@ -376,26 +318,5 @@ def _progress(record: RunRecord) -> tuple[str, str, str]:
         return ("Epochs", f"{len(record.epochs):,}", f"{steps:,} steps")
     epochs = record.manifest.config.epochs
     epoch = min(steps // per_epoch + 1, epochs)
-    return (
-        *("Progress", f"epoch {epoch:,} of {epochs:,}"),
-        f"{steps:,} of {epochs * per_epoch:,} steps",
-    )
-
-
-def _address_note(config: TrainConfig) -> str | None:
-    if REMOVED not in config.cifar10_url:
-        return None
-    return (
-        f"The address of the data had a user's name, a password or a query, which are not kept: "
-        f"put them back where --cifar10-url has {REMOVED}."
-    )
-
-
-def _rerun_note(manifest: Manifest) -> str:
-    commit = manifest.git_commit
-    where = f"commit {commit}" if commit else f"version {manifest.versions['job']} of the job"
-    return (
-        f"It takes {where} with the versions below, and the defaults of all options that the "
-        f"command does not name. If deterministic is true below, devices of the same kind give the "
-        f"same bits, else they give similar figures."
-    )
+    done = f"{steps:,} of {epochs * per_epoch:,} steps"
+    return ("Progress", f"epoch {epoch:,} of {epochs:,}", done)

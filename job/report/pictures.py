@@ -46,7 +46,7 @@ def save_png(figure: Figure, target: Path | io.BytesIO, dpi: int) -> None:
         figure.savefig(target, format="png", dpi=dpi)
 
 
-_FIRST, _SECOND, _GREY = BLUE, VERMILION, "#5f6770"
+_GREY = "#5f6770"
 _WIDTH = 5.0  # inches
 _DPI = 200
 _STYLE: Any = {
@@ -83,33 +83,25 @@ def _png(figure: Figure) -> bytes:
 
 
 @_in_style
-def curves(
-    title: str,
-    unit: str,
-    epochs: Sequence[int],
-    training: Sequence[float],
-    validation: Sequence[float],
-) -> bytes:
-    """Draw a quantity of training and validation over the epochs.
+def curves(title: str, unit: str, training: Sequence[float], validation: Sequence[float]) -> bytes:
+    """Draw a quantity of training and validation over the epochs, a value an epoch.
 
     Args:
         title: Names the quantity.
         unit: Its label with its unit.
-        epochs: Numbers of the epochs.
-        training: The quantity in training, a value an epoch.
-        validation: The quantity in validation, a value an epoch.
+        training: [epochs].
+        validation: [epochs].
     """
     figure, axes = _figure(3.8)
+    epochs = range(1, len(training) + 1)
     every = max(1, len(epochs) // 12)
-    for values, name, colour, style, marker in (
-        (training, "training", _SECOND, "--", "s"),
-        (validation, "validation", _FIRST, "-", "o"),
+    for values, name, line, colour in (
+        (training, "training", "--s", VERMILION),
+        (validation, "validation", "-o", BLUE),
     ):
-        axes.plot(
-            epochs, values, style, color=colour, marker=marker, markevery=every, label=name, ms=5
-        )
+        axes.plot(epochs, values, line, color=colour, markevery=every, label=name, ms=5)
     axes.set(title=title, ylabel=unit)
-    lay_out_epochs(axes, max(epochs))
+    lay_out_epochs(axes, len(epochs))
     figure.legend(loc="outside lower center", ncols=2)
     return _png(figure)
 
@@ -127,10 +119,10 @@ def throughput(
         restarts: Times at which the run went on after an interruption.
     """
     figure, axes = _figure(3.8)
-    axes.plot(elapsed, rates, "-", color=_FIRST, marker="o", ms=4, label="mean over an epoch")
+    axes.plot(elapsed, rates, "-", color=BLUE, marker="o", ms=4, label="mean over an epoch")
     for number, time in enumerate(restarts):
         label = f"restart ({len(restarts)} in all)" if number == 0 else None
-        axes.axvline(time, color=_SECOND, linestyle="--", linewidth=1.4, label=label)
+        axes.axvline(time, color=VERMILION, linestyle="--", linewidth=1.4, label=label)
     axes.set(
         title="Throughput over time",
         xlabel=f"Time in training and validation ({unit})",
@@ -182,7 +174,7 @@ def classes(
     figure, axes = _figure(5.4)
     rows = np.arange(len(class_names))
     for values, name, offset, colour, hatch in (
-        (precision, "precision", -0.2, _FIRST, ""),
+        (precision, "precision", -0.2, BLUE, ""),
         (recall, "recall", 0.2, "#f3c9a8", "////"),
     ):
         widths = [100 * (value or 0.0) for value in values]
@@ -208,8 +200,8 @@ def calibration(result: Reliability) -> bytes:
     used = result.counts > 0
     confidence, accuracy = 100 * result.confidence[used], 100 * result.accuracy[used]
     top.plot([0, 100], [0, 100], "--", color=_GREY, label="perfectly calibrated")
-    top.vlines(confidence, confidence, accuracy, color=_SECOND, linewidth=3, label="gap")
-    top.plot(confidence, accuracy, "-", color=_FIRST, marker="o", label="this model")
+    top.vlines(confidence, confidence, accuracy, color=VERMILION, linewidth=3, label="gap")
+    top.plot(confidence, accuracy, "-", color=BLUE, marker="o", label="this model")
     top.set(title="Reliability", ylabel="Accuracy (%)", ylim=(0, 102), xlim=(0, 100))
     top.legend(loc="upper left")
     edges = np.linspace(0, 100, len(result.counts) + 1)
@@ -222,30 +214,21 @@ def calibration(result: Reliability) -> bytes:
 
 
 @_in_style
-def mistakes(
-    images: npt.NDArray[np.uint8],
-    true: Sequence[str],
-    predicted: Sequence[str],
-    confidence: Sequence[float],
-) -> bytes:
-    """Draw test images, each below what it is, what it was taken for and how confidently.
+def mistakes(images: npt.NDArray[np.uint8], captions: Sequence[str]) -> bytes:
+    """Draw test images, each below its caption.
 
     Args:
         images: [mistakes, height, width, channels] uint8.
-        true: Their classes.
-        predicted: What they were taken for.
-        confidence: Probability of that, 0 to 1.
+        captions: What each is, what it was taken for and how confidently.
     """
     columns = 4
     rows = -(-len(images) // columns)
     figure, axes = _figure(0.5 + 1.75 * rows, nrows=rows, ncols=columns, squeeze=False)
-    for index, cell in enumerate(axes.flat):
-        if index >= len(images):
-            cell.set_axis_off()
-            continue
-        _show(cell, images[index])
-        text = f"{true[index]}\nas {predicted[index]}\n{confidence[index]:.1%}"
-        cell.set_title(text, size=9.5, weight="normal", pad=3)
+    for cell in axes.flat[len(images) :]:
+        cell.set_axis_off()
+    for cell, image, caption in zip(axes.flat, images, captions, strict=False):
+        _show(cell, image)
+        cell.set_title(caption, size=9.5, weight="normal", pad=3)
     figure.suptitle("Most confident mistakes", size=12, weight="bold")
     return _png(figure)
 
@@ -378,10 +361,10 @@ def save_predictions(path: Path, pictures: Sequence[Captioned], images: int) -> 
     for axis, picture in zip(axes.flat, pictures, strict=False):
         axis.imshow(picture.pixels, interpolation="nearest")
         text = f"{_shortened(picture.predicted)}\n{picture.probability:.1%}"
-        axis.set_title(text, fontsize=10, parse_math=False)
+        axis.set_title(text, fontsize=10)
         caption = {"fontsize": 7, "color": "#555555", "ha": "center", "va": "top"}
         name = _shortened(picture.name)
-        axis.text(0.5, -0.03, name, caption, transform=axis.transAxes, parse_math=False)
+        axis.text(0.5, -0.03, name, caption, transform=axis.transAxes)
     if len(pictures) < images:
         figure.suptitle(f"The first {len(pictures)} of {images:,} images", fontsize=14)
     save_png(figure, path, SCREEN_DPI)

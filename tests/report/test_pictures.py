@@ -39,10 +39,9 @@ def near(pixels: npt.NDArray[np.float32], colour: tuple[int, int, int]) -> int:
 
 @pytest.mark.parametrize("epochs", [1, 3, 50])
 def test_both_curves_are_drawn_however_many_epochs(epochs: int) -> None:
-    numbers = range(1, epochs + 1)
-    training = [1 / number for number in numbers]
+    training = [1 / number for number in range(1, epochs + 1)]
     validation = [value + 0.5 for value in training]
-    pixels = drawn(pictures.curves("Loss", "nats", numbers, training, validation))
+    pixels = drawn(pictures.curves("Loss", "nats", training, validation))
     assert near(pixels, (0x00, 0x72, 0xB2)) > 100
     assert near(pixels, (0xD5, 0x5E, 0x00)) > 100
 
@@ -71,7 +70,7 @@ def test_any_class_name_is_drawn_as_it_is() -> None:
 def test_images_are_drawn_in_colour_and_in_grey() -> None:
     red = np.zeros((3, 8, 8, 3), np.uint8)
     red[..., 0] = 255
-    pixels = drawn(pictures.mistakes(red, CLASSES, CLASSES[::-1], [0.9, 0.8, 0.7]))
+    pixels = drawn(pictures.mistakes(red, CLASSES))
     assert near(pixels, (255, 0, 0)) > 3 * 100**2
     grey = np.full((3, 8, 8, 1), 7, np.uint8)
     augmented = np.repeat(grey[:, None], 5, axis=1)

@@ -203,7 +203,10 @@ def test_fresh_keeps_nothing_of_the_run_before(config: TrainConfig) -> None:
 def test_fresh_is_done_once_where_a_scheduler_repeats_the_command(config: TrainConfig) -> None:
     run(config, save(config, 1))
     repeated = replace(config, fresh=True, run_id="mine")
-    assert run(repeated).fresh  # it ends before it discards any
+    stop = StopRequest()
+    stop.defer()
+    with pytest.raises(UserError), open_attempt(repeated, stop):
+        raise UserError("no data")  # before it discards any
     assert run(repeated, save(config, 1, 5)).checkpoint is None
     again = run(repeated)
     assert again.checkpoint is not None
