@@ -15,13 +15,15 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from job.run.predictions import Reliability
+
+mpl.use("Agg")
+mpl.rcParams["text.parse_math"] = False  # names of classes and files are no formulas
 
 # Okabe and Ito's, which colour-blind people can tell apart, less the pale yellow.
 BLUE, VERMILION = "#0072b2", "#d55e00"
@@ -65,7 +67,6 @@ _STYLE: Any = {
     "figure.constrained_layout.use": True,
     "figure.constrained_layout.w_pad": 0.08,
     "figure.constrained_layout.h_pad": 0.08,
-    "text.parse_math": False,
 }
 _in_style = mpl.rc_context(_STYLE)
 
@@ -271,11 +272,6 @@ def _show(axes: Axes, image: npt.NDArray[np.uint8]) -> None:
     axes.spines[:].set_visible(False)
 
 
-mpl.use("Agg")
-
-# Names of classes and files are no formulas.
-plt.rcParams["text.parse_math"] = False
-
 _PREDICTED, _TRUE, _OTHER = "#c4501b", "#1b6fc4", "#b8bec6"
 SCREEN_DPI = 110
 
@@ -297,15 +293,12 @@ def save_prediction(
         true_label: The image's label.
     """
     predicted = int(np.argmax(probabilities))
-    right = predicted == true_label
     colours = [_OTHER] * len(class_names)
+    colours[predicted] = _PREDICTED
     colours[true_label] = _TRUE
-    if not right:
-        colours[predicted] = _PREDICTED
-    figure, (left, bars) = plt.subplots(
-        1, 2, figsize=(9, 4), width_ratios=(1, 1.15), layout="constrained"
-    )
-    verdict = "right" if right else "wrong"
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, bars = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    verdict = "right" if predicted == true_label else "wrong"
     figure.suptitle(
         f"Predicted: {class_names[predicted]}   True: {class_names[true_label]}   ({verdict})",
         fontsize=14,
@@ -321,7 +314,6 @@ def save_prediction(
     bars.set_xlabel("Probability")
     bars.spines[["top", "right"]].set_visible(False)
     save_png(figure, path, SCREEN_DPI)
-    plt.close(figure)
 
 
 @dataclass(frozen=True)
@@ -353,9 +345,8 @@ def save_predictions(path: Path, pictures: Sequence[Captioned], images: int) -> 
     rows = -(-len(pictures) // columns)
     # A name is to be nearer to its image than to the next one's class.
     layout = ConstrainedLayoutEngine(h_pad=0.12)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.7 * columns, 2.3 * rows), layout=layout, squeeze=False
-    )
+    figure = Figure(figsize=(1.7 * columns, 2.3 * rows), layout=layout)
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, picture in zip(axes.flat, pictures, strict=False):
@@ -368,7 +359,6 @@ def save_predictions(path: Path, pictures: Sequence[Captioned], images: int) -> 
     if len(pictures) < images:
         figure.suptitle(f"The first {len(pictures)} of {images:,} images", fontsize=14)
     save_png(figure, path, SCREEN_DPI)
-    plt.close(figure)
 
 
 def _shortened(text: str) -> str:
