@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from tests.integration.chaos import make_rounds
 
 PLAN = [
@@ -14,7 +12,6 @@ PLAN = [
 ]
 
 
-@pytest.mark.slow
 def test_whatever_kills_a_run_its_bits_stay_the_same(cifar10_dir: Path, tmp_path: Path) -> None:
     rounds = list(make_rounds(cifar10_dir, tmp_path, PLAN, seed=2, jobs=2))
     assert len(rounds) == len(PLAN)

@@ -15,8 +15,6 @@ from tests.conftest import REPOSITORY, Job, RunJob, StartJob
 from tests.integration.chaos import compare, examine_visible, metrics
 from tests.integration.conftest import MakeVolume
 
-pytestmark = pytest.mark.slow
-
 # A checkpoint after every execution; three of them, of 15, 15 and 10 steps, are an epoch.
 OPTIONS = "--limit 2560 --batch-size 64 --epochs 2 --checkpoint-every 0.001 --devices cpu:1"
 

@@ -14,8 +14,6 @@ import pytest
 from tests.conftest import RunJob
 from tests.integration.conftest import MakeVolume
 
-pytestmark = pytest.mark.slow
-
 SMALL = ("--epochs", "2", "--limit", "2560")
 
 # What a user without this package does with the artifacts: stock Keras alone.

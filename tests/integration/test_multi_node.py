@@ -18,8 +18,6 @@ from tests.integration.namespaces import Hosts, require_namespaces
 from tests.integration.slurm import Cluster, attempts, require_slurm, wait_until
 from tests.integration.team import evaluate_on_one_device
 
-pytestmark = pytest.mark.slow
-
 README = (REPOSITORY / "slurm" / "README.md").read_text()
 # Does what JOB_STUB says, in any runtime.
 STUB = """#!/bin/sh

@@ -20,8 +20,6 @@ from job.run.folder import MODEL
 from tests.conftest import REPOSITORY, RunJob, StartJob
 from tests.data.test_image_files import broken_files
 
-pytestmark = pytest.mark.slow
-
 # What a user without this package does with the model and an image of its size: stock Keras alone.
 STOCK_KERAS = """
 import json, sys

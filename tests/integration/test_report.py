@@ -17,8 +17,6 @@ from job.run.folder import REPORT_PICTURES
 from tests.conftest import Job, RunJob
 from tests.integration.chaos import examine_visible
 
-pytestmark = pytest.mark.slow
-
 CHROMIUM = Path("/usr/bin/chromium")
 # No sandbox for root, and no request of the browser's own.
 ARGUMENTS = [

@@ -16,8 +16,6 @@ import pytest
 
 from tests.conftest import REPOSITORY, RunJob
 
-pytestmark = pytest.mark.slow
-
 TRAIN = "train --dataset synthetic --limit 4800 --batch-size 32 --epochs 2 --devices cpu:1"
 BAR = re.compile(r"^epoch \d+/\d+ ")
 SGR = re.compile(r"\x1b\[[0-9;]*m")

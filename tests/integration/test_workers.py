@@ -20,8 +20,6 @@ from tests.integration.chaos import compare, state_of_checkpoint
 from tests.integration.plain_recipe import build_model
 from tests.integration.team import Team, evaluate_on_one_device, free_addresses
 
-pytestmark = pytest.mark.slow
-
 # Spans of 15 and 5 steps, and a checkpoint after each; 60 steps in all.
 OPTIONS = "--limit 1280 --batch-size 64 --epochs 3 --checkpoint-every 0.001 --log-format json"
 PLAIN = "tests.integration.plain_recipe"
