@@ -195,6 +195,17 @@ class TrainConfig:
         None, "Keep this .prom file up to date for Prometheus' node exporter.", suffix=".prom"
     )
 
+    def __post_init__(self) -> None:
+        """Refuse values below an option's minimum, which a record may have and not the command line.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        for one in fields(self):
+            value, least = getattr(self, one.name), one.metadata["option"].minimum
+            if least is not None and value is not None and value < least:
+                raise ValueError(f"{one.name} is {value}, expected at least {least}")
+
 
 Value = bool | int | float | str | None
 """An option's value as JSON has it."""

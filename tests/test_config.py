@@ -39,6 +39,12 @@ def test_a_device_request_refuses_anything_else(text: str) -> None:
         DeviceRequest(text)
 
 
+def test_no_option_is_below_its_minimum() -> None:
+    with pytest.raises(ValueError, match="batch_size is 0, expected at least 1"):
+        TrainConfig(batch_size=0)
+    assert TrainConfig(limit=None).limit is None
+
+
 def test_errors_carry_the_documented_exit_codes() -> None:
     errors = (JobError, UserError, GpuMissingError, StoppedError, LostWorkerError)
     assert [error.exit_code for error in errors] == [1, 2, 3, 75, 75]
