@@ -70,7 +70,7 @@ class Previous:
     kind: str
     replicas: int
     precision: str
-    jit: str
+    jit: Switch
     deterministic: bool
     batch_size: int
 
@@ -139,12 +139,13 @@ class Devices:
             precision = self._automatic_precision(previous)
         jit = config.jit
         if jit == "auto" and previous:
-            jit = "on" if previous.jit == "on" else "off" if previous.jit == "off" else "auto"
+            jit = previous.jit
         deterministic = config.deterministic == "on"
         if config.deterministic == "auto":
+            deterministic = self.kind == "cpu"
             # Not from CPUs to GPUs: those may lack an operation's deterministic form.
-            keep = previous is not None and previous.kind == self.kind
-            deterministic = previous.deterministic if previous and keep else self.kind == "cpu"
+            if previous and previous.kind == self.kind:
+                deterministic = previous.deterministic
         if deterministic:
             tf.config.experimental.enable_op_determinism()
         compile_network = jit == "on" or (jit == "auto" and self.kind == "gpu")
@@ -199,10 +200,6 @@ def require_expected_gpus(config: TrainConfig) -> None:
 def open_devices(config: TrainConfig, previous: Previous | None = None) -> Devices:
     """Set up devices of this process for one run; once in a process, before any computation.
 
-    Args:
-        config: Says which devices, and how they compute.
-        previous: What "auto" keeps where it can, from the attempt that this one resumes.
-
     Raises:
         GpuMissingError: If an expected or required GPU cannot be used.
         UserError: If more GPUs are asked for than there are.
@@ -224,14 +221,21 @@ def open_visible_devices(config: TrainConfig, previous: Previous | None = None) 
     ).resolve(config, previous)
 
 
+class _Offer(msgspec.Struct):
+    """What a worker has to train with: one device for each of its replicas."""
+
+    kind: Kind
+    devices: tuple[Device, ...]
+    computes_bfloat16: bool
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{len(self.devices)}"
+
+
 def open_devices_of_all(config: TrainConfig, spec: ClusterSpec) -> Devices:
     """Set up devices of all workers of a run, once all of them are there.
 
     Precision and the like are not settled yet: `Devices.resolve` does that.
-
-    Args:
-        config: Says which devices of each worker, and how long to wait for the others.
-        spec: The workers.
 
     Raises:
         GpuMissingError: If an expected or required GPU cannot be used.
@@ -243,14 +247,8 @@ def open_devices_of_all(config: TrainConfig, spec: ClusterSpec) -> Devices:
     create = functools.partial(_create_strategy, spec, kind, len(names))
     strategy = rendezvous(spec, create, config.join_timeout)
     workers = Workers(spec)
-    offers = workers.gather(
-        {
-            "devices": f"{kind}:{len(names)}",
-            "descriptions": [msgspec.to_builtins(device) for device in own],
-            "computes_bfloat16": _compute_bfloat16(kind, own),
-        }
-    )
-    _require_equal_devices(workers, [offer["devices"] for offer in offers])
+    offers = workers.gather(_Offer(kind, own, _compute_bfloat16(kind, own)))
+    _require_equal_devices(workers, offers)
     if strategy.num_replicas_in_sync != len(names) * spec.count:
         workers.end(
             UserError(
@@ -262,23 +260,20 @@ def open_devices_of_all(config: TrainConfig, spec: ClusterSpec) -> Devices:
     descriptions = [
         msgspec.structs.replace(device, name=f"worker {rank} {device.name}")
         for rank, offer in enumerate(offers)
-        for device in msgspec.convert(offer["descriptions"], list[Device])
+        for device in offer.devices
     ]
     return Devices(
         strategy=strategy,
         kind=kind,
         descriptions=tuple(descriptions),
-        computes_bfloat16=all(offer["computes_bfloat16"] for offer in offers),
+        computes_bfloat16=all(offer.computes_bfloat16 for offer in offers),
         local_names=names,
         workers=workers,
     )
 
 
 def _create_strategy(spec: ClusterSpec, kind: Kind, replicas: int) -> tf.distribute.Strategy:
-    """Create the strategy over several workers; returns once all of them have come.
-
-    GPUs reduce by NCCL, CPUs by TensorFlow's own ring.
-    """
+    """The strategy over several workers: GPUs reduce by NCCL, CPUs by TensorFlow's own ring."""
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec({"worker": list(spec.workers)}),
         task_type="worker",
@@ -293,19 +288,19 @@ def _create_strategy(spec: ClusterSpec, kind: Kind, replicas: int) -> tf.distrib
     return tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
 
 
-def _require_equal_devices(workers: Workers, devices: list[str]) -> None:
+def _require_equal_devices(workers: Workers, offers: list[_Offer]) -> None:
     """Refuse workers that differ in kind or number of devices: TensorFlow takes equal ones only."""
-    if len(set(devices)) == 1:
+    if len(set(map(str, offers))) == 1:
         return
-    listed = ", ".join(f"{workers.spec.name(rank)} {one}" for rank, one in enumerate(devices))
-    fewest = min(int(one.partition(":")[2]) for one in devices)
-    alike = len({one.partition(":")[0] for one in devices}) == 1
-    advice = f"--devices {devices[0].partition(':')[0]}:{fewest}" if alike else "--devices cpu:1"
-    error = UserError(
-        f"received different devices ({listed}), expected as many of the same kind on every "
-        f"worker; start it on equal nodes, or say {advice}"
+    listed = ", ".join(f"{workers.spec.name(rank)} {offer}" for rank, offer in enumerate(offers))
+    fewest = min(len(offer.devices) for offer in offers)
+    advice = f"gpu:{fewest}" if all(offer.kind == "gpu" for offer in offers) else "cpu:1"
+    workers.end(
+        UserError(
+            f"received different devices ({listed}), expected as many of the same kind on every "
+            f"worker; start it on equal nodes, or say --devices {advice}"
+        )
     )
-    workers.end(error)
 
 
 def _use_local_devices(

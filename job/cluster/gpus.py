@@ -1,6 +1,7 @@
 """The GPUs that this process should have, those that TensorFlow can use, and why not more."""
 
 import ctypes
+import itertools
 import os
 import re
 import shutil
@@ -57,12 +58,10 @@ def expected_gpus(environ: Mapping[str, str], dev: Path = Path("/dev")) -> Expec
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible:
         # CUDA ignores everything from the first invalid entry on.
-        entries = [entry.strip() for entry in visible.split(",")]
-        valid = 0
-        while valid < len(entries) and re.fullmatch(r"\d+|GPU-.+|MIG-.+", entries[valid]):
-            valid += 1
+        entry = re.compile(r"\s*(\d+|GPU-.+|MIG-.+)\s*")
+        valid = list(itertools.takewhile(entry.fullmatch, visible.split(",")))
         if valid:
-            return ExpectedGpus(valid, f"CUDA_VISIBLE_DEVICES={visible}")
+            return ExpectedGpus(len(valid), f"CUDA_VISIBLE_DEVICES={visible}")
     slurm = environ.get("SLURM_GPUS_ON_NODE")
     if slurm:
         if not slurm.isdecimal():
@@ -186,7 +185,7 @@ def _gpu_memory_gib(ordinal: int) -> float | None:
     """A visible GPU's whole memory as the driver tells it; None where it does not."""
     device, size = ctypes.c_int(), ctypes.c_size_t()
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
+        driver = ctypes.CDLL(DRIVER_LIBRARY)
     except OSError:
         return None
     failed = (

@@ -5,7 +5,6 @@ gradients, which the strategy reduces, workers exchange a few documents, always 
 """
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -13,8 +12,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
@@ -22,6 +22,8 @@ import tensorflow as tf
 from job import log
 from job.cluster.scheduler import ClusterSpec
 from job.config import JobError, LostWorkerError, UserError
+
+T = TypeVar("T")
 
 _PROBE_SECONDS = 2.0
 _ABORTED = "Collective ops is aborted"
@@ -241,36 +243,36 @@ class Workers:
         """Whether this is the one that writes."""
         return self.spec.is_chief
 
-    def gather(self, document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def gather(self, document: T) -> list[T]:
         """Give every worker the documents of all, in the order of their ranks.
 
         Waits until all workers have come here.
 
         Args:
-            document: This worker's, a JSON object.
+            document: This worker's, of any type that msgspec writes as JSON.
 
         Raises:
             LostWorkerError: If one of them is gone.
         """
-        content = json.dumps(document).encode()
+        content = msgspec.json.encode(document)
         sizes = self._gather(np.array([len(content)]))
         words = self._gather(_as_words(content, int(sizes.max())))
         return [
-            json.loads(row.tobytes()[:size])
+            msgspec.json.decode(row.tobytes()[:size], type=type(document))
             for row, size in zip(words.reshape(self.count, -1), sizes, strict=True)
         ]
 
-    def require_equal(self, document: Mapping[str, Any]) -> None:
+    def require_equal(self, own: Mapping[str, object]) -> None:
         """Refuse workers that differ from the chief in what all of them must have in common.
 
         Args:
-            document: This worker's, a JSON object.
+            own: What this worker has, by its name for the user.
 
         Raises:
             UserError: If one differs, on every worker.
             LostWorkerError: If one of them is gone.
         """
-        first, *others = self.gather(document)
+        first, *others = self.gather(dict(own))
         differences = [
             f"{self.spec.name(rank)} has {name.replace('_', ' ')} {other.get(name)}, "
             f"{self.spec.name(0)} {first.get(name)}"
@@ -304,7 +306,7 @@ class Workers:
         Raises:
             LostWorkerError: If one of them is gone.
         """
-        size = self.gather({"size": len(content)})[0]["size"]
+        size = self.gather(len(content))[0]
         if self.count == 1 or not size:
             return content[:size]
         words = _as_words(content if self.is_chief else b"", size)
@@ -324,7 +326,7 @@ class Workers:
         Raises:
             LostWorkerError: If one of them is gone.
         """
-        self.gather({})
+        self.gather(None)
 
     def shutdown(self) -> None:
         """Part from the others, once all of them have come here.
@@ -337,10 +339,8 @@ class Workers:
         with contextlib.suppress(LostWorkerError):
             self.barrier()
         # The chief serves the others, and so goes last.
-        deadline = time.monotonic() + _SHUTDOWN_SECONDS
-        while self.is_chief and len(unreachable(self.spec)) < self.count - 1:
-            if time.monotonic() > deadline:
-                break
+        deadline = time.monotonic() + _SHUTDOWN_SECONDS if self.is_chief else 0.0
+        while time.monotonic() < deadline and len(unreachable(self.spec)) < self.count - 1:
             time.sleep(_SHUTDOWN_POLL_SECONDS)
 
     def _gather(self, words: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

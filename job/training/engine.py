@@ -127,6 +127,8 @@ class Engine:
         original: The recipe's stock network in float32, for files; `export` brings it up to date.
         model: The network in training, one set of variables a replica.
         workers: The processes that train it.
+        asked_to_stop: Ranks of the workers that were told to stop before the last execution. All
+            workers know the same ones, and so can end after the same step.
     """
 
     def __init__(
@@ -141,7 +143,7 @@ class Engine:
         self._strategy = devices.strategy
         self._replicas = devices.replicas
         self.workers = devices.workers
-        self._asked_to_stop: tuple[int, ...] = ()
+        self.asked_to_stop: tuple[int, ...] = ()
         self._rows = devices.rows_per_replica(plan.global_batch_size)
         self._classes = len(dataset.class_names)
         self._data = ResidentImages(devices, dataset.train_images, dataset.train_labels)
@@ -184,14 +186,6 @@ class Engine:
         """The optimizer's learning rate at this point of its schedule."""
         return float(keras.ops.convert_to_numpy(self._optimizer.learning_rate))
 
-    @property
-    def asked_to_stop(self) -> tuple[int, ...]:
-        """Ranks of the workers that were told to stop before the last execution.
-
-        All workers know the same ones, and so can end after the same step.
-        """
-        return self._asked_to_stop
-
     def train_epoch(
         self,
         epoch: int,
@@ -223,7 +217,7 @@ class Engine:
             sums = self._execute(batches[start:end], draws[start:end], step, told)
             # Reading the sums waits for the devices: the execution is over.
             loss, correct, *asked = sums.numpy()
-            self._asked_to_stop = tuple(int(rank) for rank in np.flatnonzero(asked))
+            self.asked_to_stop = tuple(int(rank) for rank in np.flatnonzero(asked))
             done = Progress(end, done.loss + float(loss), done.correct + int(correct))
             yield done
 

@@ -8,14 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Enum, Gauge, generate_latest
-
 from job import __version__, log
 from job.config import ExitCode, StoppedError, TrainConfig, UserError
 from job.run.attempt import Attempt
 from job.run.lease import LeaseLostError
 from job.run.record import EpochRecord
-from job.run.stop import StopRequest
 from job.training.observer import Observer, Phase, Start, Status
 
 UPDATE_SECONDS = 5.0
@@ -49,7 +46,6 @@ GAUGES = {
 """What each gauge is; their names begin with ``cifar10_job_``."""
 
 _PREFIX = "cifar10_job_"
-_INFO = ("version", "recipe", "dataset", "precision", "devices")
 
 
 class MetricsTextfile(Observer):
@@ -71,30 +67,12 @@ class MetricsTextfile(Observer):
     def __init__(
         self, path: Path, config: TrainConfig, run_id: str, check: Callable[[], None]
     ) -> None:
-        self._path, self._check = path, check
-        self._registry = CollectorRegistry()
+        self._path, self._config, self._check = path, config, check
         self._run = {"run_id": run_id, "output_dir": str(config.output_dir.absolute())}
-        self._config = {"version": __version__, "recipe": config.recipe}
-        self._config["dataset"] = config.dataset
-        labels = tuple(self._run)
-        self._gauges = {
-            name: Gauge(_PREFIX + name, text, labels, registry=self._registry)
-            for name, text in GAUGES.items()
-        }
-        info = "What runs; always 1"
-        self._info = Gauge(f"{_PREFIX}info", info, (*labels, *_INFO), registry=self._registry)
-        state = "Whether the attempt is in this state, 1 or 0"
-        self._state = Enum(
-            f"{_PREFIX}state", state, labels, states=list(STATES), registry=self._registry
-        )
-        phase = "Whether the attempt is in this phase, or ended in it, 1 or 0"
-        self._phase = Enum(
-            f"{_PREFIX}phase", phase, labels, states=list(PHASES), registry=self._registry
-        )
-        self._set_state("running")
-        self._set_phase("starting")
-        self._epochs = config.epochs
-        self._set("planned_epochs", config.epochs)
+        self._info: dict[str, str] = {}
+        self._figures: dict[str, float] = {"planned_epochs": config.epochs}
+        self._state = "running"
+        self._phase: TextfilePhase = "starting"
         self._updated_at = 0.0
         self._warned = False
         try:
@@ -103,61 +81,63 @@ class MetricsTextfile(Observer):
             raise _cannot_write(path, error.strerror or str(error)) from error
 
     def begin(self, start: Start) -> None:
-        values = {**self._run, **self._config}
-        values |= {"precision": start.precision, "devices": start.devices}
-        self._info.labels(**values).set(1)
-        history, steps_per_epoch = start.history, start.steps_per_epoch
-        finished = len(history.epochs)
-        self._set("planned_steps", self._epochs * steps_per_epoch)
-        self._set("finished_steps", finished * steps_per_epoch + history.progress.steps)
-        self._set("finished_epochs", finished)
-        for line in history.epochs[-1:]:
+        self._info = {
+            "version": __version__,
+            "recipe": self._config.recipe,
+            "dataset": self._config.dataset,
+            "precision": start.precision,
+            "devices": start.devices,
+        }
+        finished = len(start.history.epochs)
+        self._set(
+            planned_steps=self._config.epochs * start.steps_per_epoch,
+            finished_steps=finished * start.steps_per_epoch + start.history.progress.steps,
+            finished_epochs=finished,
+        )
+        for line in start.history.epochs[-1:]:
             self._set_validation(line)
         self._update()
 
     def show(self, status: Status) -> None:
-        self._set("finished_epochs", status.epoch - 1)
-        self._set("finished_steps", status.step)
-        self._set("training_loss", status.loss)
-        self._set("training_accuracy_ratio", status.accuracy)
-        self._set("images_per_second", status.images_per_second)
-        self._set("remaining_seconds", status.seconds_left)
-        is_another = status.phase != self._phase_shown
-        self._set_phase(status.phase)
+        self._set(
+            finished_epochs=status.epoch - 1,
+            finished_steps=status.step,
+            training_loss=status.loss,
+            training_accuracy_ratio=status.accuracy,
+            images_per_second=status.images_per_second,
+            remaining_seconds=status.seconds_left,
+        )
+        is_another = status.phase != self._phase
+        self._phase = status.phase
         if is_another or time.monotonic() - self._updated_at >= UPDATE_SECONDS:
             self._update()
 
     def finish_epoch(self, line: EpochRecord) -> None:
-        self._set("finished_epochs", line.epoch)
+        self._set(finished_epochs=line.epoch)
         self._set_validation(line)
         self._update()
 
     def evaluate(self) -> None:
-        self._set_phase("evaluating")
+        self._phase = "evaluating"
         self._update()
 
     def finish(self, state: str) -> None:
         """Write the attempt's end, one of `STATES`."""
-        self._set_state(state)
+        self._state = state
         if state == "done":
-            self._set("remaining_seconds", 0.0)
+            self._set(remaining_seconds=0.0)
         self._update()
 
-    def _set(self, name: str, value: float | None) -> None:
-        if value is not None:
-            self._gauges[name].labels(**self._run).set(value)
+    def _set(self, **figures: float | None) -> None:
+        """Take figures over; one that is not known keeps its last value."""
+        self._figures |= {name: value for name, value in figures.items() if value is not None}
 
     def _set_validation(self, line: EpochRecord) -> None:
-        self._set("validation_loss", line.val_loss)
-        self._set("validation_accuracy_ratio", line.val_accuracy)
-        self._set("learning_rate", line.learning_rate)
-
-    def _set_state(self, state: str) -> None:
-        self._state.labels(**self._run).state(state)
-
-    def _set_phase(self, phase: TextfilePhase) -> None:
-        self._phase_shown = phase
-        self._phase.labels(**self._run).state(phase)
+        self._set(
+            validation_loss=line.val_loss,
+            validation_accuracy_ratio=line.val_accuracy,
+            learning_rate=line.learning_rate,
+        )
 
     def _update(self) -> None:
         self._updated_at = time.monotonic()
@@ -176,25 +156,42 @@ class MetricsTextfile(Observer):
                 )
 
     def _write(self) -> None:
-        self._set("last_update_timestamp_seconds", time.time())
-        _replace(self._path, generate_latest(self._registry))
+        self._set(last_update_timestamp_seconds=time.time())
+        content = self._render()
+        # One name, so that a killed process leaves one file at most, which the next write takes
+        # away; not ending in .prom, so that the node exporter passes it over.
+        temporary = self._path.with_name(f".{self._path.name}.partial")
+        temporary.unlink(missing_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                # The node exporter is another user, whatever this one's umask.
+                os.fchmod(file.fileno(), 0o644)
+                file.write(content)
+            temporary.replace(self._path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
+    def _render(self) -> bytes:
+        # Not at the top: a run without a textfile needs no library for it.
+        from prometheus_client import CollectorRegistry, Enum, Gauge, generate_latest
 
-def _replace(path: Path, content: bytes) -> None:
-    # One name, so that a killed process leaves one file at most, which the next write takes away;
-    # not ending in .prom, so that the node exporter passes it over.
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.unlink(missing_ok=True)
-    try:
-        with temporary.open("xb") as file:
-            # The node exporter is another user, whatever this one's umask.
-            os.fchmod(file.fileno(), 0o644)
-            file.write(content)
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+        registry, run = CollectorRegistry(), self._run
+        for name, value in self._figures.items():
+            gauge = Gauge(_PREFIX + name, GAUGES[name], run, registry=registry)
+            gauge.labels(**run).set(value)
+        if self._info:
+            info = {**run, **self._info}
+            gauge = Gauge(f"{_PREFIX}info", "What runs; always 1", info, registry=registry)
+            gauge.labels(**info).set(1)
+        text = "Whether the attempt is in this state, 1 or 0"
+        state = Enum(f"{_PREFIX}state", text, tuple(run), states=STATES, registry=registry)
+        state.labels(**run).state(self._state)
+        text = "Whether the attempt is in this phase, or ended in it, 1 or 0"
+        phase = Enum(f"{_PREFIX}phase", text, tuple(run), states=PHASES, registry=registry)
+        phase.labels(**run).state(self._phase)
+        return generate_latest(registry)
 
 
 def require_folder(path: Path) -> None:
@@ -217,32 +214,19 @@ def _cannot_write(path: Path, reason: str) -> UserError:
 
 
 @contextlib.contextmanager
-def open_textfile(
-    path: Path,
-    config: TrainConfig,
-    run_id: str | None,
-    check: Callable[[], None],
-    stop: StopRequest,
-) -> Iterator[MetricsTextfile]:
-    """Keep a textfile for the time of the body, and report how the body ends.
-
-    Args:
-        path: The file, in the folder that the node exporter reads.
-        config: The run's configuration.
-        run_id: The run's name; None where nothing gives one.
-        check: Raises if the run is somebody else's by now.
-        stop: Ends the run early.
+def open_textfile(path: Path, config: TrainConfig, attempt: Attempt) -> Iterator[MetricsTextfile]:
+    """Keep an attempt's textfile for the time of the body, and report how the body ends.
 
     Raises:
         UserError: If the file cannot be written.
     """
-    textfile = MetricsTextfile(path, config, run_id or "", check)
+    textfile = MetricsTextfile(path, config, attempt.manifest.run_id or "", attempt.output.check)
 
     def record_end(exit_code: ExitCode, _reason: str) -> None:
         textfile.finish("stopped" if exit_code == ExitCode.RUN_AGAIN else "failed")
 
     try:
-        with stop.on_exit(record_end):
+        with attempt.stop.on_exit(record_end):
             yield textfile
     except LeaseLostError:
         raise  # the file may be somebody else's now, as the folder is
@@ -265,10 +249,7 @@ def write_finished(config: TrainConfig, attempt: Attempt) -> None:
     manifest, checkpoint = attempt.manifest.document, attempt.checkpoint
     if config.metrics_textfile is None:
         return
-    with open_textfile(
-        *(config.metrics_textfile, config, attempt.manifest.run_id, attempt.output.check),
-        attempt.stop,
-    ) as textfile:
+    with open_textfile(config.metrics_textfile, config, attempt) as textfile:
         if manifest and checkpoint:
             model = manifest.devices[0].model if manifest.devices else None
             devices = f"{manifest.replicas} x {model}"

@@ -58,9 +58,8 @@ def load_model(path: Path) -> keras.Model:
     try:
         with h5py.File(path) as file:
             model = load_model_from_hdf5(file)
-        # The optimizer that Keras loads was built before the network had variables.
-        model.compile_from_config(model.get_compile_config())
-        with h5py.File(path) as file:
+            # The optimizer that Keras loads was built before the network had variables.
+            model.compile_from_config(model.get_compile_config())
             group = file["optimizer_weights"]
             names = [str(name) for name in group.attrs["weight_names"]]
             saved = [group[name][()] for name in names]
@@ -73,6 +72,9 @@ def load_model(path: Path) -> keras.Model:
         ) from error
     return model
 
+
+EVALUATING = "the evaluation of the saved model"
+"""What a watchdog calls it."""
 
 # What the report has room for.
 _MISTAKES = 16
@@ -113,17 +115,12 @@ def evaluate_output_dir(
             f"{output.path} was validated on ({trained_on.name}); give that run's --dataset, "
             f"--data-dir and --seed"
         )
-    recipe = get_recipe(config.recipe)
-    return evaluate_saved(output, recipe, devices, dataset, config.seed, watchdog)
+    with watchdog.watch(EVALUATING, compiling=True):
+        return evaluate_saved(output, get_recipe(config.recipe), devices, dataset, config.seed)
 
 
 def evaluate_saved(
-    output: OutputDir,
-    recipe: Recipe,
-    devices: Devices,
-    dataset: Dataset,
-    seed: int,
-    watchdog: Watchdog,
+    output: OutputDir, recipe: Recipe, devices: Devices, dataset: Dataset, seed: int
 ) -> EvaluationRecord:
     """Load the saved model back, evaluate it, and write what is found and a picture.
 
@@ -133,19 +130,11 @@ def evaluate_saved(
         devices: Where to evaluate.
         dataset: Its test images are evaluated.
         seed: Picks the test image of the picture.
-        watchdog: Ends the process if the evaluation hangs.
 
     Raises:
         UserError: If there is no model that fits the data, or a file cannot be written.
         JobError: If the loss is no finite number.
     """
-    with watchdog.watch("the evaluation of the saved model", compiling=True):
-        return _evaluate_saved(output, recipe, devices, dataset, seed)
-
-
-def _evaluate_saved(
-    output: OutputDir, recipe: Recipe, devices: Devices, dataset: Dataset, seed: int
-) -> EvaluationRecord:
     path = output.path / MODEL
     # The file is float32 and so are its figures, also where GPUs round float32 to TF32 by default.
     tf.config.experimental.enable_tensor_float_32_execution(False)

@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from typing import Any, cast
 
 import keras
 import msgspec
@@ -17,6 +17,7 @@ from job.cluster.workers import Workers, naming_lost_workers
 from job.config import (
     ExitCode,
     LostWorkerError,
+    Switch,
     TrainConfig,
     UserError,
     describe_config,
@@ -44,7 +45,7 @@ from job.training.engine import Engine, Plan
 from job.training.evaluate import Evaluator
 from job.training.observer import Observer, Start
 from job.training.prometheus import open_textfile, write_finished
-from job.training.saved_model import evaluate_saved, save_model
+from job.training.saved_model import EVALUATING, evaluate_saved, save_model
 from job.training.tensorboard import EventFile
 from job.training.trainer import Trainer
 
@@ -73,12 +74,7 @@ def train_as_worker(
 ) -> None:
     """Train as one of several workers: the chief leads and writes, the others do as it does.
 
-    Args:
-        config: What to train and how; the same for all.
-        spec: The workers.
-        stop: A request to one of them stops all after the same step.
-        load: Loads the data set.
-        observers: Watch the training.
+    A request to stop one of them stops all after the same step.
 
     Raises:
         UserError: If the configuration, the data or a folder must be changed first, or the workers
@@ -177,20 +173,9 @@ def _follow(config: TrainConfig, stop: StopRequest, workers: Workers) -> Attempt
 class UnwrittenDir(OutputDir):
     """The output folder of a worker that is not the chief, and so neither reads nor writes it."""
 
-    def write_bytes(self, name: str, content: bytes) -> None:
-        """Do nothing."""
+    def _do_nothing(self, *_arguments: Any, **_keywords: Any) -> None: ...
 
-    def append_bytes(self, name: str, content: bytes) -> None:
-        """Do nothing."""
-
-    def make_folder(self, name: str) -> None:
-        """Do nothing."""
-
-    def remove(self, paths: list[Path]) -> None:
-        """Do nothing."""
-
-    def discard(self) -> None:
-        """Do nothing."""
+    write_bytes = append_bytes = make_folder = remove = discard = _do_nothing
 
 
 def run_attempt(
@@ -228,7 +213,7 @@ def run_attempt(
         # What takes long has a watch of its own in there. This one is for the rest: even a small
         # file never gets written on a volume that hangs.
         with watchdog.watch("a pause between two calls"):
-            evaluation = train_and_evaluate(config, attempt, devices, dataset, watchdog, observers)
+            evaluation = _train_and_evaluate(config, attempt, devices, dataset, watchdog, observers)
             # First, because the report tells how the run ended.
             attempt.manifest.finish("done")
     # The textfile says done by now, as run.json does, whatever becomes of the report.
@@ -240,44 +225,29 @@ def run_attempt(
 @contextlib.contextmanager
 def _open_observers(config: TrainConfig, attempt: Attempt) -> Iterator[list[Observer]]:
     """The observers that the configuration asks for, all of which write files."""
-    if not attempt.is_chief:
-        yield []
-        return
-    event_files = [EventFile(attempt.output)] if config.tensorboard else []
-    if config.metrics_textfile is None:
-        yield [*event_files]
-        return
-    run_id, check = attempt.manifest.run_id, attempt.output.check
-    with open_textfile(config.metrics_textfile, config, run_id, check, attempt.stop) as textfile:
-        yield [textfile, *event_files]
+    with contextlib.ExitStack() as stack:
+        observers: list[Observer] = []
+        if config.metrics_textfile and attempt.is_chief:
+            textfile = open_textfile(config.metrics_textfile, config, attempt)
+            observers.append(stack.enter_context(textfile))
+        if config.tensorboard and attempt.is_chief:
+            observers.append(EventFile(attempt.output))
+        yield observers
 
 
-def train_and_evaluate(
+def _train_and_evaluate(
     config: TrainConfig,
     attempt: Attempt,
     devices: Devices,
     dataset: Dataset,
     watchdog: Watchdog,
-    observers: Sequence[Observer] = (),
+    observers: Sequence[Observer],
 ) -> EvaluationRecord | None:
     """Train from where the attempt resumes, save the model, and evaluate what was saved.
 
-    Args:
-        config: What to train and how.
-        attempt: The folder for its artifacts, and what an earlier attempt has done.
-        devices: Where to train.
-        dataset: What to train and validate on.
-        watchdog: Ends the process if a call hangs.
-        observers: Watch the training.
-
     Returns:
-        The evaluation of the saved model; None on a worker that is not the chief, whose part is
-        over with the training.
-
-    Raises:
-        UserError: If the configuration, the data or a folder must be changed first.
-        StoppedError: If the run was asked to stop; its state is in a checkpoint.
-        JobError: If the loss is no finite number any more.
+        The evaluation; None on a worker that is not the chief, whose part is over with the
+        training.
     """
     recipe = get_recipe(config.recipe)
     with _naming_batch_size(config.batch_size, devices.replicas):
@@ -292,14 +262,9 @@ def train_and_evaluate(
         observer.evaluate()
     with watchdog.watch("the saving of the model"):
         save_model(engine.export(), attempt.output, MODEL)
-    evaluation = evaluate_saved(
-        attempt.output,
-        recipe,
-        devices.without_other_workers(),
-        dataset,
-        config.seed,
-        watchdog,
-    )
+    own_devices = devices.without_other_workers()
+    with watchdog.watch(EVALUATING, compiling=True):
+        evaluation = evaluate_saved(attempt.output, recipe, own_devices, dataset, config.seed)
     # Without it the run is not finished. One that is there tells of an earlier end.
     attempt.output.remove([attempt.output.path / REPORT])
     return evaluation
@@ -389,7 +354,7 @@ def previous_of(checkpoint: Checkpoint) -> Previous:
         kind=environment.device_kind,
         replicas=environment.replicas,
         precision=environment.precision,
-        jit=environment.jit,
+        jit=cast("Switch", environment.jit),
         deterministic=environment.deterministic,
         batch_size=batch_size,
     )
@@ -432,7 +397,23 @@ def _record_start(
     if checkpoint:
         changes = fingerprint.changes_since(checkpoint.fingerprint.environment)
     step = checkpoint.step if checkpoint else 0
-    training = _describe(devices, dataset, fingerprint)
+    training = TrainingRecord(
+        devices=list(devices.descriptions),
+        workers=devices.workers.count,
+        replicas=devices.replicas,
+        threads=devices.threads,
+        precision=devices.precision,
+        xla=devices.compilation.network,
+        deterministic=devices.deterministic,
+        data=DataRecord(
+            dataset.name,
+            dataset.fingerprint,
+            dataset.test_fingerprint,
+            len(dataset.train_images),
+            len(dataset.test_images),
+        ),
+        recipe_fingerprint=fingerprint.recipe,
+    )
     attempt.manifest.start_training(config, training, step, changes)
     attempt.manifest.progress(step, history.best, history.elapsed_seconds)
     _log_start(plan, devices, dataset, step)
@@ -469,24 +450,4 @@ def _log_start(plan: Plan, devices: Devices, dataset: Dataset, step: int) -> Non
         f"replica(s) in {devices.precision}; batch {plan.global_batch_size} = "
         f"{devices.replicas} x {rows}; {plan.epochs} epochs of {plan.steps_per_epoch} steps"
         + (f"; going on after step {step}" if step else ""),
-    )
-
-
-def _describe(devices: Devices, dataset: Dataset, fingerprint: Fingerprint) -> TrainingRecord:
-    return TrainingRecord(
-        devices=list(devices.descriptions),
-        workers=devices.workers.count,
-        replicas=devices.replicas,
-        threads=devices.threads,
-        precision=devices.precision,
-        xla=devices.compilation.network,
-        deterministic=devices.deterministic,
-        data=DataRecord(
-            dataset.name,
-            dataset.fingerprint,
-            dataset.test_fingerprint,
-            len(dataset.train_images),
-            len(dataset.test_images),
-        ),
-        recipe_fingerprint=fingerprint.recipe,
     )

@@ -153,8 +153,8 @@ class Trainer:
             JobError: If not; what they then have is no data-parallel training.
         """
         spec = self._workers.spec
-        gathered = self._workers.gather({"state": self._engine.digest()})
-        others = [spec.name(n) for n, one in enumerate(gathered) if one != gathered[0]]
+        digests = self._workers.gather(self._engine.digest())
+        others = [spec.name(rank) for rank, one in enumerate(digests) if one != digests[0]]
         if others:
             error = JobError(
                 f"the variables of {', '.join(others)} are not those of {spec.name(0)}, expected "

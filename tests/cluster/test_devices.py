@@ -2,6 +2,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import tensorflow as tf
 
@@ -109,8 +110,8 @@ def opened_of_all(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Open two CPU devices on each of two workers, which offer what is told beside that."""
 
     def open_with(*offers: dict[str, Any], replicas_in_sync: int = 4) -> Devices:
-        def gather(self: Workers, document: dict[str, Any]) -> list[dict[str, Any]]:
-            return [document | offer for offer in offers]
+        def gather(self: Workers, own: Any) -> list[Any]:
+            return [msgspec.structs.replace(own, **offer) for offer in offers]
 
         def meet(*_arguments: object) -> Any:
             return SimpleNamespace(num_replicas_in_sync=replicas_in_sync)
@@ -136,12 +137,21 @@ def test_one_worker_that_lacks_bfloat16_decides_for_all(opened_of_all: Any) -> N
     assert not opened_of_all(has, lacks).computes_bfloat16
 
 
-@pytest.mark.parametrize("first", ["cpu:1", "gpu:2"])
-def test_workers_with_other_devices_are_refused(opened_of_all: Any, first: str) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "count", "listed", "advice"),
+    [
+        (("cpu", "cpu"), 1, "worker 0 (n1:1) cpu:1, worker 1 (n2:1) cpu:2", "cpu:1"),
+        (("gpu", "cpu"), 2, "worker 0 (n1:1) gpu:2, worker 1 (n2:1) cpu:2", "cpu:1"),
+        (("gpu", "gpu"), 1, "worker 0 (n1:1) gpu:1, worker 1 (n2:1) gpu:2", "gpu:1"),
+    ],
+)
+def test_workers_with_other_devices_are_refused(
+    opened_of_all: Any, kinds: tuple[str, str], count: int, listed: str, advice: str
+) -> None:
     with pytest.raises(UserError) as caught:
-        opened_of_all({"devices": first}, {})
-    assert f"worker 0 (n1:1) {first}, worker 1 (n2:1) cpu:2" in str(caught.value)
-    assert str(caught.value).endswith("or say --devices cpu:1")
+        opened_of_all({"kind": kinds[0], "devices": CPUS[:count]}, {"kind": kinds[1]})
+    assert listed in str(caught.value)
+    assert str(caught.value).endswith(f"or say --devices {advice}")
 
 
 def test_several_cpu_replicas_of_a_worker_are_refused_where_tensorflow_takes_one(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tensorflow as tf
 
-from job.cluster import workers
+from job.cluster import Device, workers
 from job.cluster.scheduler import ALONE, ClusterSpec
 from job.cluster.workers import Workers, naming_lost_workers, rendezvous
 from job.config import ExitCode, LostWorkerError, UserError
@@ -133,9 +133,14 @@ def test_other_errors_stay_what_they_are(spec_of: ClusterSpec, error: tf.errors.
 def test_one_that_is_alone_gets_back_what_it_gives() -> None:
     alone = Workers(ALONE)
     assert (alone.count, alone.is_chief) == (1, True)
-    assert alone.gather({"a": "é"}) == [{"a": "é"}]
     assert alone.broadcast(b"content") == b"content"
     alone.require_equal({"a": 1})
+
+
+def test_a_gathered_document_is_of_the_type_that_was_given() -> None:
+    device = Device("CPU:0", "a processor", 1.5, (8, 0))
+    for document in (device, "é", 1, None, {"a": [1, "é", None]}):
+        assert Workers(ALONE).gather(document) == [document]
 
 
 def test_workers_that_differ_are_named(

@@ -250,7 +250,10 @@ def test_the_end_is_reported(
     path = tmp_path / "job.prom"
 
     def end() -> None:
-        with open_textfile(path, config, None, lambda: None, StopRequest()):
+        with (
+            open_attempt(config, StopRequest()) as attempt,
+            open_textfile(path, config, attempt),
+        ):
             assert samples(path)["cifar10_job_staterunning"] == 1
             if error:
                 raise error
@@ -268,11 +271,12 @@ END_AT_ONCE = """
 import sys
 from pathlib import Path
 from job.config import ExitCode, TrainConfig
+from job.run.attempt import open_attempt
 from job.run.stop import StopRequest
 from job.training.prometheus import open_textfile
 
-stop = StopRequest()
-with open_textfile(Path("job.prom"), TrainConfig(), None, lambda: None, stop):
+config, stop = TrainConfig(), StopRequest()
+with open_attempt(config, stop) as attempt, open_textfile(Path("job.prom"), config, attempt):
     stop.end(ExitCode(int(sys.argv[1])), "a reason")
 """
 
@@ -290,6 +294,11 @@ def test_the_end_of_a_process_that_is_ended_at_once_is_reported(
     )
     assert result.returncode == code
     assert samples(tmp_path / "job.prom")[f"cifar10_job_state{state}"] == 1
+
+
+def test_a_run_without_a_textfile_needs_no_library_for_it() -> None:
+    code = "import sys, job.training.train; assert 'prometheus_client' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
 def test_whoever_lost_the_run_does_not_write_over_its_successor(
