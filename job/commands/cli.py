@@ -98,9 +98,9 @@ def _bars(*, enabled: bool, stop: StopRequest) -> Iterator[tuple[DownloadBar, Ep
     """Progress bars, which disappear whatever ends the process."""
     enabled = enabled and not log.is_json()
     with (
-        DownloadBar(enabled=enabled) as download_bar,
-        EpochBar(enabled=enabled) as epoch_bar,
-        stop.on_exit(epoch_bar.erase),
+        contextlib.closing(DownloadBar(enabled=enabled)) as download_bar,
+        contextlib.closing(EpochBar(enabled=enabled)) as epoch_bar,
+        stop.on_exit(lambda _code, _reason: epoch_bar.close()),
     ):
         yield download_bar, epoch_bar
 

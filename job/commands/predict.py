@@ -26,40 +26,37 @@ from job.training.saved_model import load_model
 View = Callable[[tf.Tensor], tf.Tensor]
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """A saved model and what is known of it.
-
-    Attributes:
-        model: From images [batch, height, width, channels] float32, 0 to 1, to probabilities.
-        class_names: Name of each class.
-        views: The test-time augmentation of its recipe.
-    """
-
-    model: keras.Model
-    class_names: tuple[str, ...]
-    views: tuple[View, ...]
-
-    @property
-    def image_shape(self) -> ImageShape:
-        """Height, width and channels of the images that it takes."""
-        _, height, width, channels = self.model.input_shape
-        return height, width, channels
-
-
 class Predictor:
-    """Computes the probabilities of a classifier, in batches of one size that compile once.
+    """Computes what a saved model predicts, in batches of one size that compile once.
 
     Args:
-        classifier: Its model is in the scope of the devices' strategy.
+        model: From images [batch, height, width, channels] float32, 0 to 1, to probabilities, in
+            the scope of the devices' strategy.
+        class_names: Name of each class.
+        views: The test-time augmentation of its recipe.
         devices: Where to compute.
         rows: Images a replica and batch.
+
+    Attributes:
+        class_names: As given.
+        views: As given.
+        image_shape: Height, width and channels of the images that the model takes.
+        batch_size: Images a batch.
     """
 
-    def __init__(self, classifier: Classifier, devices: Devices, rows: int) -> None:
-        self._classifier, self._strategy = classifier, devices.strategy
-        self._shape = (devices.replicas, rows, *classifier.image_shape)
+    def __init__(
+        self,
+        model: keras.Model,
+        class_names: tuple[str, ...],
+        views: tuple[View, ...],
+        devices: Devices,
+        rows: int = ROWS_PER_REPLICA,
+    ) -> None:
+        self.class_names, self.views = class_names, views
+        self.image_shape: ImageShape = model.input_shape[1:]
         self.batch_size = devices.replicas * rows
+        self._model, self._strategy = model, devices.strategy
+        self._shape = (devices.replicas, rows, *self.image_shape)
         self._network = graph_function(self._probabilities, jit_compile=devices.compilation.network)
 
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -86,18 +83,19 @@ class Predictor:
 
     def _probabilities(self, pixels: tf.Tensor) -> tf.Tensor:
         images = tf.cast(pixels, tf.float32) * (1.0 / 255.0)
-        model, views = self._classifier.model, self._classifier.views
-        return tf.add_n([model(view(images), training=False) for view in views]) / len(views)
+        views = [self._model(view(images), training=False) for view in self.views]
+        return tf.add_n(views) / len(views)
 
 
-def load_classifier(path: Path, devices: Devices) -> Classifier:
-    """Load a model of this job, with the class names and views that the files beside it tell.
+def load_predictor(path: Path, devices: Devices, rows: int = ROWS_PER_REPLICA) -> Predictor:
+    """Load a model of this job, with the class names and views from the files beside it.
 
-    They are believed only where the evaluation is of this very file.
+    Those count only where the evaluation is of this very file.
 
     Args:
         path: The model file.
         devices: Where it is to compute, in float32.
+        rows: Images a replica and batch.
 
     Raises:
         UserError: If there is no model of grey or RGB images of one size.
@@ -112,11 +110,12 @@ def load_classifier(path: Path, devices: Devices) -> Classifier:
     names = tuple(evaluation.classes) if evaluation else ()
     if evaluation is None or evaluation.model_sha256 != sha256_of(path) or len(names) != classes:
         say(f"no {EVALUATION} of this model is beside {path}, so its classes go by numbers")
-        return Classifier(model, tuple(f"class {label}" for label in range(classes)), (unchanged,))
+        names = tuple(f"class {label}" for label in range(classes))
+        return Predictor(model, names, (unchanged,), devices, rows)
     run = earlier_manifest(path.parent)
     recipe = run.config.recipe if run else None
     views = get_recipe(recipe).tta_views if recipe in list_recipes() else (unchanged,)
-    return Classifier(model, names, views)
+    return Predictor(model, names, views, devices, rows)
 
 
 def _require_images(model: keras.Model, path: Path) -> None:
@@ -176,13 +175,12 @@ def predict_images(
     Raises:
         UserError: If the model cannot be used, or an image could not be read; the others are done.
     """
-    classifier = load_classifier(path, devices)
     rows = min(ROWS_PER_REPLICA, -(-len(sources) // devices.replicas))
-    predictor = Predictor(classifier, devices, rows)
-    describe = json_line if as_json else _text_lines(sources, classifier.class_names)
+    predictor = load_predictor(path, devices, rows)
+    describe = json_line if as_json else _text_lines(sources, predictor.class_names)
     broken, shown = list[ImageFile](), list[Prediction]()
     start = time.perf_counter()
-    for predictions in predict_batches(classifier, predictor, sources, top):
+    for predictions in predict_batches(predictor, sources, top):
         write_lines(line for line in map(describe, predictions) if line)
         readable = [prediction for prediction in predictions if prediction.classes]
         broken += [one.decoded.source for one in predictions if not one.classes]
@@ -192,7 +190,7 @@ def predict_images(
     if done:
         say(f"{plural(done, 'image')} in {seconds:.1f} s ({done / seconds:,.0f} images/s)")
     if png and shown:
-        _save_picture(png, shown, done, classifier.image_shape)
+        _save_picture(png, shown, done, predictor.image_shape)
     if broken:
         raise _unreadable(broken, len(sources), as_json=as_json)
 
@@ -213,39 +211,34 @@ def _unreadable(broken: Sequence[ImageFile], sources: int, *, as_json: bool) -> 
 
 
 def predict_batches(
-    classifier: Classifier, predictor: Predictor, sources: Sequence[ImageFile], top: int
+    predictor: Predictor, sources: Sequence[ImageFile], top: int
 ) -> Iterator[list[Prediction]]:
     """Decode and predict images, in the order of the sources.
 
     Args:
-        classifier: The model.
-        predictor: Computes it.
+        predictor: The model.
         sources: The images.
         top: How many classes to report of each.
 
     Yields:
         The predictions of `Predictor.batch_size` sources.
     """
-    for batch in decode_batches(sources, predictor.batch_size, classifier.image_shape):
+    for batch in decode_batches(sources, predictor.batch_size, predictor.image_shape):
         images = [decoded.pixels for decoded in batch if decoded.pixels is not None]
-        classes = iter(
-            _most_probable(classifier, predictor(np.stack(images)), top) if images else ()
-        )
+        best: Iterator[tuple[tuple[str, float], ...]] = iter(())
+        if images:
+            best = _most_probable(predictor.class_names, predictor(np.stack(images)), top)
         yield [
-            Prediction(decoded, () if decoded.pixels is None else next(classes))
-            for decoded in batch
+            Prediction(decoded, () if decoded.pixels is None else next(best)) for decoded in batch
         ]
 
 
 def _most_probable(
-    classifier: Classifier, probabilities: npt.NDArray[np.float32], top: int
-) -> list[tuple[tuple[str, float], ...]]:
-    names = classifier.class_names
-    best = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top]
-    return [
-        tuple((names[label], float(row[label])) for label in labels)
-        for row, labels in zip(probabilities, best, strict=True)
-    ]
+    class_names: Sequence[str], probabilities: npt.NDArray[np.float32], top: int
+) -> Iterator[tuple[tuple[str, float], ...]]:
+    best = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top].tolist()
+    for labels, row in zip(best, probabilities.tolist(), strict=True):
+        yield tuple((class_names[label], row[label]) for label in labels)
 
 
 def json_line(prediction: Prediction) -> str:

@@ -5,8 +5,6 @@ import os
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from datetime import timedelta
-from types import TracebackType
-from typing import Self
 
 import click
 from rich.cells import cell_len
@@ -111,15 +109,8 @@ def open_console() -> Console:
     They make no terminal of a pipe, and the size of a terminal is its own.
     """
     environ = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
-    on_terminal = log.on_terminal()
-    # rich would keep bold letters; with NO_COLOR there is to be no escape sequence at all.
-    plain = bool(environ.get("NO_COLOR")) or not on_terminal
     return Console(
-        file=sys.stdout,
-        force_terminal=on_terminal,
-        color_system=None if plain else "auto",
-        highlight=False,
-        _environ=environ,
+        file=sys.stdout, force_terminal=log.on_terminal(), highlight=False, _environ=environ
     )
 
 
@@ -149,17 +140,6 @@ class DownloadBar:
         )
         self._task = self._progress.add_task("download", total=None)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
-
     def update(self, amount: int) -> None:
         """Advance by this many bytes."""
         self._progress.start()
@@ -177,7 +157,7 @@ class DownloadBar:
 class EpochBar(Observer):
     """Where the training is, in one line.
 
-    It appears when the training begins and leaves the screen with its context.
+    It appears when the training begins, until `close`.
 
     Args:
         enabled: Whether to draw at all; JSON logs and a bar do not mix.
@@ -194,19 +174,8 @@ class EpochBar(Observer):
         )
         self._enabled = enabled and console.is_interactive
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._live.stop()
-
-    def erase(self, _exit_code: ExitCode, _reason: str) -> None:
-        """Clear the screen up before the process ends at once; from any thread."""
+    def close(self) -> None:
+        """Leave the screen; from any thread."""
         self._live.stop()
 
     def begin(self, start: Start) -> None:
@@ -214,7 +183,7 @@ class EpochBar(Observer):
             self._live.start()
 
     def evaluate(self) -> None:
-        self._live.stop()
+        self.close()
 
     def show(self, status: Status) -> None:
         self._status = status
@@ -248,7 +217,7 @@ class StatusLine:
 
 def _details(status: Status) -> list[str]:
     """What there is to report of the phase, the most important first."""
-    texts = [] if status.phase == "training" else [status.phase]
+    texts: list[str] = [] if status.phase == "training" else [status.phase]
     if status.seconds_left is not None:
         least = ">" if status.seconds_left_is_least else ""
         texts.append(f"{least}{timedelta(seconds=round(status.seconds_left))} left")

@@ -75,21 +75,20 @@ def _measure(data_dir: Path, folder: str, side: str) -> dict[str, float]:
 
     load_tensorflow()
     from job.cluster.devices import open_visible_devices
-    from job.commands.predict import Classifier, Predictor, json_line, predict_batches
+    from job.commands.predict import Predictor, json_line, predict_batches
     from job.data.image_files import find_images
     from job.recipes import classic
-    from job.training.evaluate import ROWS_PER_REPLICA, Evaluator
+    from job.training.evaluate import Evaluator
 
     dataset = load_dataset(TrainConfig(data_dir=data_dir))
     devices = open_visible_devices(TrainConfig())
     with devices.strategy.scope():
         model = classic.build_model(42, len(dataset.class_names))
     evaluate = Evaluator(model, classic.RECIPE, devices, dataset.test_images, dataset.test_labels)
-    classifier = Classifier(model, dataset.class_names, classic.RECIPE.tta_views)
-    predictor = Predictor(classifier, devices, ROWS_PER_REPLICA)
+    predictor = Predictor(model, dataset.class_names, classic.RECIPE.tta_views, devices)
 
     def predict() -> None:
-        for batch in predict_batches(classifier, predictor, find_images([folder]), 3):
+        for batch in predict_batches(predictor, find_images([folder]), 3):
             for prediction in batch:
                 json_line(prediction)
 

@@ -17,9 +17,8 @@ from job.cluster.scheduler import NO_RUN
 from job.commands import predict
 from job.commands.cli import cli
 from job.commands.predict import (
-    Classifier,
     Predictor,
-    load_classifier,
+    load_predictor,
     predict_batches,
     predict_images,
 )
@@ -79,7 +78,7 @@ def test_probabilities_are_the_models_whatever_the_replicas_and_the_padding(
     compilation: Compilation | None,
 ) -> None:
     devices = make_devices(replicas, compilation=compilation)
-    predictor = Predictor(Classifier(model, CLASS_NAMES, (unchanged,)), devices, 40 // replicas)
+    predictor = Predictor(model, CLASS_NAMES, (unchanged,), devices, 40 // replicas)
     assert predictor.batch_size == 40
     expected = model.predict(small_dataset.test_images[:40] / np.float32(255), verbose=0)
     for images in (1, 17, 40):
@@ -91,7 +90,7 @@ def test_views_are_averaged(
     model: keras.Model, small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
     views = (unchanged, lambda images: images[:, :, ::-1])
-    predictor = Predictor(Classifier(model, CLASS_NAMES, views), make_devices(1), 8)
+    predictor = Predictor(model, CLASS_NAMES, views, make_devices(1), 8)
     images = small_dataset.test_images[:8] / np.float32(255)
     expected = [model.predict(view(images), verbose=0) for view in views]
     received = predictor(small_dataset.test_images[:8])
@@ -102,7 +101,7 @@ def test_without_its_evaluation_a_models_classes_are_numbers(
     model_output: OutputDir, make_devices: MakeDevices, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = model_output.path / MODEL
-    assert load_classifier(path, make_devices(1)).class_names == CLASS_NAMES
+    assert load_predictor(path, make_devices(1)).class_names == CLASS_NAMES
     assert capsys.readouterr().err == ""
     whole = decode((model_output.path / EVALUATION).read_bytes(), EvaluationRecord)
     nine = {
@@ -116,7 +115,7 @@ def test_without_its_evaluation_a_models_classes_are_numbers(
         b"{}",
     ):
         model_output.write_bytes(EVALUATION, document)
-        names = load_classifier(path, make_devices(1)).class_names
+        names = load_predictor(path, make_devices(1)).class_names
         assert names == tuple(f"class {label}" for label in range(10))
         assert "its classes go by numbers" in capsys.readouterr().err
 
@@ -126,11 +125,11 @@ def test_the_views_are_those_of_the_recipe_that_trained_the_model(
 ) -> None:
     path, views = model_output.path / MODEL, (unchanged, unchanged)
     monkeypatch.setattr(classic, "RECIPE", replace(classic.RECIPE, tta_views=views))
-    assert load_classifier(path, make_devices(1)).views == (unchanged,)
+    assert load_predictor(path, make_devices(1)).views == (unchanged,)
     RunManifest(model_output, NO_RUN).begin(TrainConfig())
-    assert load_classifier(path, make_devices(1)).views == views
+    assert load_predictor(path, make_devices(1)).views == views
     change(model_output.path, recipe="of another version")
-    assert load_classifier(path, make_devices(1)).views == (unchanged,)
+    assert load_predictor(path, make_devices(1)).views == (unchanged,)
 
 
 def save_model_of(folder: Path, *shape: int | None) -> Path:
@@ -146,12 +145,11 @@ def save_model_of(folder: Path, *shape: int | None) -> Path:
 
 def test_a_model_of_grey_images_computes_them(tmp_path: Path, make_devices: MakeDevices) -> None:
     path = save_model_of(tmp_path, 24, 20, 1)
-    loaded = load_classifier(path, make_devices(1))
-    assert loaded.image_shape == (24, 20, 1)
+    predictor = load_predictor(path, make_devices(1), 4)
+    assert predictor.image_shape == (24, 20, 1)
     pixels = np.random.default_rng(1).integers(0, 256, (3, 24, 20, 1), np.uint8)
-    received = Predictor(loaded, make_devices(1), 4)(pixels)
-    expected = loaded.model.predict(pixels / np.float32(255), verbose=0)
-    np.testing.assert_allclose(received, expected, rtol=0, atol=1e-6)
+    expected = keras.models.load_model(path).predict(pixels / np.float32(255), verbose=0)
+    np.testing.assert_allclose(predictor(pixels), expected, rtol=0, atol=1e-6)
 
     Image.fromarray(pixels[0, ..., 0]).save(tmp_path / "a.png")
     sources = find_images([str(tmp_path / "a.png")])
@@ -172,7 +170,7 @@ def test_a_model_of_other_inputs_is_refused(
     tmp_path: Path, make_devices: MakeDevices, shape: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        load_classifier(save_model_of(tmp_path, *shape), make_devices(1))
+        load_predictor(save_model_of(tmp_path, *shape), make_devices(1))
 
 
 def test_every_batch_is_one_traced_function(
@@ -184,9 +182,8 @@ def test_every_batch_is_one_traced_function(
         traced.append(images.shape)
         return images
 
-    classifier = Classifier(model, CLASS_NAMES, (view,))
-    predictor = Predictor(classifier, make_devices(1), 4)
-    batches = list(predict_batches(classifier, predictor, find_images([str(photos)]), 2))
+    predictor = Predictor(model, CLASS_NAMES, (view,), make_devices(1), 4)
+    batches = list(predict_batches(predictor, find_images([str(photos)]), 2))
     assert [len(batch) for batch in batches] == [4, 2]
     assert traced == [(4, 32, 32, 3)]
 

@@ -1,6 +1,7 @@
 import io
 import os
 import sys
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from job.commands.terminal import (
     write_lines,
     write_table,
 )
-from job.config import ExitCode, UserError
+from job.config import UserError
 from job.run.checkpoint import History
 from job.training.observer import Start, Status
 
@@ -183,10 +184,10 @@ def test_bars_are_drawn_on_terminals_that_can(
 ) -> None:
     stdout = open_terminal(monkeypatch, 80, **variables)
     monkeypatch.setattr(stdout, "isatty", lambda: on_terminal)
-    with EpochBar(enabled=True) as bar:
+    with closing(EpochBar(enabled=True)) as bar:
         bar.begin(START)
         bar.show(STATUS)
-    with DownloadBar(enabled=True) as download:
+    with closing(DownloadBar(enabled=True)) as download:
         download.total = 10
         download.update(5)
     written = stdout.text()
@@ -199,7 +200,7 @@ def test_bars_are_drawn_on_terminals_that_can(
 
 def test_bars_that_are_not_wanted_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = open_terminal(monkeypatch, 80)
-    with EpochBar(enabled=False) as bar, DownloadBar(enabled=False) as download:
+    with closing(EpochBar(enabled=False)) as bar, closing(DownloadBar(enabled=False)) as download:
         bar.begin(START)
         bar.show(STATUS)
         download.update(5)
@@ -209,10 +210,10 @@ def test_bars_that_are_not_wanted_are_not_drawn(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_bar_is_erased_once_and_from_any_side(monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = open_terminal(monkeypatch, 80)
-    with EpochBar(enabled=True) as bar:
+    with closing(EpochBar(enabled=True)) as bar:
         bar.begin(START)
         bar.show(STATUS)
-        bar.erase(ExitCode.RUN_AGAIN, "SIGINT")
+        bar.close()
         written = stdout.text()
         assert written.endswith("\x1b[2K")
         assert "\x1b[?25h" in written
@@ -226,7 +227,7 @@ def test_events_go_above_the_bar_which_leaves_the_screen_for_the_evaluation(
     stdout = open_terminal(monkeypatch, 60)
     log.configure("text")
     message = "epoch 3 of 5 " + "and so on " * 8
-    with EpochBar(enabled=True) as bar:
+    with closing(EpochBar(enabled=True)) as bar:
         bar.begin(START)
         bar.show(STATUS)
         log.event("epoch", message=message)
