@@ -12,7 +12,6 @@ from job.commands.cli import load_tensorflow
 load_tensorflow()
 
 import job.training.train  # noqa: E402, F401 (every package that training needs)
-
 from job.cluster.gpus import CUDA_LIBRARIES, DRIVER_LIBRARY, cuda_libraries, xla_tools  # noqa: E402
 
 

@@ -196,7 +196,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        """Refuse values below an option's minimum, which a record may have and not the command line.
+        """Refuse values below an option's minimum, as a run's record may have them.
 
         Raises:
             ValueError: If there is one.

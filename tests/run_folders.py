@@ -34,9 +34,16 @@ TRAINING = TrainingRecord(
 def lines(epochs: int) -> list[EpochRecord]:
     return [
         EpochRecord(
-            **{"epoch": n, "step": 10 * n, "loss": 2 / n, "accuracy": 0.5 - 0.2 / n},
-            **{"val_loss": 1.9 / n, "val_accuracy": 0.6 - 0.3 / n, "learning_rate": 1e-3},
-            **{"seconds": 5.0, "images_per_second": 500.0 + n, "elapsed_seconds": 6.0 * n},
+            epoch=n,
+            step=10 * n,
+            loss=2 / n,
+            accuracy=0.5 - 0.2 / n,
+            val_loss=1.9 / n,
+            val_accuracy=0.6 - 0.3 / n,
+            learning_rate=1e-3,
+            seconds=5.0,
+            images_per_second=500.0 + n,
+            elapsed_seconds=6.0 * n,
         )
         for n in range(1, epochs + 1)
     ]
