@@ -80,6 +80,6 @@ class Recipe:
 
 
 def get_recipe(name: str) -> Recipe:
-    """Import the recipe of this name: the ``RECIPE`` of the module ``job.<name>``."""
+    """Import the recipe of this name: the ``RECIPE`` of ``job.recipes.<name>``."""
     recipe: Recipe = importlib.import_module(f"job.recipes.{name}").RECIPE
     return recipe

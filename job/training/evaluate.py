@@ -40,14 +40,9 @@ class Evaluation:
         return float(np.trace(self.confusion)) / self.examples
 
     def record(self, class_names: tuple[str, ...], model: str, sha256: str) -> EvaluationRecord:
-        """The evaluation as ``evaluation.json`` has it.
+        """The evaluation, of a model file with this checksum, as ``evaluation.json`` has it.
 
         A class that is never predicted has no precision, and one without examples no recall.
-
-        Args:
-            class_names: Name of each label.
-            model: Name of the evaluated file.
-            sha256: Its checksum.
         """
         hits = np.diag(self.confusion).tolist()
         predicted, support = (self.confusion.sum(axis=axis).tolist() for axis in (0, 1))

@@ -91,13 +91,6 @@ def evaluate_output_dir(
 ) -> EvaluationRecord:
     """Evaluate the model of an output folder again.
 
-    Args:
-        config: Says which data, recipe and seed.
-        output: The folder.
-        devices: Where to evaluate.
-        load: Loads the data set, which may have to be downloaded.
-        watchdog: Ends the process if the evaluation hangs.
-
     Raises:
         UserError: If there is no model that fits the data, or a folder must be changed first.
     """
