@@ -27,10 +27,10 @@ def unknown_to_the_loader() -> list[str]:
 
 
 unknown = unknown_to_the_loader()
-parts = [*cuda_libraries(), *xla_tools()]
-for part in parts:
-    print(f"{part.name}: {part.path or 'not found'}")
-missing = {*unknown, *(part.name for part in parts if part.path is None)} - {DRIVER_LIBRARY}
+parts = cuda_libraries() | xla_tools()
+for name, path in parts.items():
+    print(f"{name}: {path or 'not found'}")
+missing = {*unknown, *(name for name, path in parts.items() if path is None)} - {DRIVER_LIBRARY}
 if missing:
     sys.exit(
         f"TensorFlow would not find {', '.join(sorted(missing))}, expected from the wheels of "

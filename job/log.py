@@ -15,33 +15,21 @@ _logger = logging.getLogger("job")
 _FIELDS = "job_fields"
 
 
-def resolve_format(log_format: LogFormat) -> Literal["json", "text"]:
-    """Resolve "auto": text on a terminal, JSON lines where stdout is collected by a machine."""
-    if log_format != "auto":
-        return log_format
-    return "text" if on_terminal() else "json"
-
-
 def on_terminal() -> bool:
     """Whether stdout is a terminal; it may also be closed."""
     return bool(sys.stdout and sys.stdout.isatty())
 
 
-def wanted_format(text: str | None) -> LogFormat:
-    """The format of this name; "auto" where there is none."""
-    return next((name for name in LOG_FORMATS if name == text), "auto")
-
-
-def configure(log_format: LogFormat, worker: int | None = None) -> None:
+def configure(log_format: str, worker: int | None = None) -> None:
     """Send this program's events to stdout in the given format, replacing an earlier setting.
 
     Args:
-        log_format: One of `LOG_FORMATS`.
+        log_format: "json", "text", or else text on a terminal and JSON lines elsewhere.
         worker: The rank of this worker, which its events tell, because several workers' logs are
             often one; None where there is only one.
     """
     handler = _StdoutHandler()
-    is_json = resolve_format(log_format) == "json"
+    is_json = log_format == "json" or (log_format != "text" and not on_terminal())
     handler.setFormatter(_JsonEvents(worker) if is_json else _TextEvents(worker))
     _logger.handlers = [handler]
     _logger.setLevel(logging.INFO)

@@ -102,7 +102,7 @@ def check_expected_gpus(expected: ExpectedGpus, visible: int, required: int) -> 
 
 
 def _why() -> str:
-    missing = [library.name for library in cuda_libraries() if library.path is None]
+    missing = [name for name, path in cuda_libraries().items() if path is None]
     if DRIVER_LIBRARY in missing:
         # Without the driver the others tell nothing.
         return (
@@ -112,44 +112,32 @@ def _why() -> str:
     return f" (cannot find {', '.join(missing)})" if missing else ""
 
 
-@dataclass(frozen=True)
-class CudaPart:
-    """A file of CUDA that TensorFlow needs before it can use a GPU.
-
-    Attributes:
-        name: Its file name.
-        path: Where it is: a path, or the name of a library that the system's loader finds; None
-            where it is not found or cannot be loaded.
-    """
-
-    name: str
-    path: str | None
-
-
-def cuda_libraries() -> list[CudaPart]:
+def cuda_libraries() -> dict[str, str | None]:
     """Look for the libraries that this build of TensorFlow needs for GPUs.
 
     They come from the driver and the system, or from the ``nvidia-*`` wheels, which TensorFlow
     finds beside itself without the system's loader knowing them.
+
+    Returns:
+        For each its path, its name where the system's loader finds it, or None.
     """
     site_packages = Path(tf.__file__).parent.parent
-    found = []
+    found: dict[str, str | None] = {}
     for name in CUDA_LIBRARIES:
         wheels = sorted(site_packages.glob(f"nvidia/*/lib/{name}"))
-        path: str | None = str(wheels[0]) if wheels else name
+        found[name] = path = str(wheels[0]) if wheels else name
         try:
-            ctypes.CDLL(str(path))
+            ctypes.CDLL(path)
         except OSError:
-            path = None
-        found.append(CudaPart(name, path))
+            found[name] = None
     return found
 
 
-def xla_tools() -> list[CudaPart]:
+def xla_tools() -> dict[str, str | None]:
     """Look for what XLA compiles with: the assembler ptxas and the bitcode library libdevice.
 
     As XLA does: in the folder of ``--xla_gpu_cuda_data_dir``, then in /usr/local/cuda and in the
-    wheel beside TensorFlow, and for ptxas on the PATH before these two.
+    wheel beside TensorFlow, and for ptxas on the PATH before these two. None where one is missing.
     """
     flag = re.search(r"--xla_gpu_cuda_data_dir=(\S+)", os.environ.get("XLA_FLAGS", ""))
     chosen = [Path(flag[1])] if flag else []
@@ -158,10 +146,10 @@ def xla_tools() -> list[CudaPart]:
     folders += [os.environ.get("PATH", ""), *(str(root / "bin") for root in usual)]
     search_path = os.pathsep.join(folders)
     bitcode = [root / "nvvm" / "libdevice" / "libdevice.10.bc" for root in (*chosen, *usual)]
-    return [
-        CudaPart("ptxas", shutil.which("ptxas", path=search_path)),
-        CudaPart("libdevice.10.bc", next((str(path) for path in bitcode if path.exists()), None)),
-    ]
+    return {
+        "ptxas": shutil.which("ptxas", path=search_path),
+        "libdevice.10.bc": next((str(path) for path in bitcode if path.exists()), None),
+    }
 
 
 def visible_gpus() -> list[tf.config.PhysicalDevice]:

@@ -269,7 +269,7 @@ def main(stop: StopRequest, stderr: TextIO | None = None) -> NoReturn:
 
     with stop.on_exit(say_why):
         # Until the command says otherwise: its options may be what is wrong.
-        log.configure(log.wanted_format(os.environ.get("JOB_LOG_FORMAT")))
+        log.configure(os.environ.get("JOB_LOG_FORMAT", "auto"))
         try:
             cli.main(prog_name="cifar10-job", standalone_mode=False, obj=stop)
         except click.exceptions.NoArgsIsHelpError as error:

@@ -5,7 +5,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +84,8 @@ def examine_machine(
             "expected_by": expected.source,
             "required": require_gpus,
             "visible": visible,
-            "libraries": [asdict(library) for library in cuda_libraries()],
-            "tools": [asdict(tool) for tool in xla_tools()],
+            "libraries": [{"name": n, "path": p} for n, p in cuda_libraries().items()],
+            "tools": [{"name": n, "path": p} for n, p in xla_tools().items()],
             "tensorflow_says": startup_lines if visible < max(expected.count, require_gpus) else [],
         },
         "devices": [msgspec.to_builtins(device) for device in devices.descriptions],

@@ -130,6 +130,9 @@ class OutputDir:
     Attributes:
         path: The folder.
         check: As given.
+
+    Raises:
+        UserError: By all methods but `tidy`, if something cannot be written or removed.
     """
 
     def __init__(
@@ -170,28 +173,16 @@ class OutputDir:
                 temporary.unlink(missing_ok=True)
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Replace a file.
-
-        Raises:
-            UserError: If it cannot be written.
-        """
+        """Replace a file."""
         with self.atomic_write(name) as temporary:
             temporary.write_bytes(content)
 
     def write_text(self, name: str, text: str) -> None:
-        """Replace a text file.
-
-        Raises:
-            UserError: If it cannot be written.
-        """
+        """Replace a text file."""
         self.write_bytes(name, text.encode())
 
     def append_bytes(self, name: str, content: bytes) -> None:
-        """Add to the end of a file whose readers stop at the last whole record.
-
-        Raises:
-            UserError: If it is not there or cannot be written.
-        """
+        """Add to the end of a file whose readers stop at the last whole record."""
         # Never made anew: another attempt may have removed it to write its own.
         with self._changing("write", self.path / name) as path, path.open("rb+") as file:
             file.seek(0, os.SEEK_END)
@@ -200,21 +191,13 @@ class OutputDir:
             os.fsync(file.fileno())
 
     def make_folder(self, name: str) -> None:
-        """Make a folder in this one, if it is not there.
-
-        Raises:
-            UserError: If it cannot be made.
-        """
+        """Make a folder in this one, if it is not there."""
         with self._changing("make the folder", self.path / name) as path:
             path.mkdir(exist_ok=True)
             _flush_folder(self.path)
 
     def remove(self, paths: list[Path]) -> None:
-        """Remove files of this folder.
-
-        Raises:
-            UserError: If one cannot be removed.
-        """
+        """Remove files of this folder."""
         for path in paths:
             with self._changing("remove", path):
                 path.unlink(missing_ok=True)
@@ -223,9 +206,6 @@ class OutputDir:
         """Remove checkpoints and artifacts of an earlier run, and nothing else.
 
         All checkpoints go at once, so that a kill in between leaves none to be resumed from.
-
-        Raises:
-            UserError: If something cannot be removed.
         """
         with self._changing("remove", self.path / CHECKPOINTS) as checkpoints:
             if checkpoints.exists():

@@ -39,6 +39,9 @@ class RunManifest:
         output: The folder that has it or receives it.
         identity: Which run this attempt belongs to.
         fresh: Whether this attempt starts over, once it trains.
+
+    Raises:
+        UserError: By all methods, if the file cannot be written.
     """
 
     def __init__(self, output: OutputDir, identity: RunIdentity, *, fresh: bool = False) -> None:
@@ -76,9 +79,6 @@ class RunManifest:
 
         Args:
             config: Its configuration; the run's, if there is no other yet.
-
-        Raises:
-            UserError: If the file cannot be written.
         """
         with self._lock:
             if self._manifest is None:
@@ -100,9 +100,6 @@ class RunManifest:
             training: What it computes with and on.
             step: The step that it resumes from.
             changes: What differs from the attempt before, at the cost of identical bits.
-
-        Raises:
-            UserError: If the file cannot be written.
         """
         with self._lock:
             attempt = self._attempt
@@ -121,9 +118,6 @@ class RunManifest:
             step: Steps done that are in a checkpoint.
             best: Epoch and accuracy of the best validation.
             elapsed_seconds: Time spent since the start of the run.
-
-        Raises:
-            UserError: If the file cannot be written.
         """
         with self._lock:
             self._attempt.last_step = step
@@ -133,11 +127,7 @@ class RunManifest:
                 self._write(self._manifest)
 
     def finish(self, outcome: Outcome, reason: str | None = None) -> None:
-        """Record the end of this attempt, and why.
-
-        Raises:
-            UserError: If the file cannot be written.
-        """
+        """Record the end of this attempt, and why."""
         with self._lock:
             attempt, manifest = self._attempt, self._manifest
             if attempt.end or manifest is None:

@@ -13,6 +13,7 @@ from job.config import ExitCode, StoppedError, TrainConfig, UserError
 from job.run.attempt import Attempt
 from job.run.lease import LeaseLostError
 from job.run.record import EpochRecord
+from job.run.stop import StopRequest
 from job.training.observer import Observer, Phase, Start, Status
 
 UPDATE_SECONDS = 5.0
@@ -214,19 +215,25 @@ def _cannot_write(path: Path, reason: str) -> UserError:
 
 
 @contextlib.contextmanager
-def open_textfile(path: Path, config: TrainConfig, attempt: Attempt) -> Iterator[MetricsTextfile]:
-    """Keep an attempt's textfile for the time of the body, and report how the body ends.
+def open_textfile(
+    path: Path,
+    config: TrainConfig,
+    run_id: str | None,
+    check: Callable[[], None],
+    stop: StopRequest,
+) -> Iterator[MetricsTextfile]:
+    """Keep a textfile for the time of the body, and report how the body ends.
 
     Raises:
         UserError: If the file cannot be written.
     """
-    textfile = MetricsTextfile(path, config, attempt.manifest.run_id or "", attempt.output.check)
+    textfile = MetricsTextfile(path, config, run_id or "", check)
 
     def record_end(exit_code: ExitCode, _reason: str) -> None:
         textfile.finish("stopped" if exit_code == ExitCode.RUN_AGAIN else "failed")
 
     try:
-        with attempt.stop.on_exit(record_end):
+        with stop.on_exit(record_end):
             yield textfile
     except LeaseLostError:
         raise  # the file may be somebody else's now, as the folder is
@@ -249,7 +256,9 @@ def write_finished(config: TrainConfig, attempt: Attempt) -> None:
     manifest, checkpoint = attempt.manifest.document, attempt.checkpoint
     if config.metrics_textfile is None:
         return
-    with open_textfile(config.metrics_textfile, config, attempt) as textfile:
+    run_id, check = attempt.manifest.run_id, attempt.output.check
+    path = config.metrics_textfile
+    with open_textfile(path, config, run_id, check, attempt.stop) as textfile:
         if manifest and checkpoint:
             model = manifest.devices[0].model if manifest.devices else None
             devices = f"{manifest.replicas} x {model}"

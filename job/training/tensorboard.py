@@ -33,6 +33,9 @@ class EventFile(Observer):
 
     Args:
         output: The folder that has it in ``tensorboard/``.
+
+    Raises:
+        UserError: By all methods, if the file cannot be written.
     """
 
     def __init__(self, output: OutputDir) -> None:
@@ -41,11 +44,7 @@ class EventFile(Observer):
         self._name = ""
 
     def begin(self, start: Start) -> None:
-        """Write the epochs so far.
-
-        Raises:
-            UserError: If the file cannot be written.
-        """
+        """Write the epochs so far."""
         output, history = self._output, start.history
         # Times between two points are times of training: the pauses between attempts are left out.
         self._start = time.time() - history.elapsed_seconds
@@ -67,11 +66,7 @@ class EventFile(Observer):
             output.write_bytes(f"{TENSORBOARD}/{path.name}", b"")
 
     def finish_epoch(self, line: EpochRecord) -> None:
-        """Add an epoch.
-
-        Raises:
-            UserError: If it cannot be written.
-        """
+        """Add an epoch."""
         self._output.append_bytes(self._name, _records([self._event(line)]))
 
     def _event(self, line: EpochRecord) -> tf.compat.v1.Event:

@@ -5,7 +5,6 @@ import pytest
 
 from job.cluster import gpus
 from job.cluster.gpus import (
-    CudaPart,
     ExpectedGpus,
     check_expected_gpus,
     cuda_libraries,
@@ -58,20 +57,22 @@ def test_missing_gpus_are_named_with_their_source() -> None:
 
 
 def test_libraries_are_looked_up_by_name() -> None:
-    names = [library.name for library in cuda_libraries()]
+    names = cuda_libraries().keys()
     assert {"libcuda.so.1", "libcudnn.so.9", "libnccl.so.2"} <= set(names)
     assert all(re.fullmatch(r"lib\w+\.so\.\d+", name) for name in names)
 
 
 def test_a_missing_driver_is_the_reason_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    libraries = [CudaPart("libcuda.so.1", None), CudaPart("libcudnn.so.9", None)]
+    libraries = {"libcuda.so.1": None, "libcudnn.so.9": None}
     monkeypatch.setattr(gpus, "cuda_libraries", lambda: libraries)
     with pytest.raises(
         GpuMissingError, match=r"libcuda\.so\.1: .* no NVIDIA driver, .*--gpus"
     ) as end:
         check_expected_gpus(ExpectedGpus(0, "nothing"), visible=0, required=1)
     assert "libcudnn" not in str(end.value)
-    monkeypatch.setattr(gpus, "cuda_libraries", lambda: libraries[1:])
+    monkeypatch.setattr(
+        gpus, "cuda_libraries", lambda: {"libcudnn.so.9": None, "libnccl.so.2": "found"}
+    )
     with pytest.raises(GpuMissingError, match=r"\(cannot find libcudnn\.so\.9\)"):
         check_expected_gpus(ExpectedGpus(0, "nothing"), visible=0, required=1)
 
@@ -80,8 +81,8 @@ def test_the_assembler_is_looked_for_on_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert [tool.name for tool in xla_tools()] == ["ptxas", "libdevice.10.bc"]
+    assert [*xla_tools()] == ["ptxas", "libdevice.10.bc"]
     assembler = tmp_path / "ptxas"
     assembler.write_text("#!/bin/sh\n")
     assembler.chmod(0o755)
-    assert xla_tools()[0].path == str(assembler)
+    assert xla_tools()["ptxas"] == str(assembler)

@@ -247,12 +247,12 @@ def test_a_file_that_cannot_be_written_at_the_start_is_refused(
 def test_the_end_is_reported(
     config: TrainConfig, tmp_path: Path, error: Exception | None, state: str
 ) -> None:
-    path = tmp_path / "job.prom"
+    path, stop = tmp_path / "job.prom", StopRequest()
 
     def end() -> None:
         with (
-            open_attempt(config, StopRequest()) as attempt,
-            open_textfile(path, config, attempt),
+            open_attempt(config, stop) as attempt,
+            open_textfile(path, config, None, attempt.output.check, stop),
         ):
             assert samples(path)["cifar10_job_staterunning"] == 1
             if error:
@@ -276,7 +276,9 @@ from job.run.stop import StopRequest
 from job.training.prometheus import open_textfile
 
 config, stop = TrainConfig(), StopRequest()
-with open_attempt(config, stop) as attempt, open_textfile(Path("job.prom"), config, attempt):
+with open_attempt(config, stop) as attempt, open_textfile(
+    Path("job.prom"), config, None, attempt.output.check, stop
+):
     stop.end(ExitCode(int(sys.argv[1])), "a reason")
 """
 
