@@ -15,7 +15,7 @@ import msgspec
 import tensorflow as tf
 
 from job import log
-from job.cluster import Device
+from job.cluster import Device, Environment
 from job.cluster.gpus import (
     ExpectedGpus,
     check_expected_gpus,
@@ -52,27 +52,6 @@ class Compilation:
     network: bool = False
     elementwise: bool = False
     loops: bool = False
-
-
-@dataclass(frozen=True)
-class Previous:
-    """What the attempt before resolved "auto" to, which this one keeps where it can.
-
-    Attributes:
-        kind: "cpu" or "gpu".
-        replicas: Number of replicas.
-        precision: "float32" or "bfloat16".
-        jit: The setting, not what it came to, since that differs between CPUs and GPUs.
-        deterministic: Whether only deterministic ops were used.
-        batch_size: Images a step over all replicas; has to divide by their number.
-    """
-
-    kind: str
-    replicas: int
-    precision: str
-    jit: Switch
-    deterministic: bool
-    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -125,14 +104,14 @@ class Devices:
             )
         return rows
 
-    def resolve(self, config: TrainConfig, previous: Previous | None = None) -> "Devices":
+    def resolve(self, config: TrainConfig, previous: Environment | None = None) -> "Devices":
         """Settle how the devices compute; before any computation.
 
         Args:
             config: With "auto", precision is bfloat16 where all devices compute it in hardware,
                 XLA compiles everything on GPUs and augmentation and optimizer update on CPUs, and
                 operations are deterministic on CPUs.
-            previous: What "auto" keeps where it can.
+            previous: What the attempt before computed with, which "auto" keeps where it can.
         """
         precision = config.precision
         if precision == "auto":
@@ -144,7 +123,7 @@ class Devices:
         if config.deterministic == "auto":
             deterministic = self.kind == "cpu"
             # Not from CPUs to GPUs: those may lack an operation's deterministic form.
-            if previous and previous.kind == self.kind:
+            if previous and previous.device_kind == self.kind:
                 deterministic = previous.deterministic
         if deterministic:
             tf.config.experimental.enable_op_determinism()
@@ -163,7 +142,7 @@ class Devices:
             threads=int(os.environ.get("TF_NUM_INTRAOP_THREADS") or len(os.sched_getaffinity(0))),
         )
 
-    def _automatic_precision(self, previous: Previous | None) -> Literal["float32", "bfloat16"]:
+    def _automatic_precision(self, previous: Environment | None) -> Literal["float32", "bfloat16"]:
         if previous is None:
             return "bfloat16" if self.computes_bfloat16 else "float32"
         # Older GPUs have no bfloat16 kernels; CPUs without the instructions are merely slow.
@@ -197,7 +176,7 @@ def require_expected_gpus(config: TrainConfig) -> None:
     check_expected_gpus(expected, len(visible_gpus()), config.require_gpus)
 
 
-def open_devices(config: TrainConfig, previous: Previous | None = None) -> Devices:
+def open_devices(config: TrainConfig, previous: Environment | None = None) -> Devices:
     """Set up devices of this process for one run; once in a process, before any computation.
 
     Raises:
@@ -208,7 +187,7 @@ def open_devices(config: TrainConfig, previous: Previous | None = None) -> Devic
     return open_visible_devices(config, previous)
 
 
-def open_visible_devices(config: TrainConfig, previous: Previous | None = None) -> Devices:
+def open_visible_devices(config: TrainConfig, previous: Environment | None = None) -> Devices:
     """`open_devices` of what there is, even if GPUs are missing."""
     kind, names, descriptions = _use_local_devices(config, previous)
     return Devices(
@@ -304,7 +283,7 @@ def _require_equal_devices(workers: Workers, offers: list[_Offer]) -> None:
 
 
 def _use_local_devices(
-    config: TrainConfig, previous: Previous | None
+    config: TrainConfig, previous: Environment | None
 ) -> tuple[Kind, tuple[str, ...], tuple[Device, ...]]:
     """Make devices of this process ready: their kind, their names in it and what they are."""
     request, gpus = config.devices, visible_gpus()
@@ -315,21 +294,23 @@ def _use_local_devices(
         )
     on_gpus = request.kind == "gpu" or (request.kind == "auto" and bool(gpus))
     kind: Kind = "gpu" if on_gpus else "cpu"
-    count = request.replicas or _automatic_count(kind, len(gpus), previous)
+    count = request.replicas or _automatic_count(kind, len(gpus), config, previous)
     names = tuple(f"{kind.upper()}:{index}" for index in range(count))
     return kind, names, use_gpus(gpus[:count]) if on_gpus else use_cpu(count)
 
 
-def _automatic_count(kind: Kind, gpus: int, previous: Previous | None) -> int:
+def _automatic_count(
+    kind: Kind, gpus: int, config: TrainConfig, previous: Environment | None
+) -> int:
     """Every visible GPU, or one CPU replica; a run that resumes keeps its number where it can."""
     visible = gpus if kind == "gpu" else 1
     if previous is None:
         return visible
-    if previous.kind == kind and (kind == "cpu" or previous.replicas <= gpus):
+    if previous.device_kind == kind and (kind == "cpu" or previous.replicas <= gpus):
         count = previous.replicas
     else:
         # The batch is the run's, and it has to divide.
-        count = max(n for n in range(1, visible + 1) if previous.batch_size % n == 0)
+        count = max(n for n in range(1, visible + 1) if config.batch_size % n == 0)
     if count < visible:
         log.event(
             "idle_gpus",

@@ -24,7 +24,7 @@ from job.run.folder import OutputDir, prepare_output_dir
 from job.run.lease import read_holder, refusal
 from job.run.stop import StopRequest
 from job.training.prometheus import require_folder
-from job.training.train import LoadDataset, OpenDevices, make_plan, previous_of
+from job.training.train import LoadDataset, OpenDevices, make_plan
 
 _LABEL_WIDTH = 13
 
@@ -132,7 +132,7 @@ def _preview_devices(
         text = f"{spec.count}, of which this is {spec.name(spec.index)}; the others are not asked"
         found.add("workers", {"addresses": list(spec.workers), "index": spec.index}, text)
     checkpoint = attempt.checkpoint if attempt else None
-    own = open_devices(config, previous_of(checkpoint) if checkpoint else None)
+    own = open_devices(config, checkpoint.fingerprint.environment if checkpoint else None)
     devices = replace(own, workers=Workers(spec))
     network = "the network, " if devices.compilation.network else ""
     compiled = f"{network}augmentation and optimizer" if devices.compilation.elementwise else "none"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from job.cluster import Environment
 from job.config import TrainConfig, UserError, option_name, run_options
 from job.run.manifest import git_commit, versions
 
@@ -39,36 +40,6 @@ _CONTENTS = {
 _OPTIMIZER = "optimizer."
 
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
-
-
-class Environment(msgspec.Struct, frozen=True):
-    """How and on what a run is computed.
-
-    Attributes:
-        device_kind: "cpu" or "gpu".
-        device_models: Different models of the devices, in order.
-        workers: Processes that train together.
-        replicas: Replicas over all workers.
-        threads: Processors that a process may run on; sums are split by them.
-        precision: "float32" or "bfloat16".
-        jit: The setting that says what XLA compiles.
-        deterministic: Whether every operation gives the same bits each time.
-        versions: Of the job, Python and the libraries.
-        git_commit: Of the program.
-        variables: Environment variables that change TensorFlow's bits.
-    """
-
-    device_kind: str
-    device_models: list[str]
-    replicas: int
-    threads: int
-    precision: str
-    jit: str
-    deterministic: bool
-    versions: dict[str, str]
-    git_commit: str | None
-    variables: dict[str, str]
-    workers: int = 1
 
 
 class Fingerprint(msgspec.Struct, frozen=True):

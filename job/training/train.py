@@ -4,20 +4,20 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import keras
 import msgspec
 import tensorflow as tf
 
 from job import log
-from job.cluster.devices import Devices, Previous, open_devices_of_all
+from job.cluster import Environment
+from job.cluster.devices import Devices, open_devices_of_all
 from job.cluster.scheduler import NO_RUN, ClusterSpec
 from job.cluster.workers import Workers, naming_lost_workers
 from job.config import (
     ExitCode,
     LostWorkerError,
-    Switch,
     TrainConfig,
     UserError,
     describe_config,
@@ -49,7 +49,7 @@ from job.training.saved_model import EVALUATING, evaluate_saved, save_model
 from job.training.tensorboard import EventFile
 from job.training.trainer import Trainer
 
-OpenDevices = Callable[[TrainConfig, Previous | None], Devices]
+OpenDevices = Callable[[TrainConfig, Environment | None], Devices]
 LoadDataset = Callable[[TrainConfig], Dataset]
 
 STALLED = "a call did not return within --stall-timeout"
@@ -203,7 +203,8 @@ def run_attempt(
         JobError: If the loss is no finite number any more.
     """
     with _open_observers(config, attempt) as own_observers:
-        previous = previous_of(attempt.checkpoint) if attempt.checkpoint else None
+        checkpoint = attempt.checkpoint
+        previous = checkpoint.fingerprint.environment if checkpoint else None
         with watchdog.watch("the setup of the devices", compiling=True):
             devices = open_devices(config, previous)
         devices.rows_per_replica(config.batch_size)
@@ -345,21 +346,6 @@ def _naming_batch_size(global_batch_size: int, replicas: int) -> Iterator[None]:
             f"out of memory on the devices with --batch-size {global_batch_size} "
             f"({global_batch_size // replicas} images a replica); lower --batch-size"
         ) from error
-
-
-def previous_of(checkpoint: Checkpoint) -> Previous:
-    """What the attempt that left a checkpoint was computing with."""
-    environment = checkpoint.fingerprint.environment
-    batch_size = checkpoint.fingerprint.run["batch_size"]
-    assert isinstance(batch_size, int)
-    return Previous(
-        kind=environment.device_kind,
-        replicas=environment.replicas,
-        precision=environment.precision,
-        jit=cast("Switch", environment.jit),
-        deterministic=environment.deterministic,
-        batch_size=batch_size,
-    )
 
 
 def _resume(engine: Engine, fingerprint: Fingerprint, attempt: Attempt) -> History:

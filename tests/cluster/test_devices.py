@@ -6,20 +6,24 @@ import msgspec
 import pytest
 import tensorflow as tf
 
-from job.cluster import Device, devices
-from job.cluster.devices import Devices, Previous, open_devices_of_all, open_visible_devices
+from job.cluster import Device, Environment, devices
+from job.cluster.devices import Devices, open_devices_of_all, open_visible_devices
 from job.cluster.scheduler import ClusterSpec
 from job.cluster.workers import Workers
 from job.config import DeviceRequest, TrainConfig, UserError
 from tests.conftest import MakeDevices
 
-PREVIOUS = Previous(
-    kind="cpu",
+PREVIOUS = Environment(
+    device_kind="cpu",
+    device_models=["cpu"],
     replicas=2,
+    threads=2,
     precision="bfloat16",
     jit="off",
     deterministic=False,
-    batch_size=256,
+    versions={},
+    git_commit=None,
+    variables={},
 )
 
 
@@ -43,7 +47,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Any:
         return (Device("a device", model, None, compute_capability),) * count
 
     def open_with(
-        gpus: int, model: str, request: str, previous: Previous | None = None, **options: Any
+        gpus: int, model: str, request: str, previous: Environment | None = None, **options: Any
     ) -> Devices:
         monkeypatch.setattr(devices, "visible_gpus", lambda: ["GPU"] * gpus)
         monkeypatch.setattr(devices, "use_gpus", lambda used: describe(len(used), model))
@@ -92,7 +96,7 @@ def test_a_run_goes_on_with_the_gpus_that_the_next_node_has(opened: Any) -> None
     gpus = opened(3, "new", "auto", PREVIOUS)
     assert (gpus.kind, gpus.replicas) == ("gpu", 2)  # 256 does not divide by 3
     assert not gpus.deterministic
-    on_gpus = replace(PREVIOUS, kind="gpu", replicas=4)
+    on_gpus = msgspec.structs.replace(PREVIOUS, device_kind="gpu", replicas=4)
     assert opened(8, "new", "auto", on_gpus).replicas == 4
     assert opened(3, "new", "auto", on_gpus).replicas == 2
     assert opened(8, "new", "gpu:8", on_gpus).replicas == 8

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from job import log
+from job.cluster import Environment
 from job.config import ExitCode, LostWorkerError, StoppedError, TrainConfig, UserError, run_options
 from job.run import folder
 from job.run.attempt import Attempt, hold_output_dir, open_attempt
 from job.run.checkpoint import Checkpoint, History, Progress
-from job.run.fingerprint import Environment, Fingerprint
+from job.run.fingerprint import Fingerprint
 from job.run.lease import LeaseLostError, read_lease
 from job.run.record import ClassRecord, EvaluationRecord, encode
 from job.run.stop import RUN_AGAIN, StopRequest

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from job import log
+from job.cluster import Environment
 from job.config import UserError
 from job.run.checkpoint import Arrays, Checkpoint, CheckpointStore, History, Progress
-from job.run.fingerprint import Environment, Fingerprint
+from job.run.fingerprint import Fingerprint
 from job.run.folder import OutputDir
 from job.run.record import BestEpoch, EpochRecord, read_epochs
 from tests.conftest import REPOSITORY

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from job import log
+from job.cluster import Environment
 from job.cluster.scheduler import ALONE
 from job.cluster.workers import Workers
 from job.config import JobError, StoppedError, TrainConfig, run_options
 from job.run.attempt import open_attempt
 from job.run.checkpoint import Arrays, History, Progress
-from job.run.fingerprint import Environment, Fingerprint
+from job.run.fingerprint import Fingerprint
 from job.run.record import EpochRecord
 from job.run.stop import StopRequest, Watchdog
 from job.training.engine import Engine, Plan
