@@ -82,26 +82,17 @@ class _JsonEvents(JsonFormatter):
         super().__init__(json_ensure_ascii=False)
         self._worker = {} if worker is None else {"worker": worker}
 
-    def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
+    def format(self, record: logging.LogRecord) -> str:
         """Lay one record out as time, level, event and then its own fields."""
-        fields = log_data.pop(_FIELDS, {})
-        return {
-            "time": log_data["time"],
-            "level": log_data["level"],
-            "event": log_data["message"],
-            **self._worker,
-            **fields,
-        }
-
-    def add_fields(
-        self,
-        log_data: dict[str, Any],
-        record: logging.LogRecord,
-        message_dict: dict[str, Any],
-    ) -> None:
-        super().add_fields(log_data, record, message_dict)
-        log_data["time"] = _utc(record.created)
-        log_data["level"] = record.levelname.lower()
+        return self.serialize_log_record(
+            {
+                "time": _utc(record.created),
+                "level": record.levelname.lower(),
+                "event": record.getMessage(),
+                **self._worker,
+                **getattr(record, _FIELDS, {}),
+            }
+        )
 
 
 class _TextEvents(logging.Formatter):

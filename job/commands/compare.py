@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -152,27 +152,17 @@ def _problem(record: RunRecord, manifest: Manifest) -> str | None:
     return None if record.evaluation else f"it holds no {EVALUATION}"
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Statistics of one figure over runs.
-
-    Attributes:
-        mean: Arithmetic mean.
-        deviation: Sample standard deviation, with n - 1; None for one run.
-    """
+class Summary(NamedTuple):
+    """Arithmetic mean and sample standard deviation, with n - 1 and None for one run."""
 
     mean: float
-    deviation: float | None
+    standard_deviation: float | None
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Summary":
-        """Summarize at least one value."""
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        return cls(statistics.fmean(values), deviation)
 
-    def document(self) -> dict[str, float | None]:
-        """These statistics as a JSON object."""
-        return {"mean": self.mean, "standard_deviation": self.deviation}
+def summarize(values: Iterable[float | None]) -> Summary:
+    """Summarize values of which at least one is known."""
+    known = [value for value in values if value is not None]
+    return Summary(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -190,12 +180,12 @@ class Group:
     @property
     def accuracy(self) -> Summary:
         """Of the saved models."""
-        return Summary.of([run.accuracy for run in self.runs if run.accuracy is not None])
+        return summarize(run.accuracy for run in self.runs)
 
     @property
     def last_mean(self) -> Summary:
         """Of the runs' mean validation accuracy in the last five epochs."""
-        return Summary.of([run.last_mean for run in self.runs if run.last_mean is not None])
+        return summarize(run.last_mean for run in self.runs)
 
     @property
     def elapsed_seconds(self) -> float:
@@ -314,8 +304,8 @@ def _group_document(group: Group) -> dict[str, Any]:
         **group.runs[0].settings,
         "runs": len(group.runs),
         "seeds": [run.seed for run in group.runs],
-        "val_accuracy_last_five": group.last_mean.document(),
-        "accuracy": group.accuracy.document(),
+        "val_accuracy_last_five": group.last_mean._asdict(),
+        "accuracy": group.accuracy._asdict(),
         "best": {"folder": best.folder, "seed": best.seed, "accuracy": best.accuracy},
         "elapsed_seconds": group.elapsed_seconds,
     }
@@ -392,9 +382,9 @@ def _group_row(group: Group, varying: Sequence[str]) -> list[str]:
         str(len(group.runs)),
         str(len({run.seed for run in group.runs})),
         _percent(last_mean.mean),
-        _percent(last_mean.deviation),
+        _percent(last_mean.standard_deviation),
         _percent(accuracy.mean),
-        _percent(accuracy.deviation),
+        _percent(accuracy.standard_deviation),
         _percent(best.accuracy),
         str(best.seed),
         _seconds(group.elapsed_seconds),
@@ -444,7 +434,7 @@ def save_comparison(path: Path, groups: Sequence[Group]) -> None:
     lay_out_epochs(left, max(len(group.runs[0].curve) for group in groups))
     left.grid(alpha=0.3)
     right.set_title("Saved model of each run")
-    deviates = any(group.accuracy.deviation is not None for group in groups)
+    deviates = any(group.accuracy.standard_deviation is not None for group in groups)
     below = "\nbelow the points: mean ± standard deviation" if deviates else ""
     right.set_xlabel(f"Test accuracy (%){below}")
     right.set_yticks(range(len(groups)) if len(groups) > 1 else [])
@@ -474,8 +464,8 @@ def _draw_accuracies(axis: Axes, row: int, group: Group, colour: str, marker: st
     """Draw runs as points, and below them their mean with the standard deviation."""
     values = [100 * run.accuracy for run in group.runs if run.accuracy is not None]
     axis.plot(values, np.full(len(values), row - 0.12), marker, color=colour, alpha=0.6)
-    if group.accuracy.deviation is not None:
-        mean, deviation = 100 * group.accuracy.mean, 100 * group.accuracy.deviation
+    if group.accuracy.standard_deviation is not None:
+        mean, deviation = 100 * group.accuracy.mean, 100 * group.accuracy.standard_deviation
         axis.errorbar(mean, row + 0.12, xerr=deviation, fmt="|", color="black", capsize=4, ms=14)
         text = f"{mean:.2f} ± {deviation:.2f}"
         axis.annotate(text, (mean, row + 0.12), (0, -9), textcoords="offset points", **_BELOW)

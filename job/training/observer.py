@@ -27,7 +27,6 @@ class Status:
         steps_per_epoch: Steps of an epoch.
         loss: Mean training loss of the epoch so far; None before the first of its steps.
         accuracy: Training accuracy of the epoch so far, 0 to 1; None as the loss.
-        steps_per_second: Over the last executions; None until one was measured.
         images_per_second: Over the last executions; None until one was measured.
         seconds_left: Time left to the end of the run; None until it can be told.
         seconds_left_is_least: Whether the time left is only that of the steps, because no
@@ -41,7 +40,6 @@ class Status:
     steps_per_epoch: int
     loss: float | None = None
     accuracy: float | None = None
-    steps_per_second: float | None = None
     images_per_second: float | None = None
     seconds_left: float | None = None
     seconds_left_is_least: bool = False
@@ -50,11 +48,6 @@ class Status:
     def step(self) -> int:
         """Steps done since the start of the run."""
         return (self.epoch - 1) * self.steps_per_epoch + self.steps
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.epochs * self.steps_per_epoch
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,6 @@ class Trainer:
             steps_per_epoch=plan.steps_per_epoch,
             loss=progress.loss / images if images else None,
             accuracy=progress.correct / images if images else None,
-            steps_per_second=rate,
             images_per_second=rate and rate * plan.global_batch_size,
             seconds_left=pace.seconds_left(plan.total_steps - self.step, validations_left),
             seconds_left_is_least=not pace.has_validated,

@@ -128,7 +128,7 @@ def test_runs_that_differ_in_their_seed_alone_are_grouped(sweep: Path) -> None:
     slow, fast = comparison.groups
     assert [run.seed for run in slow.runs] == [7, 10, 42]
     assert slow.accuracy.mean == pytest.approx((0.61 + 0.66 + 0.64) / 3)
-    assert slow.accuracy.deviation == pytest.approx(statistics.stdev([0.61, 0.66, 0.64]))
+    assert slow.accuracy.standard_deviation == pytest.approx(statistics.stdev([0.61, 0.66, 0.64]))
     assert slow.last_mean.mean == pytest.approx(slow.accuracy.mean + 0.01 - 0.02)
     assert slow.elapsed_seconds == pytest.approx(10 * (7 + 10 + 42) / 3)
     assert (slow.best.seed, slow.best.folder) == (7, f"{sweep}/seed-7")
@@ -150,7 +150,7 @@ def test_different_settings_are_never_averaged(tmp_path: Path, other: dict[str, 
     make_sweep_run(tmp_path / "b", climb(0.6), **other)
     comparison = compare_runs([str(tmp_path)])
     assert [len(group.runs) for group in comparison.groups] == [1, 1]
-    assert [group.accuracy.deviation for group in comparison.groups] == [None, None]
+    assert [group.accuracy.standard_deviation for group in comparison.groups] == [None, None]
     assert len({group.label for group in comparison.groups}) == 2
 
 

@@ -31,7 +31,6 @@ STATUS = Status(
     steps_per_epoch=195,
     loss=1.23456,
     accuracy=0.5534,
-    steps_per_second=23.44,
     images_per_second=6000.6,
     seconds_left=3723.4,
 )

@@ -36,7 +36,7 @@ from tests.conftest import REPOSITORY
 from tests.run_folders import TRAINING, lines
 from tests.training.test_trainer import make_fingerprint
 
-STATUS = Status("training", 2, 5, 15, 195, 1.5, 0.25, 20.0, 5120.0, 42.0)
+STATUS = Status("training", 2, 5, 15, 195, 1.5, 0.25, 5120.0, 42.0)
 LINE = EpochRecord(2, 195, 1.5, 0.25, 1.25, 0.5, 1e-3, 9.0, 5000.0, 20.0)
 
 
