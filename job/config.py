@@ -4,6 +4,7 @@ Standard library only, so that the command line answers before TensorFlow is imp
 """
 
 import enum
+import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -101,6 +102,26 @@ def _list_modules(package: str) -> tuple[str, ...]:
     # Not what an editor leaves beside a module while it is open.
     paths = Path(__file__).with_name(package).glob("[!._]*.py")
     return tuple(sorted(path.stem for path in paths))
+
+
+def load_member(package: str, name: str, member: str) -> Any:
+    """Import what a module of a package defines for the registry.
+
+    Raises:
+        UserError: If it does not define it, or is no Python.
+    """
+    try:
+        module = importlib.import_module(f"job.{package}.{name}")
+    except SyntaxError as error:
+        raise UserError(
+            f"cannot use job/{package}/{name}.py: {error}, expected Python; mend it"
+        ) from error
+    if not hasattr(module, member):
+        raise UserError(
+            f"job/{package}/{name}.py defines no {member}, expected one; define it, or begin the "
+            f"name of a module that only helps with _"
+        )
+    return getattr(module, member)
 
 
 @dataclass(frozen=True)

@@ -289,8 +289,8 @@ def _use_local_devices(
     request, gpus = config.devices, visible_gpus()
     if request.kind == "gpu" and request.replicas > len(gpus):
         raise UserError(
-            f"--devices received {request}, expected at most the {len(gpus)} visible GPUs; ask "
-            f"for fewer, or --devices auto or cpu:N"
+            f"--devices received {request}, expected at most the number of GPUs that TensorFlow "
+            f"sees, {len(gpus)}; use --devices auto, which takes what is there, or cpu:N"
         )
     on_gpus = request.kind == "gpu" or (request.kind == "auto" and bool(gpus))
     kind: Kind = "gpu" if on_gpus else "cpu"

@@ -13,7 +13,8 @@ from pathlib import Path
 import tensorflow as tf
 
 from job.cluster import Device
-from job.config import GpuMissingError, UserError
+from job.cluster.scheduler import gpus_on_node
+from job.config import GpuMissingError
 
 DRIVER_LIBRARY = "libcuda.so.1"
 """Comes with the driver of the host; a container has it if it was given a GPU."""
@@ -62,14 +63,8 @@ def expected_gpus(environ: Mapping[str, str], dev: Path = Path("/dev")) -> Expec
         valid = list(itertools.takewhile(entry.fullmatch, visible.split(",")))
         if valid:
             return ExpectedGpus(len(valid), f"CUDA_VISIBLE_DEVICES={visible}")
-    slurm = environ.get("SLURM_GPUS_ON_NODE")
-    if slurm:
-        if not slurm.isdecimal():
-            raise UserError(
-                f"SLURM_GPUS_ON_NODE received {slurm!r}, expected a number; unset or correct it"
-            )
-        if int(slurm):
-            return ExpectedGpus(int(slurm), f"SLURM_GPUS_ON_NODE={slurm}")
+    if slurm := gpus_on_node(environ):
+        return ExpectedGpus(slurm, f"SLURM_GPUS_ON_NODE={slurm}")
     if visible is not None:
         return ExpectedGpus(0, f"CUDA_VISIBLE_DEVICES={visible!r} hides all GPUs")
     nodes = [node.name for node in dev.glob("nvidia*") if re.fullmatch(r"nvidia\d+", node.name)]

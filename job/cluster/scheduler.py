@@ -1,6 +1,6 @@
-"""What the scheduler's environment says about a run: its workers and its identity.
+"""What the scheduler's environment says about a run: its workers, its identity and its GPUs.
 
-The only module that reads these variables. Pure functions over a mapping.
+The only module that reads a scheduler's variables. Pure functions over a mapping.
 """
 
 import hashlib
@@ -140,7 +140,7 @@ class _TfConfig(msgspec.Struct):
 def _from_tf_config(text: str) -> ClusterSpec:
     try:
         config = msgspec.json.decode(text, type=_TfConfig)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError) as error:
         raise _refused(str(error)) from error
     chief, others = config.cluster.get("chief", []), config.cluster.get("worker", [])
     kind, index, addresses = config.task.type, int(config.task.index), [*chief, *others]
@@ -269,6 +269,20 @@ def _number(environ: Mapping[str, str], name: str, advice: str, least: int = 0) 
     if not _NUMBER.fullmatch(value) or int(value) < least:
         raise UserError(f"{name} is {value!r}, expected a whole number from {least}; {advice}")
     return int(value)
+
+
+def gpus_on_node(environ: Mapping[str, str]) -> int:
+    """The GPUs that Slurm gives to a job on this node; 0 where it gives none.
+
+    Raises:
+        UserError: If its variable is no number.
+    """
+    text = environ.get("SLURM_GPUS_ON_NODE") or "0"
+    if not text.isdecimal():
+        raise UserError(
+            f"SLURM_GPUS_ON_NODE received {text!r}, expected a number; unset or correct it"
+        )
+    return int(text)
 
 
 @dataclass(frozen=True)

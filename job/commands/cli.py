@@ -29,7 +29,7 @@ from job.commands.options import (
 )
 from job.commands.terminal import DownloadBar, EpochBar, printable
 from job.config import ExitCode, JobError, TrainConfig
-from job.run.stop import StopRequest
+from job.run.stop import StopRequest, Watchdog
 
 
 @click.group(context_settings={"max_content_width": 100})
@@ -101,6 +101,7 @@ def _bars(*, enabled: bool, stop: StopRequest) -> Iterator[tuple[DownloadBar, Ep
         contextlib.closing(DownloadBar(enabled=enabled)) as download_bar,
         contextlib.closing(EpochBar(enabled=enabled)) as epoch_bar,
         stop.on_exit(lambda _code, _reason: epoch_bar.close()),
+        stop.on_exit(lambda _code, _reason: download_bar.close()),
     ):
         yield download_bar, epoch_bar
 
@@ -110,20 +111,21 @@ def _train_alone(
 ) -> None:
     from job.run.attempt import open_attempt
 
-    with open_attempt(config, stop) as attempt:
+    watchdog = Watchdog(config.stall_timeout, stop.end_hung)
+    with open_attempt(config, stop, watchdog) as attempt:
         if attempt.is_finished:
             if config.metrics_textfile:
                 from job.training.prometheus import write_finished
 
                 write_finished(config, attempt)
             return
-        load_tensorflow()
-        from job.cluster.devices import open_devices
-        from job.data import load_dataset
-        from job.training.train import make_watchdog, run_attempt
+        with watchdog.watch("the import of TensorFlow", compiling=True):
+            load_tensorflow()
+            from job.cluster.devices import open_devices
+            from job.data import load_dataset
+            from job.training.train import run_attempt
 
         load = partial(load_dataset, bar=download_bar)
-        watchdog = make_watchdog(config, stop)
         run_attempt(config, attempt, open_devices, load, watchdog, [epoch_bar])
 
 
@@ -144,17 +146,18 @@ def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) ->
     from job.run.folder import MODEL, require_model
 
     require_model(config.output_dir / MODEL)
-    bars = _bars(enabled=True, stop=stop)
-    with hold_output_dir(config.output_dir, stop) as output, bars as (download_bar, _):
-        load_tensorflow()
+    bars, watchdog = _bars(enabled=True, stop=stop), Watchdog(config.stall_timeout, stop.end_hung)
+    holding = hold_output_dir(config.output_dir, stop, watchdog=watchdog)
+    with holding as output, bars as (download_bar, _):
+        with watchdog.watch("the import of TensorFlow", compiling=True):
+            load_tensorflow()
         from job.cluster.devices import open_devices
         from job.data import load_dataset
         from job.report.page import try_to_write_report
         from job.training.saved_model import evaluate_output_dir
-        from job.training.train import make_watchdog
 
         devices, load = open_devices(config), partial(load_dataset, bar=download_bar)
-        evaluate_output_dir(config, output, devices, load, make_watchdog(config, stop))
+        evaluate_output_dir(config, output, devices, load, watchdog)
         try_to_write_report(output)
 
 

@@ -18,6 +18,7 @@ from job.cluster.workers import Workers
 from job.commands.terminal import write_lines
 from job.config import JobError, TrainConfig, describe_config
 from job.data import get_source, load_dataset, require_limit
+from job.recipes import get_recipe
 from job.report.page import command_line
 from job.run.attempt import Attempt, inspect_output_dir
 from job.run.folder import OutputDir, prepare_output_dir
@@ -97,6 +98,8 @@ def preview(
         devices = _preview_devices(found, config, attempt, open_devices)
     with found.collecting():
         _preview_data(found, config, devices, load)
+    with found.collecting():
+        get_recipe(config.recipe)
     return found
 
 

@@ -142,10 +142,10 @@ _NAME_COLUMNS = 60
 
 @dataclass(frozen=True)
 class Prediction:
-    """A source and what the model makes of it.
+    """A file and what the model predicts for it.
 
     Attributes:
-        decoded: The source's image, or why there is none.
+        decoded: The file's image, or why there is none.
         classes: The most probable classes, from the first: name and probability, 0 to 1.
     """
 
@@ -156,7 +156,7 @@ class Prediction:
 def predict_images(
     devices: Devices,
     path: Path,
-    sources: Sequence[ImageFile],
+    files: Sequence[ImageFile],
     top: int,
     *,
     as_json: bool = False,
@@ -167,7 +167,7 @@ def predict_images(
     Args:
         devices: Where to compute.
         path: The model file.
-        sources: The images.
+        files: The images.
         top: How many classes to report of each.
         as_json: Whether to write JSON lines, in which broken images have theirs.
         png: Picture of the first `PICTURES` images to write, in a folder that there is.
@@ -175,55 +175,55 @@ def predict_images(
     Raises:
         UserError: If the model cannot be used, or an image could not be read; the others are done.
     """
-    rows = min(ROWS_PER_REPLICA, -(-len(sources) // devices.replicas))
+    rows = min(ROWS_PER_REPLICA, -(-len(files) // devices.replicas))
     predictor = load_predictor(path, devices, rows)
-    describe = json_line if as_json else _text_lines(sources, predictor.class_names)
+    describe = json_line if as_json else _text_lines(files, predictor.class_names)
     broken, shown = list[ImageFile](), list[Prediction]()
     start = time.perf_counter()
-    for predictions in predict_batches(predictor, sources, top):
+    for predictions in predict_batches(predictor, files, top):
         write_lines(line for line in map(describe, predictions) if line)
         readable = [prediction for prediction in predictions if prediction.classes]
-        broken += [one.decoded.source for one in predictions if not one.classes]
+        broken += [one.decoded.file for one in predictions if not one.classes]
         shown += readable[: PICTURES - len(shown)] if png else []
     seconds = time.perf_counter() - start
-    done = len(sources) - len(broken)
+    done = len(files) - len(broken)
     if done:
         say(f"{plural(done, 'image')} in {seconds:.1f} s ({done / seconds:,.0f} images/s)")
     if png and shown:
         _save_picture(png, shown, done, predictor.image_shape)
     if broken:
-        raise _unreadable(broken, len(sources), as_json=as_json)
+        raise _unreadable(broken, len(files), as_json=as_json)
 
 
-def _unreadable(broken: Sequence[ImageFile], sources: int, *, as_json: bool) -> UserError:
+def _unreadable(broken: Sequence[ImageFile], files: int, *, as_json: bool) -> UserError:
     """What to say in the end of images that could not be read."""
-    if sources == 1:
-        (source,) = broken
+    if files == 1:
+        (file,) = broken
         return UserError(
-            f"cannot read {printable(source.name)}: {source.problem}; name an image, or a folder "
+            f"cannot read {printable(file.name)}: {file.problem}; name an image, or a folder "
             f"that has some"
         )
     where = "each has its line with an error on stdout" if as_json else "each is named above"
     return UserError(
-        f"{len(broken):,} of {plural(sources, 'image')} could not be read; {where}; mend them or "
+        f"{len(broken):,} of {plural(files, 'image')} could not be read; {where}; mend them or "
         f"leave them out"
     )
 
 
 def predict_batches(
-    predictor: Predictor, sources: Sequence[ImageFile], top: int
+    predictor: Predictor, files: Sequence[ImageFile], top: int
 ) -> Iterator[list[Prediction]]:
-    """Decode and predict images, in the order of the sources.
+    """Decode and predict images, in the order of the files.
 
     Args:
         predictor: The model.
-        sources: The images.
+        files: The images.
         top: How many classes to report of each.
 
     Yields:
-        The predictions of `Predictor.batch_size` sources.
+        The predictions of `Predictor.batch_size` files.
     """
-    for batch in decode_batches(sources, predictor.batch_size, predictor.image_shape):
+    for batch in decode_batches(files, predictor.batch_size, predictor.image_shape):
         images = [decoded.pixels for decoded in batch if decoded.pixels is not None]
         best: Iterator[tuple[tuple[str, float], ...]] = iter(())
         if images:
@@ -243,30 +243,30 @@ def _most_probable(
 
 def json_line(prediction: Prediction) -> str:
     """A prediction as a JSON object in one line; the README documents it."""
-    source = prediction.decoded.source
-    if source.problem:
-        return json.dumps({"path": source.name, "error": source.problem})
+    file = prediction.decoded.file
+    if file.problem:
+        return json.dumps({"path": file.name, "error": file.problem})
     classes = [{"class": name, "probability": value} for name, value in prediction.classes]
-    return json.dumps({"path": source.name, "predictions": classes})
+    return json.dumps({"path": file.name, "predictions": classes})
 
 
 def _text_lines(
-    sources: Sequence[ImageFile], class_names: Sequence[str]
+    files: Sequence[ImageFile], class_names: Sequence[str]
 ) -> Callable[[Prediction], str]:
     """Lay out the lines for people; what is broken is said on stderr instead."""
-    widest = max(cell_len(printable(source.name)) for source in sources)
+    widest = max(cell_len(printable(file.name)) for file in files)
     name_width = min(widest, _NAME_COLUMNS)
     class_width = max(cell_len(printable(name)) for name in class_names)
 
     def describe(prediction: Prediction) -> str:
-        source = prediction.decoded.source
-        if source.problem:
-            if len(sources) > 1:  # of a single one the end of the command says it
-                say(f"{printable(source.name)}: {source.problem}")
+        file = prediction.decoded.file
+        if file.problem:
+            if len(files) > 1:  # of a single one the end of the command says it
+                say(f"{printable(file.name)}: {file.problem}")
             return ""
         (first, value), *others = [(printable(name), value) for name, value in prediction.classes]
         line = (
-            f"{padded(printable(source.name), name_width)}  {padded(first, class_width)}  "
+            f"{padded(printable(file.name), name_width)}  {padded(first, class_width)}  "
             f"{value:>6.1%}"
         )
         rest = ", ".join(f"{name} {value:.1%}" for name, value in others)
@@ -283,7 +283,7 @@ def _save_picture(png: Path, shown: Sequence[Prediction], images: int, shape: Im
     shown_images = [
         pictures.Captioned(
             np.broadcast_to(prediction.decoded.pixels, (height, width, 3)),
-            printable(PurePath(prediction.decoded.source.name).name),
+            printable(PurePath(prediction.decoded.file.name).name),
             *prediction.classes[0],
         )
         for prediction in shown

@@ -1,7 +1,6 @@
 """The arrays that a run trains and evaluates on, whatever data set they come from."""
 
 import hashlib
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from job.config import TrainConfig, UserError
+from job.config import TrainConfig, UserError, load_member
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Source:
 
 def get_source(name: str) -> Source:
     """Import the data set of this name: the ``SOURCE`` of the module ``job.data.<name>``."""
-    source: Source = importlib.import_module(f"job.data.{name}").SOURCE
+    source: Source = load_member("data", name, "SOURCE")
     return source
 
 

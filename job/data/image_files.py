@@ -123,40 +123,40 @@ def _has_suffix(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What became of a source.
+    """What became of a file.
 
     Attributes:
-        source: The source; its `problem` tells why there are no pixels.
+        file: The file; its `problem` is why there are no pixels.
         pixels: [height, width, channels] uint8; None where there is a problem.
     """
 
-    source: ImageFile
+    file: ImageFile
     pixels: npt.NDArray[np.uint8] | None
 
 
 def decode_batches(
-    sources: Sequence[ImageFile], batch_size: int, shape: ImageShape
+    files: Sequence[ImageFile], batch_size: int, shape: ImageShape
 ) -> Iterator[list[Decoded]]:
     """Decode images in threads, a few batches ahead of whoever takes them.
 
     Args:
-        sources: What to decode.
+        files: What to decode.
         batch_size: Sources in each batch but the last.
         shape: Of the pixels.
 
     Yields:
-        The batches, in the order of the sources.
+        The batches, in the order of the files.
     """
 
     def decode_all(part: Sequence[ImageFile]) -> list[Decoded]:
-        return [_decode(source, shape) for source in part]
+        return [_decode(file, shape) for file in part]
 
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "decode")
     ahead: deque[Iterator[list[Decoded]]] = deque()
     # Damaged metadata makes Pillow warn, and then the pixels come or an error does.
     with warnings.catch_warnings(action="ignore"):
         try:
-            for batch in _parts(sources, batch_size):
+            for batch in _parts(files, batch_size):
                 ahead.append(pool.map(decode_all, _parts(batch, _IMAGES_A_TASK)))
                 if len(ahead) > _BATCHES_AHEAD:
                     yield list(itertools.chain.from_iterable(ahead.popleft()))
@@ -166,17 +166,17 @@ def decode_batches(
             pool.shutdown(cancel_futures=True)
 
 
-def _parts(sources: Sequence[ImageFile], size: int) -> Iterator[Sequence[ImageFile]]:
-    return (sources[start : start + size] for start in range(0, len(sources), size))
+def _parts(files: Sequence[ImageFile], size: int) -> Iterator[Sequence[ImageFile]]:
+    return (files[start : start + size] for start in range(0, len(files), size))
 
 
-def _decode(source: ImageFile, shape: ImageShape) -> Decoded:
-    if source.problem:
-        return Decoded(source, None)
+def _decode(file: ImageFile, shape: ImageShape) -> Decoded:
+    if file.problem:
+        return Decoded(file, None)
     try:
-        return Decoded(source, read_image(source.name, shape))
+        return Decoded(file, read_image(file.name, shape))
     except UserError as error:
-        return Decoded(ImageFile(source.name, str(error)), None)
+        return Decoded(ImageFile(file.name, str(error)), None)
 
 
 def read_image(name: str, shape: ImageShape) -> npt.NDArray[np.uint8]:

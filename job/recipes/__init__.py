@@ -1,6 +1,5 @@
 """What the engine asks of a recipe, so that it need not know any."""
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,6 +7,7 @@ from typing import Protocol
 import keras
 import tensorflow as tf
 
+from job.config import load_member
 from job.recipes._augment import Resample, resample_by_gather, resample_by_op
 
 __all__ = [
@@ -81,5 +81,5 @@ class Recipe:
 
 def get_recipe(name: str) -> Recipe:
     """Import the recipe of this name: the ``RECIPE`` of ``job.recipes.<name>``."""
-    recipe: Recipe = importlib.import_module(f"job.recipes.{name}").RECIPE
+    recipe: Recipe = load_member("recipes", name, "RECIPE")
     return recipe

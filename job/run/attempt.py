@@ -31,7 +31,7 @@ from job.run.folder import (
 from job.run.lease import LeaseLostError, acquire
 from job.run.manifest import RunManifest, earlier_manifest
 from job.run.record import Manifest, earlier_evaluation
-from job.run.stop import StopRequest
+from job.run.stop import StopRequest, Watchdog
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def hold_output_dir(
     stop: StopRequest,
     identity: RunIdentity = NO_RUN,
     before_asking: Callable[[], None] = lambda: None,
+    watchdog: Watchdog | None = None,
 ) -> Iterator[OutputDir]:
     """Hold an output folder for the time of the body.
 
@@ -73,6 +74,7 @@ def hold_output_dir(
         stop: Is asked if the folder is.
         identity: The run whose older attempts are to make room; none by default.
         before_asking: Raises if they should not, because this attempt could not go on.
+        watchdog: Ends the process if the body hangs, or the return of the folder.
 
     Raises:
         UserError: If it cannot be used or another run holds it.
@@ -80,7 +82,10 @@ def hold_output_dir(
     """
     prepare_output_dir(path)
     lease = acquire(path, identity, stop, before_asking)
-    with stop.on_exit(lambda _code, _reason: lease.release()):
+    # What takes long in the body has a watch of its own. This one is for the rest: even a small
+    # file never gets written on a volume that hangs.
+    rest = watchdog.watch("a pause between two calls") if watchdog else contextlib.nullcontext()
+    with stop.on_exit(lambda _code, _reason: lease.release()), rest:
         try:
             output = OutputDir(path, lease.check, lease.token)
             output.tidy()
@@ -90,12 +95,15 @@ def hold_output_dir(
 
 
 @contextlib.contextmanager
-def open_attempt(config: TrainConfig, stop: StopRequest) -> Iterator[Attempt]:
+def open_attempt(
+    config: TrainConfig, stop: StopRequest, watchdog: Watchdog | None = None
+) -> Iterator[Attempt]:
     """Open an attempt at a run for the time of the body, and record how it ends.
 
     Args:
         config: The run's configuration.
         stop: Ends it early.
+        watchdog: Ends the process if the attempt hangs.
 
     Raises:
         UserError: If the folder cannot be used, or holds another run.
@@ -110,7 +118,9 @@ def open_attempt(config: TrainConfig, stop: StopRequest) -> Iterator[Attempt]:
         if running and not config.fresh:
             require_same_run(run_options(running.config), run_options(config), config.output_dir)
 
-    with hold_output_dir(config.output_dir, stop, identity, require_same_options) as output:
+    with hold_output_dir(
+        config.output_dir, stop, identity, require_same_options, watchdog
+    ) as output:
         attempt = inspect_output_dir(config, identity, output, stop)
         if attempt.is_finished:
             log.event(

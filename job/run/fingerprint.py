@@ -149,6 +149,10 @@ def _code(source: str) -> str:
     return ast.unparse(tree)
 
 
+def _shown(value: Json) -> Json:
+    return "none" if value is None else value
+
+
 def require_same_run(
     saved: Mapping[str, Json], current: Mapping[str, Json], output_dir: Path
 ) -> None:
@@ -171,7 +175,7 @@ def require_same_run(
         if name.startswith(_OPTIMIZER):
             key = name.removeprefix(_OPTIMIZER)
             option = f"the optimizer's {key} (--epochs may set its schedule)"
-        problem = f"{option} received {received}, expected {expected}"
+        problem = f"{option} received {_shown(received)}, expected {_shown(expected)}"
         differences.append(_CONTENTS.get(name, problem))
     if differences:
         raise UserError(

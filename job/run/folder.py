@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -136,10 +137,10 @@ class OutputDir:
     """
 
     def __init__(
-        self, path: Path, check: Callable[[], None] = lambda: None, token: str = "0" * 8
+        self, path: Path, check: Callable[[], None] = lambda: None, token: str | None = None
     ) -> None:
         self.path, self.check = path, check
-        self._token = token
+        self._token = token or uuid.uuid4().hex[:8]
 
     @contextlib.contextmanager
     def atomic_write(self, name: str) -> Iterator[Path]:

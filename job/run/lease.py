@@ -192,7 +192,7 @@ def read_lease(path: Path) -> Holder | None:
     content = path.read_bytes()
     try:
         return msgspec.json.decode(content, type=Holder)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, ValueError):
         return None
 
 

@@ -6,14 +6,14 @@ set. They may have been cut off, edited or mixed up on their way here, so they a
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
 from job.cluster import Device
-from job.config import TrainConfig, UserError, redacted
+from job.config import TrainConfig, UserError, redacted, run_options
 from job.run.folder import EVALUATION, METRICS, REPORT, RUN, refused
 from job.run.predictions import Predictions, confusion_matrix
 
@@ -317,6 +317,14 @@ def decode(content: bytes | str, kind: type[_Document]) -> _Document:
         raise ValueError(str(error)) from error
 
 
+# Options for which no default may stand in: they make the run, and every version has written them.
+_IDENTIFYING = ("output_dir", "data_dir", "epochs", *run_options(TrainConfig()))
+
+
+class _Told(Struct):
+    config: dict[str, Any]
+
+
 def read_manifest(folder: Path) -> Manifest | None:
     """Read the ``run.json`` of an output folder; None where there is none.
 
@@ -328,9 +336,16 @@ def read_manifest(folder: Path) -> Manifest | None:
         "run the same train command again, which writes it anew from its checkpoint, or start over "
         "with --fresh"
     )
-    manifest = _read_document(folder / RUN, advice, Manifest)
-    if manifest:
-        manifest.config = redacted(manifest.config)  # earlier versions kept it as it was given
+    path = folder / RUN
+    content = _read(path)
+    if content is None:
+        return None
+    manifest = _parse(content, str(path), advice, Manifest)
+    told = decode(content, _Told).config
+    missing = [name for name in _IDENTIFYING if name not in told]
+    if missing:
+        raise DamagedError(f"{path} is damaged: config lacks {', '.join(missing)}; {advice}")
+    manifest.config = redacted(manifest.config)  # earlier versions kept it as it was given
     return manifest
 
 

@@ -6,6 +6,7 @@ Standard library only: it is set up before anything that takes time.
 import contextlib
 import faulthandler
 import logging
+import math
 import os
 import signal
 import socket
@@ -117,6 +118,10 @@ class StopRequest:
         if at_once:
             self.end(ExitCode.RUN_AGAIN, reason)
 
+    def end_hung(self) -> NoReturn:
+        """End the process after a call that did not return."""
+        self.end(ExitCode.DEFECT, "a call did not return within --stall-timeout")
+
     def end(self, exit_code: ExitCode, reason: str) -> NoReturn:
         """End the process from any thread, whatever the others are doing."""
 
@@ -205,7 +210,9 @@ class Watchdog:
     A thread counts the time in ticks, and a tick that comes late counts as two at most: while the
     process was suspended the call could not return. No Python thread runs while a call holds
     Python's global lock, as TensorFlow's do while they wait for other workers. So each tick also
-    sets a native timer, which then ends the process with exit code 1 and the stacks on stderr.
+    sets a native timer, which then ends the process with exit code 1 and the stacks on stderr. That
+    timer counts a suspension that SIGSTOP began without SIGTSTP before it, or a frozen container:
+    one that outlasts the call's time and the margin ends the process when it continues.
 
     Args:
         timeout_seconds: Longest time that a watched call may take.
@@ -238,7 +245,8 @@ class Watchdog:
         Args:
             what: Names the body in the log.
             compiling: Whether the body may compile first, for which it has time of its own.
-            seconds: Its time, where that is not the timeout of any call.
+            seconds: Its time, where that is not the timeout of any call; infinity for a body that
+                has its own end.
         """
         if seconds is None:
             seconds = self._timeout_seconds + (COMPILATION_SECONDS if compiling else 0.0)
@@ -274,7 +282,7 @@ class Watchdog:
 
     def _set_native_timer(self, *, anew: bool = False) -> None:
         """Let the native timer end the process a margin after the innermost call's time."""
-        if not self._calls:
+        if not self._calls or self._calls[-1].left == math.inf:
             if self._native_end is not None:
                 faulthandler.cancel_dump_traceback_later()
                 self._native_end = None

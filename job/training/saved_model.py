@@ -101,7 +101,8 @@ def evaluate_output_dir(
             f"--dataset received {config.dataset}, expected {trained_on.name}, which the "
             f"run in {output.path} was trained on; add --dataset {trained_on.name}"
         )
-    dataset = load(config)
+    with watchdog.watch("the data", seconds=math.inf):
+        dataset = load(config)
     if trained_on and trained_on.test_fingerprint != dataset.test_fingerprint:
         raise UserError(
             f"received the test images of {dataset.name}, expected those that the run in "

@@ -1,4 +1,4 @@
-"""The event file that TensorBoard draws a run's curves from.
+"""The event file that TensorBoard draws a run's curves from: one file format, one module.
 
 TensorBoard itself is not needed to write it: TensorFlow has the records and their messages. The
 file is written anew from the run's history when an attempt begins, so that epochs which a killed

@@ -2,8 +2,8 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import keras
@@ -16,7 +16,6 @@ from job.cluster.devices import Devices, open_devices_of_all
 from job.cluster.scheduler import NO_RUN, ClusterSpec
 from job.cluster.workers import Workers, naming_lost_workers
 from job.config import (
-    ExitCode,
     LostWorkerError,
     TrainConfig,
     UserError,
@@ -52,17 +51,10 @@ from job.training.trainer import Trainer
 OpenDevices = Callable[[TrainConfig, Environment | None], Devices]
 LoadDataset = Callable[[TrainConfig], Dataset]
 
-STALLED = "a call did not return within --stall-timeout"
-
 # Besides those that make the run. Folders may be others on every worker.
 _EQUAL_OPTIONS = ("epochs", "precision", "jit", "deterministic", "fresh")
 # For TensorFlow to connect the workers, once all are there; less where no call may take as long.
 _CONNECT_SECONDS = 60.0
-
-
-def make_watchdog(config: TrainConfig, stop: StopRequest) -> Watchdog:
-    """A watchdog that ends the process with exit code 1, after what `StopRequest.on_exit` sets."""
-    return Watchdog(config.stall_timeout, partial(stop.end, ExitCode.DEFECT, STALLED))
 
 
 def train_as_worker(
@@ -84,7 +76,7 @@ def train_as_worker(
         StoppedError: If one of them was asked to stop; the chief has saved the state.
         JobError: If the loss is no finite number any more.
     """
-    watchdog = make_watchdog(config, stop)
+    watchdog = Watchdog(config.stall_timeout, stop.end_hung)
     seconds = config.join_timeout + min(_CONNECT_SECONDS, config.stall_timeout)
     with watchdog.watch("the wait for the other workers", seconds=seconds):
         devices = open_devices_of_all(config, spec)
@@ -140,9 +132,10 @@ def _open_attempt_of_all(
     if not workers.is_chief:
         with waiting:
             attempt = _follow(config, stop, workers)
-        yield attempt
+        with watchdog.watch("a pause between two calls"):
+            yield attempt
         return
-    with open_attempt(config, stop) as attempt:
+    with open_attempt(config, stop, watchdog) as attempt:
         checkpoint = attempt.checkpoint
         step = checkpoint.step if checkpoint else None
         with waiting:
@@ -171,7 +164,7 @@ def _follow(config: TrainConfig, stop: StopRequest, workers: Workers) -> Attempt
 
 
 class UnwrittenDir(OutputDir):
-    """The output folder of a worker that is not the chief, and so neither reads nor writes it."""
+    """The output folder of a worker that is not the chief: nothing is written or removed."""
 
     def _do_nothing(self, *_arguments: Any, **_keywords: Any) -> None: ...
 
@@ -208,15 +201,14 @@ def run_attempt(
         with watchdog.watch("the setup of the devices", compiling=True):
             devices = open_devices(config, previous)
         devices.rows_per_replica(config.batch_size)
-        # Not watched: a download takes as long as the network needs, and ends if nothing comes.
-        dataset = load(config)
+        # A download takes as long as the network needs, and ends if nothing comes.
+        with watchdog.watch("the data, here and at the other workers", seconds=math.inf):
+            dataset = load(config)
+            devices.workers.barrier()
         observers = [*observers, *own_observers]
-        # What takes long has a watch of its own in there. This one is for the rest: even a small
-        # file never gets written on a volume that hangs.
-        with watchdog.watch("a pause between two calls"):
-            evaluation = _train_and_evaluate(config, attempt, devices, dataset, watchdog, observers)
-            # First, because the report tells how the run ended.
-            attempt.manifest.finish("done")
+        evaluation = _train_and_evaluate(config, attempt, devices, dataset, watchdog, observers)
+        # First, because the report tells how the run ended.
+        attempt.manifest.finish("done")
     # The textfile says done by now, as run.json does, whatever becomes of the report.
     if evaluation:
         with watchdog.watch("the report"):

@@ -230,6 +230,7 @@ def test_tf_config_comes_first() -> None:
         ({"TF_CONFIG": "{"}, "Input data was truncated"),
         ({"TF_CONFIG": "[" * 100000}, "got `array`"),
         ({"TF_CONFIG": "n1:1,n2:1"}, "malformed"),
+        ({"TF_CONFIG": '{"cluster": "\udcff"}'}, "utf-8"),
         ({"TF_CONFIG": "[]"}, "got `array`"),
         ({"TF_CONFIG": "{}"}, "missing required field `cluster`"),
         ({"TF_CONFIG": '{"cluster": {"worker": ["a:1"]}}'}, "missing required field `task`"),

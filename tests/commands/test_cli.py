@@ -162,7 +162,8 @@ BAD_OPTIONS = [
     ("--require-gpus -1", "'--require-gpus'"),
     ("--metrics-textfile job.txt", "received 'job.txt', expected a name that ends in .prom"),
     ("--metrics-textfile /", "'--metrics-textfile'"),
-    ("--output-dir caf\udce9", r"received caf\xe9, expected a name in UTF-8"),
+    ("--output-dir caf\udce9", r"received caf\xe9, expected text in UTF-8"),
+    ("--run-id caf\udce9", r"received caf\xe9, expected text in UTF-8"),
     ("--epoch 3", "No such option"),
 ]
 

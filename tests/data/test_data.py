@@ -7,6 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+import job.data
 from job.config import TrainConfig, UserError
 from job.data import Dataset, Location, ProgressBar, Source, get_source, load_dataset
 
@@ -76,3 +77,14 @@ def test_a_data_set_without_a_search_of_its_own_is_described_by_its_module() -> 
     config = TrainConfig(dataset="synthetic", data_dir=Path("nowhere"))
     assert source.find(config) == Location("read by job/data/synthetic.py")
     assert get_source("synthetic").find(config) == Location("drawn from seed 42")
+
+
+def test_a_module_that_is_no_data_set_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text("SOURCE = (")
+    monkeypatch.setattr(job.data, "__path__", [*job.data.__path__, str(tmp_path)])
+    with pytest.raises(UserError, match=r"cannot use job/data/broken.py: .*\(broken.py, line 1\)"):
+        get_source("broken")
+    with pytest.raises(UserError, match=r"job/data/image_files.py defines no SOURCE, expected one"):
+        get_source("image_files")

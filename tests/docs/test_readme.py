@@ -223,7 +223,7 @@ def test_commands_run_and_the_model_loads_as_shown(tmp_path: Path) -> None:
     for command in (demo(), *commands()):
         words = shlex.split(command)
         if words[-1].startswith("output/demo") and "train" in words:
-            words += ["--limit", "2560", "--epochs", "1"]  # the demo takes minutes
+            words += ["--limit", "2560", "--epochs", "1"]  # the demo takes longer
         result = subprocess.run(
             [sys.executable, *words[1:]],
             cwd=tmp_path,

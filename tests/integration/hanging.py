@@ -22,10 +22,15 @@ from job.__main__ import run
 from job.cluster.workers import Workers
 from job.run import stop
 from job.run.checkpoint import CheckpointStore
+from job.run.manifest import RunManifest
 from job.training.engine import Engine
 from job.training.evaluate import Evaluator
+from job.training.prometheus import MetricsTextfile
 
-CLASSES = {one.__name__: one for one in (CheckpointStore, Engine, Evaluator, Workers)}
+CLASSES = {
+    one.__name__: one
+    for one in (CheckpointStore, Engine, Evaluator, MetricsTextfile, RunManifest, Workers)
+}
 
 
 def hang_at(place: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import RunJob
+from tests.conftest import Job, RunJob
 from tests.integration.conftest import MakeVolume
 
 SMALL = ("--epochs", "2", "--limit", "2560")
@@ -253,17 +253,28 @@ def test_an_artifact_that_does_not_fit_leaves_the_earlier_one(
     assert [entry.name for entry in volume.iterdir()] == ["model.h5"]
 
 
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("Evaluator.__call__ 1", "a validation"),
+        ("MetricsTextfile.finish 1", "a pause between two calls"),
+        ("RunManifest.finish 1", "a pause between two calls"),
+    ],
+)
 def test_a_call_that_hangs_ends_with_the_stacks_in_the_log_and_is_on_the_record(
-    run_job: RunJob, cifar10_dir: Path, tmp_path: Path
+    cifar10_dir: Path, tmp_path: Path, place: str, what: str
 ) -> None:
-    # No execution ends that soon.
-    result = run_job(
-        "train", *SMALL, "--data-dir", cifar10_dir, "--stall-timeout", "0.05", timeout=120
-    )
+    result = Job(
+        *(tmp_path, "train", *SMALL, "--data-dir", cifar10_dir, "--stall-timeout", "6"),
+        *("--metrics-textfile", "job.prom"),
+        env={"HANG": place, "COMPILATION_SECONDS": "60"},
+        module="tests.integration.hanging",
+    ).finish(180)
     assert result.returncode == 1
     stalled, error = (json.loads(line) for line in result.stdout.splitlines()[-2:])
     assert (stalled["event"], error["event"], error["exit_code"]) == ("stalled", "error", 1)
-    assert "train_epoch" in stalled["stacks"]
+    assert stalled["what"] == what
+    assert "hanging.py" in stalled["stacks"]
     (line,) = result.stderr.splitlines()
     assert line == f"cifar10-job: error: {error['message']}"
     manifest = read(tmp_path / "output" / "run.json")

@@ -74,7 +74,7 @@ def base(output: Path, stub: Path) -> dict[str, str]:
     return {"JOB_OUTPUT_DIR": str(output), "PYTHON": str(stub), "CONTAINER_RUNTIME": "none"}
 
 
-# Three spans of steps an epoch, and a checkpoint after each.
+# Three executions an epoch, and a checkpoint after each.
 TRAIN = (
     "slurm/train.sh",
     *["--limit", "2560", "--batch-size", "64", "--epochs", "3", "--checkpoint-every", "0.001"],

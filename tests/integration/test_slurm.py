@@ -15,7 +15,7 @@ from tests.integration.chaos import VISIBLE, compare
 from tests.integration.containers import HERE, podman
 from tests.integration.slurm import Cluster, attempts, halted, require_slurm, trainer, wait_until
 
-# Three spans of steps an epoch, and a checkpoint after each.
+# Three executions an epoch, and a checkpoint after each.
 OPTIONS = "--limit 2560 --batch-size 64 --epochs 3 --checkpoint-every 0.001"
 TRAIN = ("slurm/train.sh", *OPTIONS.split())
 ON_CPU = {"JOB_DEVICES": "cpu:1"}

@@ -40,7 +40,7 @@ def test_the_same_command_has_the_same_fingerprint(take: Any) -> None:
         ({"learning_rate": 0.1}, "--learning-rate received 0.1, expected 0.0001;"),
         ({"recipe": "modern"}, "--recipe received modern, expected classic;"),
         ({"dataset": "cifar10"}, "--dataset received cifar10, expected synthetic"),
-        ({"limit": 9}, "--limit received 9, expected None"),
+        ({"limit": 9}, "--limit received 9, expected none"),
         (
             {"seed": 43, "batch_size": 128},
             "--seed received 43, expected 42; --batch-size received 128, expected 256;",

@@ -134,6 +134,7 @@ def test_a_damaged_run_json_is_told_by_the_entry(whole: OutputDir) -> None:
         ("config", [], "Expected `object`, got `array` - at `$.config`"),
         ("config.epochs", "3", "Expected `int`, got `str` - at `$.config.epochs`"),
         ("config.epochs", True, "Expected `int`, got `bool` - at `$.config.epochs`"),
+        ("config.seed", MISSING, "is damaged: config lacks seed; "),
         ("config.batch_size", 0, "batch_size is 0, expected at least 1 - at `$.config`"),
         ("config.recipe", None, "Expected `str`, got `null` - at `$.config.recipe`"),
         ("config.devices", "tpu", "received 'tpu', expected auto, cpu:N or gpu:N"),
