@@ -28,7 +28,9 @@ PREVIOUS = Environment(
 
 
 def test_more_gpus_than_there_are_is_the_users_to_change() -> None:
-    with pytest.raises(UserError, match=r"--devices received gpu:99, expected at most .* sees, \d+;"):
+    with pytest.raises(
+        UserError, match=r"--devices received gpu:99, expected at most .* sees, \d+;"
+    ):
         open_visible_devices(TrainConfig(devices=DeviceRequest("gpu:99")))
 
 

@@ -25,12 +25,8 @@ from job.run.checkpoint import CheckpointStore
 from job.run.manifest import RunManifest
 from job.training.engine import Engine
 from job.training.evaluate import Evaluator
-from job.training.prometheus import MetricsTextfile
 
-CLASSES = {
-    one.__name__: one
-    for one in (CheckpointStore, Engine, Evaluator, MetricsTextfile, RunManifest, Workers)
-}
+CLASSES = {one.__name__: one for one in (CheckpointStore, Engine, Evaluator, RunManifest, Workers)}
 
 
 def hang_at(place: str) -> None:

@@ -257,7 +257,6 @@ def test_an_artifact_that_does_not_fit_leaves_the_earlier_one(
     ("place", "what"),
     [
         ("Evaluator.__call__ 1", "a validation"),
-        ("MetricsTextfile.finish 1", "a pause between two calls"),
         ("RunManifest.finish 1", "a pause between two calls"),
     ],
 )
@@ -266,7 +265,6 @@ def test_a_call_that_hangs_ends_with_the_stacks_in_the_log_and_is_on_the_record(
 ) -> None:
     result = Job(
         *(tmp_path, "train", *SMALL, "--data-dir", cifar10_dir, "--stall-timeout", "6"),
-        *("--metrics-textfile", "job.prom"),
         env={"HANG": place, "COMPILATION_SECONDS": "60"},
         module="tests.integration.hanging",
     ).finish(180)
