@@ -193,7 +193,7 @@ def checkout(tmp_path: Path) -> Path:
 def test_the_build_fails_without_a_library_that_tensorflow_needs(
     image: str, checkout: Path
 ) -> None:
-    source = checkout / "job" / "gpus.py"
+    source = checkout / "job" / "cluster" / "gpus.py"
     source.write_text(source.read_text().replace('"libnccl.so.2"', '"libnccl.so.99"'))
     build = build_image(f"{image}-broken", checkout)
     assert build.returncode != 0
@@ -201,7 +201,7 @@ def test_the_build_fails_without_a_library_that_tensorflow_needs(
 
 
 def test_a_source_change_keeps_the_layer_of_the_packages(image: str, checkout: Path) -> None:
-    with (checkout / "job" / "train.py").open("a") as file:
+    with (checkout / "job" / "training" / "train.py").open("a") as file:
         file.write("\n# changed\n")
     changed = f"{image}-changed"
     assert build_image(changed, checkout).returncode == 0
