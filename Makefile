@@ -81,7 +81,7 @@ push: ## Build and push IMAGE=registry/name:tag with its SBOM and provenance
 audit: $(VENV)/.dev ## Look the locked packages up among the known vulnerabilities
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes $(foreach lock,$(wildcard locks/*.txt),-r $(lock))
 
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: test
 test: $(VENV)/.dev ## The fast tests: no cluster, container, browser or documentation run
