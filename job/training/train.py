@@ -202,9 +202,8 @@ def run_attempt(
             devices = open_devices(config, previous)
         devices.rows_per_replica(config.batch_size)
         # A download takes as long as the network needs, and ends if nothing comes.
-        with watchdog.watch("the data, here and at the other workers", seconds=math.inf):
+        with watchdog.watch("the data", seconds=math.inf):
             dataset = load(config)
-            devices.workers.barrier()
         observers = [*observers, *own_observers]
         evaluation = _train_and_evaluate(config, attempt, devices, dataset, watchdog, observers)
         # First, because the report tells how the run ended.

@@ -298,7 +298,7 @@ def test_every_phase_runs_under_the_watchdog(whole_run: WholeRun) -> None:
     assert list(dict.fromkeys(watchdog.watched)) == [
         ("a pause between two calls", False),
         ("the setup of the devices", True),
-        ("the data, here and at the other workers", False),
+        ("the data", False),
         ("the setup of the training", True),
         ("an execution of training steps", True),
         ("a checkpoint", False),
