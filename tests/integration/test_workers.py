@@ -381,6 +381,6 @@ def test_a_run_goes_on_with_another_number_of_workers(
     more = make_team(4).start()
     assert more.finish() == [0] * 4, more.errors
     changed = next(event for event in more.logs[0] if event["event"] == "changed")
-    assert set(changed["changes"]) == {"workers: 1 -> 4", "replicas: 2 -> 4"}
+    assert changed["changes"] == ["replicas: 2 -> 4", "workers: 1 -> 4"]
     assert first["last_step"] == second["first_step"]
     assert manifest(output)["config"]["batch_size"] == 64
