@@ -98,7 +98,7 @@ lint: $(VENV)/.dev ## Formatting, lint, types and the layers of the packages
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint docker/Dockerfile tests/integration/base.Dockerfile
-	$(BIN)/shellcheck .ci/run k8s/*.sh slurm/*.sh
+	$(BIN)/shellcheck .ci/run k8s/*.sh slurm/*.sh tests/integration/*.sh
 
 .PHONY: bench
 bench: $(VENV)/.dev ## This job against the conventional Keras script, where its time goes, and predict

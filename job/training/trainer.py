@@ -47,7 +47,11 @@ class Trainer:
         self._plan, self._workers = engine.plan, engine.workers
         self._stop = attempt.stop
         self._elapsed_before = history.elapsed_seconds
-        self._start = self._saved_at = time.perf_counter()
+        self._start = time.perf_counter()
+        # The first execution of an attempt is saved whatever the interval is: a folder that cannot hold a
+        # checkpoint is reported at once, each attempt moves the run on, and what saving takes is in
+        # memory before Slurm's signals may end the process that mounts a container's files.
+        self._saved_at = -math.inf
         self._is_saved = attempt.checkpoint is not None
         self._has_trained = False
         self._observers, self._pace = observers, Pace()

@@ -1,12 +1,15 @@
 """Volumes and trainings that the integration tests share."""
 
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.integration.containers import IMAGE, build_image, require_containers
+from tests.integration.containers import IMAGE, build_image, build_sif, require_containers
+from tests.integration.tools import require_tools
 
 MakeVolume = Callable[[int], Path]
 
@@ -46,3 +49,19 @@ def image() -> str:
     build = build_image()
     assert build.returncode == 0, build.stdout + build.stderr
     return IMAGE
+
+
+@pytest.fixture(scope="session")
+def sif(image: str) -> Path:
+    """That image as a file for Apptainer."""
+    require_tools(("apptainer", "mksquashfs", "squashfuse"), "running Slurm for an ordinary user")
+    return build_sif()
+
+
+@pytest.fixture(scope="session")
+def readable_data(cifar10_dir: Path) -> Iterator[Path]:
+    """The data set where every user can read it."""
+    with tempfile.TemporaryDirectory(prefix="cifar10-job-data-") as folder:
+        shutil.copytree(cifar10_dir, folder, dirs_exist_ok=True)
+        subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
+        yield Path(folder)

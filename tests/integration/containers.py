@@ -1,5 +1,6 @@
-"""The project's image, built by buildah on a stand-in base and run by podman."""
+"""The project's image, built by buildah on a stand-in base, for podman and for Apptainer."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from job import __version__
@@ -17,7 +19,10 @@ HERE = Path(__file__).parent
 IMAGE = "localhost/cifar10-job:test"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 TOOLS = ("podman", "buildah", "runc", "mmdebstrap")
+NOBODY = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups")
+"""Words that have the command behind them run as an ordinary user."""
 
+_DISK = Path("/var/tmp")
 _DEBIAN = "localhost/cifar10-job-debian:bookworm"
 
 
@@ -41,15 +46,61 @@ def build_image(tag: str = IMAGE, context: Path = REPOSITORY) -> subprocess.Comp
 
     One process at a time: the first builds for all that ask for the same.
     """
-    lock = Path(tempfile.gettempdir()) / "cifar10-job-test-image.lock"
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with _alone("image"):
         return _build(
             *("--file", context / "docker" / "Dockerfile", "--tag", tag),
             *("--build-arg", f"BASE_IMAGE={_base()}"),
             *("--build-arg", f"VERSION={__version__}", "--build-arg", f"REVISION={REVISION}"),
             context,
         )
+
+
+def build_sif() -> Path:
+    """Convert the built image for Apptainer, as an ordinary user; reuse a file that exists."""
+    with _alone("sif"):
+        image = podman("image", "inspect", "--format", "{{.Id}}", IMAGE).stdout.strip()
+        sif = _DISK / f"cifar10-job-{image[:12]}.sif"
+        if not sif.exists():
+            for old in _DISK.glob("cifar10-job-*.sif"):
+                old.unlink()
+            with tempfile.TemporaryDirectory(dir=_DISK) as temporary:
+                folder = Path(temporary)
+                save, convert = _documented_conversion()
+                shell(save, folder).check_returncode()
+                subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
+                shutil.chown(folder, "nobody")
+                env = {f"APPTAINER_{name}DIR": temporary for name in ("TMP", "CACHE")}
+                result = subprocess.run(
+                    [*NOBODY, "bash", "-c", convert],
+                    cwd=folder,
+                    env={"PATH": os.environ["PATH"], "HOME": temporary, **env},
+                    capture_output=True,
+                    text=True,
+                )
+                assert result.returncode == 0, result.stderr
+                (folder / "cifar10-job.sif").rename(sif)
+    return sif
+
+
+def _documented_conversion() -> tuple[str, str]:
+    """The commands of docs/container.md, for the tests' image and without compression."""
+    page = (REPOSITORY / "docs" / "container.md").read_text()
+    lines = re.findall(r"^(podman save .*|apptainer build .*)$", page, re.MULTILINE)
+    (plain,) = re.findall(r"--mksquashfs-args \"[^\"]+\"", page)
+    save, convert = lines
+    return (
+        save.replace(f"cifar10-job:{__version__}", IMAGE),
+        convert.replace("build", f"build {plain}"),
+    )
+
+
+@contextlib.contextmanager
+def _alone(work: str) -> Iterator[None]:
+    """Have one process at a time do some work."""
+    lock = Path(tempfile.gettempdir()) / f"cifar10-job-test-{work}.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _base() -> str:
@@ -61,7 +112,7 @@ def _base() -> str:
     digest = hashlib.sha256((recipe + tensorflow[0]).encode()).hexdigest()[:12]
     tag = f"localhost/cifar10-job-base:{digest}"
     if podman("image", "exists", tag).returncode:
-        context = Path("/var/tmp") / f"cifar10-job-base-{digest}"
+        context = _DISK / f"cifar10-job-base-{digest}"
         context.mkdir(exist_ok=True)
         try:
             debian = context / "debian.tar"
@@ -93,3 +144,4 @@ def _run(*command: str | Path, folder: Path | None = None) -> subprocess.Complet
 if __name__ == "__main__":
     # The gate builds ahead of the tests.
     print(build_image().stderr)
+    print(build_sif())

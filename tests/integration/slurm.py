@@ -10,7 +10,6 @@ import copy
 import functools
 import json
 import os
-import pwd
 import re
 import shutil
 import signal
@@ -26,6 +25,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY, free_ports
+from tests.integration.containers import NOBODY
 from tests.integration.namespaces import Hosts
 from tests.integration.tools import require_tools
 
@@ -33,13 +33,11 @@ TOOLS = ("slurmctld", "slurmd", "sbatch", "munged")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
 # A requeued job waits until its credentials have expired: two minutes by default, five seconds at
-# least. KillWait is the default. The first job's number keeps the jobs of two clusters apart, since
-# podman has the containers of both in one list.
+# least. KillWait is the default.
 SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={controller}
 SlurmctldPort={port}
-FirstJobId={port}
 JobRequeue=0
 SlurmUser=root
 SlurmdUser=root
@@ -111,8 +109,8 @@ class Cluster:
     def _make_checkout(self, data: Path) -> Path:
         checkout = Path(tempfile.mkdtemp(prefix="checkout-", dir=self.folder))
         checkout.chmod(0o755)
-        for name in ("job", "slurm"):
-            (checkout / name).symlink_to(REPOSITORY / name)
+        (checkout / "job").symlink_to(REPOSITORY / "job")
+        shutil.copytree(REPOSITORY / "slurm", checkout / "slurm")
         (checkout / ".venv").symlink_to(sys.prefix)
         (checkout / "data").symlink_to(data)
         return checkout
@@ -131,9 +129,7 @@ class Cluster:
         shutil.copytree(REPOSITORY / "slurm", other.checkout / "slurm")
         subprocess.run(["chown", "-R", "nobody", other.checkout], check=True)
         other.env = {**self.env, **env}
-        user = pwd.getpwnam("nobody")
-        ids = (f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}")
-        other._user = ("setpriv", *ids, "--clear-groups")
+        other._user = NOBODY
         return other
 
     def start(self) -> None:
@@ -245,6 +241,21 @@ class Cluster:
     def log(self, job: str) -> str:
         path = self.checkout / f"slurm-{job}.out"
         return path.read_text() if path.exists() else ""
+
+
+def processes(job: str) -> list[Path]:
+    """Folders in /proc of the processes of a job, this machine's nodes together."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"SLURM_JOB_ID={job}".encode() in environment(process):
+                found.append(process)
+    return found
+
+
+def environment(process: Path) -> list[bytes]:
+    """The variables that a process was started with, each as NAME=VALUE."""
+    return (process / "environ").read_bytes().split(b"\0")
 
 
 def attempts(output: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import textwrap
 from collections.abc import Iterator
@@ -12,8 +13,16 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.integration.chaos import VISIBLE, compare
-from tests.integration.containers import HERE, podman
-from tests.integration.slurm import Cluster, attempts, halted, require_slurm, trainer, wait_until
+from tests.integration.slurm import (
+    Cluster,
+    attempts,
+    environment,
+    halted,
+    processes,
+    require_slurm,
+    trainer,
+    wait_until,
+)
 
 # Three executions an epoch, and a checkpoint after each.
 OPTIONS = "--limit 2560 --batch-size 64 --epochs 3 --checkpoint-every 0.001"
@@ -66,10 +75,12 @@ def test_the_script_leaves_every_artifact_and_one_readable_log(
     assert {path.name for path in reference.glob(".*")} == {".lease"}
     assert json.loads((reference / "evaluation.json").read_text())["examples"] == 10_000
     log = cluster.log(undisturbed)
-    start = rf"job {undisturbed}, attempt 0 on n1: runtime none, output \S+/output/slurm, .* 1 GPU"
+    start = (
+        rf"job {undisturbed}, attempt 0 on n1: \.venv/bin/python, 1 GPUs a node, output \S+/slurm,"
+    )
     assert re.search(start, log)
     assert "error" not in log
-    assert log.splitlines()[-1].endswith(f"slurm/train.sh: job {undisturbed} is done")
+    assert log.splitlines()[-1].endswith(f"slurm/train.sh: job {undisturbed}: exit code 0, done")
     (attempt,) = attempts(reference)
     assert (attempt["run_id"], attempt["outcome"]) == (f"slurm job {undisturbed}", "done")
     asked_for = ("JobName", "TimeLimit", "CPUs/Task", "MinMemoryNode", "TresPerNode", "Requeue")
@@ -82,14 +93,11 @@ def test_at_its_time_limit_the_job_requeues_itself_to_the_same_bits(
     cluster: Cluster, reference: Path, output: Path
 ) -> None:
     job = submit(cluster, output, "--time=1")
-    near = "the time limit is near"
-    requeueing = "stopped for the time limit; requeueing (1 of at most 50)"
-    # Slurm looks every half minute, which may be before there is a checkpoint.
-    wait_until(lambda: any(text in cluster.log(job) for text in (CHECKPOINT, near)), 200)
-    if near not in cluster.log(job):
-        with halted(trainer(output)):
-            cluster.wait_for_log(job, near)
-    cluster.wait_for_log(job, requeueing)
+    # Slurm looks every half minute, by when the training would have ended.
+    wait_until(lambda: CHECKPOINT in cluster.log(job), 60)
+    with halted(trainer(output)):
+        wait_until(lambda: has_pending(trainer(output), signal.SIGUSR1), 100)
+    cluster.wait_for_log(job, "exit code 75, requeued from step-0")
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     assert cluster.wait(job) == "COMPLETED"
     assert cluster.fields(job)["Restarts"] == "1"
@@ -99,14 +107,11 @@ def test_at_its_time_limit_the_job_requeues_itself_to_the_same_bits(
     assert compare(reference, output) == []
 
 
-def test_the_job_requeues_itself_no_more_often_than_it_may(cluster: Cluster, output: Path) -> None:
-    job = submit(cluster, output, MAX_REQUEUES="0")
-    cluster.wait_for_log(job, CHECKPOINT)
-    with halted(trainer(output)):
-        cluster.run("scancel", "--batch", "--signal=USR1", job)
-    assert cluster.wait(job) == "FAILED"
-    assert cluster.fields(job)["ExitCode"] == "75:0"
-    assert "not requeued: the job has requeued itself 0 times (at most 0)" in cluster.log(job)
+def has_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal waits for a halted process."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (pending,) = re.findall(r"^ShdPnd:\s+(\w+)$", status, re.MULTILINE)
+    return bool(int(pending, 16) >> (number - 1) & 1)
 
 
 def test_a_requeue_from_outside_goes_on_to_the_same_bits(
@@ -130,7 +135,6 @@ def test_scancel_ends_it_for_good_and_a_new_job_goes_on_to_the_same_bits(
     with halted(trainer(output)):
         cluster.run("scancel", first)
     assert cluster.wait(first) == "CANCELLED"
-    assert "told to end (SIGTERM)" in cluster.log(first)
 
     second = submit(cluster, output)
     cluster.wait_for_log(second, CHECKPOINT)
@@ -151,29 +155,13 @@ def test_scancel_ends_it_for_good_and_a_new_job_goes_on_to_the_same_bits(
     assert compare(reference, output) == []
 
 
-def test_a_job_cancelled_right_after_its_time_was_up_stays_cancelled(
-    cluster: Cluster, output: Path
-) -> None:
-    job = submit(cluster, output)
-    cluster.wait_for_log(job, CHECKPOINT)
-    with halted(trainer(output)):
-        cluster.run("scancel", "--batch", "--signal=USR1", job)
-        cluster.wait_for_log(job, "the time limit is near")
-        cluster.run("scancel", job)
-    assert cluster.wait(job) == "CANCELLED"
-    assert cluster.fields(job)["Restarts"] == "0"
-
-
 @pytest.mark.parametrize(
-    ("partition", "message"),
-    [
-        # It ends before its grace time does, after which Slurm would requeue it.
-        ("preemptible", "preempted; requeueing (1 of at most 50)"),
-        ("graceless", "is over; Slurm has requeued the job as attempt 1"),
-    ],
+    ("partition", "requeued_by"),
+    # With a grace time the job ends before Slurm would requeue it.
+    [("preemptible", "the script"), ("graceless", "Slurm")],
 )
-def test_a_preempted_job_goes_on_to_the_same_bits(
-    cluster: Cluster, reference: Path, output: Path, partition: str, message: str
+def test_a_preempted_job_resumes_to_the_same_bits(
+    cluster: Cluster, reference: Path, output: Path, partition: str, requeued_by: str
 ) -> None:
     job = submit(cluster, output, f"--partition={partition}", "--nodelist=n1", "--exclusive")
     cluster.wait_for_log(job, CHECKPOINT)
@@ -184,7 +172,7 @@ def test_a_preempted_job_goes_on_to_the_same_bits(
         # Slurm wakes what it ends, so PreemptTime may be gone before one has asked for it.
         cluster.wait_for_log(job, "CANCELLED AT")
     assert cluster.wait(urgent, job) == "COMPLETED"
-    assert message in cluster.log(job)
+    assert ("requeued from step-0" in cluster.log(job)) == (requeued_by == "the script")
     assert [one["outcome"] for one in attempts(output)] == ["stopped", "done"]
     assert compare(reference, output) == []
 
@@ -195,12 +183,10 @@ def test_a_bad_option_is_not_requeued(cluster: Cluster, output: Path) -> None:
     fields = cluster.fields(job)
     assert (fields["ExitCode"], fields["Restarts"]) == ("2:0", "0")
     assert "Invalid value for '--epochs'" in cluster.log(job)
-    assert "exit code 2, not requeued: the error above says what to change" in cluster.log(job)
+    assert "exit code 2, not requeued; the error above states what to change" in cluster.log(job)
 
 
-def test_a_node_without_its_gpu_is_excluded_until_none_is_left(
-    cluster: Cluster, output: Path
-) -> None:
+def test_a_node_without_its_gpu_is_excluded_once(cluster: Cluster, output: Path) -> None:
     # The nodes' GPUs are none.
     job = submit(cluster, output, JOB_DEVICES="auto")
     assert cluster.wait(job) == "FAILED"
@@ -208,10 +194,9 @@ def test_a_node_without_its_gpu_is_excluded_until_none_is_left(
     assert (fields["ExitCode"], fields["Restarts"]) == ("3:0", "1")
     log = cluster.log(job)
     assert log.count("CUDA_VISIBLE_DEVICES=0 promises 1 GPUs, TensorFlow sees 0") == 2
-    assert "a GPU is missing on node n1; requeueing" in log
-    assert "it waits for another node than n1; squeue tells why it does not start" in log
+    assert "exit code 3, requeued from none, not on n1;" in log
     assert "attempt 1 on n2" in log
-    assert "on node n2, and the job has no other to go to than n1,n2" in log
+    assert "two attempts in a row ended at the same checkpoint (none)" in log
 
 
 def test_the_tasks_of_an_array_train_two_at_a_time_and_are_requeued_alone(
@@ -230,7 +215,7 @@ def test_the_tasks_of_an_array_train_two_at_a_time_and_are_requeued_alone(
 
     wait_until(reached_the_last, 300)
     with halted(trainer(output / "seed-43")):
-        cluster.run("scancel", "--batch", "--signal=USR1", last)
+        cluster.run("scancel", "--signal=USR1", last)
     assert cluster.wait(*(f"{array}_{task}" for task in range(40, 44))) == "COMPLETED"
     assert most == 2
     seeds = [json.loads((output / f"seed-{n}" / "run.json").read_text()) for n in range(40, 44)]
@@ -268,45 +253,61 @@ def test_a_job_whose_node_is_lost_is_taken_over_on_the_other(
     assert f"a newer attempt of slurm job {job} on host" in old["reason"]
     # What Slurm took for dead has gone on, and what it wrote then is not lost.
     assert new["first_step"] == old["last_step"] > int(saved)
-    assert (
-        f"attempt 0 of job {job} is over; Slurm has requeued the job as attempt 1"
-        in cluster.log(job)
-    )
+    assert "requeued from" not in cluster.log(job)
     assert compare(left_alone, lost) == []
     wait_until(lambda: cluster.node_states() == {"n1:idle", "n2:idle"}, 60)
 
 
+# Ends with $CODE, at a new checkpoint in each of the first $MOVING attempts.
 STUB = """#!/bin/sh
 test "$1" != -c || exit 0
 echo "the stub ends with $CODE, on the GPUs $CUDA_VISIBLE_DEVICES"
+mkdir -p "$JOB_OUTPUT_DIR/checkpoints"
+n=$SLURM_RESTART_COUNT
+test "$n" -ge "${MOVING:-0}" || touch "$JOB_OUTPUT_DIR/checkpoints/00000$n-step-0000001$n-0.npz"
 exit $CODE
 """
 
 
 @pytest.fixture(scope="module")
 def ordinary(cluster: Cluster) -> Cluster:
-    """The cluster for a user without privileges, whose program is a stub that ends with $CODE."""
+    """The cluster for a user without privileges, whose program is a stub."""
     stub = cluster.folder / "stub"
     stub.write_text(STUB)
     stub.chmod(0o755)
-    return cluster.for_ordinary_user(PYTHON=str(stub), CONTAINER_RUNTIME="none")
+    return cluster.for_ordinary_user(PYTHON=str(stub))
 
 
 def test_an_ordinary_user_may_exclude_a_node(ordinary: Cluster) -> None:
     job = ordinary.submit("slurm/train.sh", CODE="3")
     assert ordinary.wait(job) == "FAILED"
     assert ordinary.log(job).count("the stub ends with 3") == 2
-    assert "it waits for another node than n1" in ordinary.log(job)
+    assert "requeued from none, not on n1;" in ordinary.log(job)
     assert ordinary.fields(job)["ExitCode"] == "3:0"
 
 
-@pytest.mark.parametrize("code", ["1", "139"])
-def test_a_defect_is_tried_once_more(ordinary: Cluster, code: str) -> None:
-    job = ordinary.submit("slurm/train.sh", CODE=code)
+def test_a_job_that_wants_its_node_is_not_sent_elsewhere(ordinary: Cluster) -> None:
+    job = ordinary.submit("--nodelist=n2", "slurm/train.sh", CODE="3")
     assert ordinary.wait(job) == "FAILED"
-    assert ordinary.log(job).count(f"the stub ends with {code}") == 2
-    assert "1 times for this cause (at most 1); see the error above" in ordinary.log(job)
-    assert ordinary.fields(job)["Restarts"] == "1"
+    message = "a GPU is missing on n2, and the job has no other nodes to go to"
+    assert message in ordinary.log(job)
+    assert ordinary.fields(job)["ExitCode"] == "3:0"
+
+
+@pytest.mark.parametrize(
+    ("code", "moving", "restarts"),
+    [("1", "0", "1"), ("1", "2", "3"), ("75", "0", "1"), ("139", "1", "2")],
+)
+def test_a_job_is_requeued_while_it_moves_on_and_once_if_it_does_not(
+    ordinary: Cluster, output: Path, code: str, moving: str, restarts: str
+) -> None:
+    shutil.rmtree(ordinary.checkout / "output", ignore_errors=True)
+    job = ordinary.submit("slurm/train.sh", CODE=code, MOVING=moving)
+    assert ordinary.wait(job) == "FAILED"
+    last = {"0": "none", "1": "step-00000010", "2": "step-00000011"}[moving]
+    assert f"two attempts in a row ended at the same checkpoint ({last})" in ordinary.log(job)
+    fields = ordinary.fields(job)
+    assert (fields["ExitCode"], fields["Restarts"]) == (f"{code}:0", restarts)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +338,7 @@ def test_a_job_cancelled_while_it_requeues_itself_stays_cancelled(ordinary: Clus
     path = f"{scontrol.parent}:{ordinary.env['PATH']}"
     job = ordinary.submit("slurm/train.sh", CODE="1", PATH=path)
     assert ordinary.wait(job) == "CANCELLED"
-    assert "requeueing (1 of" in ordinary.log(job)
+    assert "requeued from" in ordinary.log(job)
     assert ordinary.fields(job)["Restarts"] == "0"
 
 
@@ -357,93 +358,37 @@ def test_a_job_submitted_from_within_another_leaves_that_alone(ordinary: Cluster
     ordinary.run("touch", "end")
 
 
-CDI = {
-    "cdiVersion": "0.5.0",
-    "kind": "nvidia.com/gpu",
-    "devices": [
-        {
-            "name": str(number),
-            "containerEdits": {
-                "deviceNodes": [
-                    {"path": f"/dev/nvidia{number}", "type": "c", "major": 1, "minor": 3}
-                ]
-            },
-        }
-        for number in range(2)
-    ],
-}
-
-
-@pytest.fixture
-def cdi() -> Iterator[None]:
-    """What NVIDIA's container toolkit tells podman of the GPUs 0 and 1."""
-    folders = (Path("/etc/cdi"), Path("/var/run/cdi"))
-    if any("nvidia.com/gpu" in path.read_text() for one in folders for path in one.glob("*")):
-        pytest.skip("podman knows GPUs of this machine")
-    path = folders[1] / "cifar10-job-test.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(CDI))
-    yield
-    path.unlink()
-
-
-@pytest.mark.usefixtures("cdi")
-def test_in_podman_the_image_gets_gpu_folders_and_signals(
-    cluster: Cluster, image: str, reference: Path, output: Path
+def test_in_apptainer_it_stops_leaves_nothing_behind_and_resumes_to_the_same_bits(
+    cluster: Cluster, sif: Path, readable_data: Path, reference: Path
 ) -> None:
-    environ = {"CONTAINER_IMAGE": image, "CONTAINERS_CONF": str(HERE / "containers.conf")}
-    job = submit(cluster, output, "--gpus-per-node=2", **environ)
-    cluster.wait_for_log(job, CHECKPOINT)
-    container = podman("ps", "--quiet", "--filter", f"label=slurm-job={job}").stdout.strip()
-    pid = int(podman("inspect", "--format", "{{.State.Pid}}", container).stdout)
+    user = cluster.for_ordinary_user()
+    output = user.checkout / "output"
+    folders = {"JOB_OUTPUT_DIR": str(output), "JOB_DATA_DIR": str(readable_data)}
+    variables = {"CONTAINER_IMAGE": str(sif), **folders, **ON_CPU}
+    foreign = {"LD_LIBRARY_PATH": "/opt/modules/lib", "PYTHONSTARTUP": "/home/x", "SECRET": "x"}
+    first = user.submit("--time=1", *TRAIN, **variables, **foreign)
+    wait_until(lambda: CHECKPOINT in user.log(first), 60, lambda: user.log(first))
+    pid = trainer(output)
     with halted(pid):
-        devices = podman("exec", container, "sh", "-c", "ls /dev | grep nvidia").stdout.split()
-        cluster.run("scancel", "--batch", "--signal=USR1", job)
-    assert devices == ["nvidia0", "nvidia1"]
-    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
-    first, second = attempts(output)
-    assert (first["outcome"], first["reason"]) == ("stopped", "SIGUSR1")
-    assert second["first_step"] == first["last_step"] > 0
+        told = dict(line.split(b"=", 1) for line in environment(Path(f"/proc/{pid}")) if line)
+        # Apptainer passes the signal on, and wakes the training with it.
+        user.wait_for_log(first, "exit code 75, requeued from step-0", timeout=100)
+    assert (told[b"JOB_OUTPUT_DIR"], told[b"SLURM_JOB_ID"]) == (b"/output", first.encode())
+    assert told[b"PYTHONPATH"] == b"/app"
+    assert not {b"PYTHONSTARTUP", b"SECRET"} & set(told)
+    assert b"modules" not in told[b"LD_LIBRARY_PATH"]
+    user.run("scontrol", "update", f"JobId={first}", "TimeLimit=60")
+    user.wait_for_log(first, CHECKPOINT, times=user.log(first).count(CHECKPOINT) + 1)
+
+    user.run("scancel", first)
+    assert user.wait(first) == "CANCELLED"
+    wait_until(lambda: not processes(first), 10)
+
+    second = user.submit(*TRAIN, **variables)
+    assert user.wait(second) == "COMPLETED", user.log(second)
+    assert not processes(second)
+    assert [one["outcome"] for one in attempts(output)] == ["stopped", "stopped", "done"]
     assert compare(reference, output) == []
-
-
-@pytest.mark.parametrize("request_to_end", ["scancel", "scontrol requeue"])
-def test_what_slurm_ends_saves_in_podman_too_and_leaves_no_container(
-    cluster: Cluster, image: str, reference: Path, output: Path, request_to_end: str
-) -> None:
-    """Slurm signals podman together with the processes by which that passes signals on."""
-    environ = {"CONTAINER_IMAGE": image, "CONTAINERS_CONF": str(HERE / "containers.conf")}
-    job = submit(cluster, output, "--gpus-per-node=0", **environ)
-    cluster.wait_for_log(job, CHECKPOINT)
-    containers = ("ps", "--quiet", "--filter", f"label=slurm-job={job}")
-    assert podman(*containers).stdout != ""
-    cluster.run(*request_to_end.split(), job)
-    if request_to_end == "scancel":
-        assert cluster.wait(job) == "CANCELLED"
-        wait_until(lambda: podman(*containers).stdout == "", 20)
-        job = submit(cluster, output, "--gpus-per-node=0", **environ)
-    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
-    assert podman(*containers).stdout == ""
-    first, second = attempts(output)
-    assert (first["outcome"], second["outcome"]) == ("stopped", "done")
-    assert second["first_step"] > 0
-    assert compare(reference, output) == []
-
-
-def test_a_container_that_is_only_starting_is_ended_too(
-    cluster: Cluster, image: str, output: Path
-) -> None:
-    """Its Python has not set its handlers yet, and the first process is deaf without."""
-    environ = {"CONTAINER_IMAGE": image, "CONTAINERS_CONF": str(HERE / "containers.conf")}
-    job = submit(cluster, output, "--gpus-per-node=0", **environ)
-    containers = ("ps", "--quiet", "--filter", f"label=slurm-job={job}")
-    wait_until(lambda: podman(*containers).stdout != "", 60)
-    cluster.run("scancel", job)
-    assert cluster.wait(job) == "CANCELLED"
-    assert podman(*containers).stdout == ""
-    # podman may be too late for its last words, but not for its exit code.
-    assert "Exited with exit code 75" in cluster.log(job), cluster.log(job)
-    assert CHECKPOINT not in cluster.log(job)
 
 
 README = (REPOSITORY / "slurm" / "README.md").read_text()
@@ -478,14 +423,12 @@ def test_the_recipe_for_a_nodes_own_disk_trains_without_gpu_on_what_it_copied(
         ["tar", "-C", cifar10_dir, "-czf", data / "cifar-10-python.tar.gz", folder], check=True
     )
     (recipe,) = (block for block in blocks() if "sbcast" in block)
-    site, disk = cluster.folder / "site.sh", cluster.folder / "disk"
-    site.write_text(recipe)
-    words = ("--gpus-per-node=0", *TRAIN, "--epochs", "1")
+    disk = cluster.folder / "disk"
     other = cluster.with_data(data)
-    job = other.submit(
-        *words, JOB_OUTPUT_DIR=str(output), SITE_SETUP=str(site), SLURM_TMPDIR=str(disk)
-    )
+    (other.checkout / "slurm" / "site.sh").write_text(recipe)
+    words = ("--gpus-per-node=0", *TRAIN, "--epochs", "1")
+    job = other.submit(*words, JOB_OUTPUT_DIR=str(output), SLURM_TMPDIR=str(disk))
     assert other.wait(job) == "COMPLETED", other.log(job)
-    assert f"data {disk}/cifar10-{job}, 0 GPU(s)" in other.log(job)
+    assert f"0 GPUs a node, output {output}, data {disk}/cifar10-{job}\n" in other.log(job)
     # Removed by the recipe itself.
     assert list(disk.iterdir()) == []
