@@ -22,7 +22,7 @@
 #SBATCH --open-mode=append
 
 # No trap is needed: Slurm signals the tasks itself, at the time limit as well as for scancel, preemption and
-# scontrol requeue. Those three end this script at once, and Slurm waits for the tasks (KillWait).
+# scontrol requeue. The last three may end this script at once; Slurm waits for the tasks all the same (KillWait).
 
 log() { echo "$(date '+%F %T') slurm/train.sh: $*" >&2; }
 refuse() { log "error: $*"; exit 2; }
