@@ -30,7 +30,7 @@ from job.run.folder import (
 )
 from job.run.lease import LeaseLostError, acquire
 from job.run.manifest import RunManifest, earlier_manifest
-from job.run.record import Manifest, earlier_evaluation
+from job.run.record import Manifest, Outcome, earlier_evaluation
 from job.run.stop import StopRequest, Watchdog
 
 
@@ -132,38 +132,42 @@ def open_attempt(
             yield attempt
             return
         attempt.manifest.begin(config)
-
-        def record_end(exit_code: ExitCode, reason: str) -> None:
-            stopped = exit_code == ExitCode.RUN_AGAIN
-            attempt.manifest.finish("stopped" if stopped else "failed", reason)
-
-        with stop.on_exit(record_end):
-            with _recording_failure(attempt):
-                yield attempt
-            attempt.manifest.finish("done")
+        with recording_end(stop, attempt.manifest.finish):
+            yield attempt
 
 
 @contextlib.contextmanager
-def _recording_failure(attempt: Attempt) -> Iterator[None]:
-    manifest = attempt.manifest
-    try:
-        yield
-    except LostWorkerError as error:
-        manifest.finish("stopped", str(error))
-        raise
-    except StoppedError as error:
-        manifest.finish("stopped", attempt.stop.reason or str(error))
-        raise
-    except LeaseLostError:
-        raise  # the folder is somebody else's now
-    except BaseException as error:
-        # What went wrong first is what the user must hear of.
-        explained = isinstance(error, JobError)
-        with contextlib.suppress(UserError, LeaseLostError):
-            manifest.finish(
-                "failed", str(error) if explained else f"{type(error).__name__}: {error}"
-            )
-        raise
+def recording_end(
+    stop: StopRequest, record: Callable[[Outcome, str | None], None]
+) -> Iterator[None]:
+    """Record how the body ends, also where the process is ended at once.
+
+    Args:
+        stop: Ends the process, or has asked the body to end.
+        record: Is given the outcome and, but for "done", the reason. It is not called where the
+            folder is another attempt's now.
+    """
+
+    def record_exit(exit_code: ExitCode, reason: str) -> None:
+        record("stopped" if exit_code == ExitCode.RUN_AGAIN else "failed", reason)
+
+    with stop.on_exit(record_exit):
+        try:
+            yield
+        except LeaseLostError:
+            raise
+        except BaseException as error:
+            outcome: Outcome = "stopped" if isinstance(error, StoppedError) else "failed"
+            reason = str(error)
+            if not isinstance(error, JobError):
+                reason = f"{type(error).__name__}: {error}"
+            if outcome == "stopped" and not isinstance(error, LostWorkerError):
+                reason = stop.reason or reason
+            # What went wrong first is what the user must hear of.
+            with contextlib.suppress(UserError, LeaseLostError):
+                record(outcome, reason)
+            raise
+        record("done", None)
 
 
 def inspect_output_dir(

@@ -220,9 +220,7 @@ def _open_observers(config: TrainConfig, attempt: Attempt) -> Iterator[list[Obse
     with contextlib.ExitStack() as stack:
         observers: list[Observer] = []
         if config.metrics_textfile and attempt.is_chief:
-            run_id, check = attempt.manifest.run_id, attempt.output.check
-            path, stop = config.metrics_textfile, attempt.stop
-            textfile = open_textfile(path, config, run_id, check, stop)
+            textfile = open_textfile(config.metrics_textfile, config, attempt)
             observers.append(stack.enter_context(textfile))
         if config.tensorboard and attempt.is_chief:
             observers.append(EventFile(attempt.output))
