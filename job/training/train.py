@@ -28,15 +28,7 @@ from job.report.page import try_to_write_report
 from job.run.attempt import Attempt, open_attempt
 from job.run.checkpoint import Checkpoint, CheckpointStore, History
 from job.run.fingerprint import Fingerprint, require_same_run, take_fingerprint
-from job.run.folder import (
-    EVALUATION,
-    MODEL,
-    PREDICTION,
-    PREDICTIONS,
-    REPORT,
-    REPORT_PICTURES,
-    OutputDir,
-)
+from job.run.folder import ARTIFACTS, MODEL, REPORT, OutputDir
 from job.run.manifest import RunManifest, versions
 from job.run.record import DataRecord, EvaluationRecord, TrainingRecord, decode, encode
 from job.run.stop import StopRequest, Watchdog
@@ -349,8 +341,7 @@ def _resume(engine: Engine, fingerprint: Fingerprint, attempt: Attempt) -> Histo
         attempt.output.discard()
     elif checkpoint is None:
         # Pictures and figures of a model that is no more.
-        stale = (EVALUATION, PREDICTION, PREDICTIONS, REPORT, *REPORT_PICTURES)
-        attempt.output.remove([attempt.output.path / name for name in stale])
+        attempt.output.remove([attempt.output.path / name for name in ARTIFACTS])
     else:
         require_same_run(checkpoint.fingerprint.run, fingerprint.run, attempt.output.path)
         engine.restore(checkpoint.arrays)
