@@ -18,8 +18,7 @@ from job.config import UserError, list_recipes
 from job.data.image_files import MODES, ImageFile, ImageShape, decode_batches
 from job.recipes import get_recipe, unchanged
 from job.run.folder import EVALUATION, OutputDir, sha256_of
-from job.run.manifest import earlier_manifest
-from job.run.record import earlier_evaluation
+from job.run.record import read_evaluation, read_manifest, unless_damaged
 from job.training.evaluate import ROWS_PER_REPLICA
 from job.training.saved_model import load_model
 
@@ -105,16 +104,17 @@ def load_predictor(path: Path, devices: Devices, rows: int = ROWS_PER_REPLICA) -
     with devices.strategy.scope():
         model = load_model(path)
     _require_images(model, path)
-    evaluation = earlier_evaluation(path.parent)
+    evaluation = unless_damaged(read_evaluation, path.parent)
     classes = model.output_shape[-1]
     names = tuple(evaluation.classes) if evaluation else ()
+    views: tuple[View, ...] = (unchanged,)
     if evaluation is None or evaluation.model_sha256 != sha256_of(path) or len(names) != classes:
         say(f"no {EVALUATION} of this model is beside {path}, so its classes go by numbers")
         names = tuple(f"class {label}" for label in range(classes))
-        return Predictor(model, names, (unchanged,), devices, rows)
-    run = earlier_manifest(path.parent)
-    recipe = run.config.recipe if run else None
-    views = get_recipe(recipe).tta_views if recipe in list_recipes() else (unchanged,)
+    else:
+        run = unless_damaged(read_manifest, path.parent)
+        if run and run.config.recipe in list_recipes():
+            views = get_recipe(run.config.recipe).tta_views
     return Predictor(model, names, views, devices, rows)
 
 

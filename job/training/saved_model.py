@@ -21,9 +21,8 @@ from job.data import Dataset
 from job.recipes import Recipe, get_recipe, resample_by_op
 from job.report import pictures
 from job.run.folder import EVALUATION, MODEL, PREDICTION, OutputDir, require_model, sha256_of
-from job.run.manifest import earlier_manifest
 from job.run.predictions import Predictions, most_confident_mistakes
-from job.run.record import encode
+from job.run.record import encode, read_manifest, unless_damaged
 from job.run.stop import Watchdog
 from job.training.evaluate import Evaluator
 
@@ -94,7 +93,7 @@ def evaluate_output_dir(
     Raises:
         UserError: If there is no model that fits the data, or a folder must be changed first.
     """
-    run = earlier_manifest(output.path)
+    run = unless_damaged(read_manifest, output.path)
     trained_on = run.data if run else None
     if trained_on and trained_on.name != config.dataset:
         raise UserError(
@@ -186,7 +185,7 @@ def _keep_for_report(
     seed: int,
 ) -> None:
     """Write ``predictions.npz``."""
-    run = earlier_manifest(output.path)
+    run = unless_damaged(read_manifest, output.path)
     seed = run.config.seed if run else seed
     epochs = min(run.config.epochs, _SAMPLE_EPOCHS) if run else _SAMPLE_EPOCHS
     mistakes = most_confident_mistakes(dataset.test_labels, probabilities, _MISTAKES)
