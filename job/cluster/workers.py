@@ -255,8 +255,9 @@ class Workers:
             LostWorkerError: If one of them is gone.
         """
         content = msgspec.json.encode(document)
-        sizes = self._gather(np.array([len(content)]))
-        words = self._gather(_as_words(content, int(sizes.max())))
+        sizes = self._call(tf.raw_ops.CollectiveGatherV2, np.array([len(content)]))
+        words = _as_words(content, int(sizes.max()))
+        words = self._call(tf.raw_ops.CollectiveGatherV2, words)
         return [
             msgspec.json.decode(row.tobytes()[:size], type=type(document))
             for row, size in zip(words.reshape(self.count, -1), sizes, strict=True)
@@ -307,17 +308,9 @@ class Workers:
             LostWorkerError: If one of them is gone.
         """
         size = self.gather(len(content))[0]
-        if self.count == 1 or not size:
-            return content[:size]
+        # The others add zeros to it.
         words = _as_words(content if self.is_chief else b"", size)
-        self._calls += 1
-        key = {"group_size": self.count, "group_key": _GROUP_KEY, "instance_key": self._calls}
-        with naming_lost_workers(self.spec), tf.device(self._host):
-            if self.is_chief:
-                tf.raw_ops.CollectiveBcastSendV2(input=words, **key)
-            else:
-                received = tf.raw_ops.CollectiveBcastRecvV2(shape=words.shape, T=tf.int64, **key)
-                words = received.numpy()
+        words = self._call(tf.raw_ops.CollectiveReduceV2, words, merge_op="Add", final_op="Id")
         return words.tobytes()[:size]
 
     def barrier(self) -> None:
@@ -343,26 +336,25 @@ class Workers:
         while time.monotonic() < deadline and len(unreachable(self.spec)) < self.count - 1:
             time.sleep(_SHUTDOWN_POLL_SECONDS)
 
-    def _gather(self, words: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Concatenate the words of all workers, of which each has as many."""
+    def _call(
+        self, collective: Callable[..., tf.Tensor], words: npt.NDArray[np.int64], **options: str
+    ) -> npt.NDArray[np.int64]:
+        """Call one of TensorFlow's collectives on all workers, of which each has as many words."""
         if self.count == 1:
             return words
         self._calls += 1
-        with naming_lost_workers(self.spec), tf.device(self._host):
-            gathered = tf.raw_ops.CollectiveGatherV2(
+        # Only host memory: the devices may not have a kernel for numbers.
+        host = f"/job:worker/task:{self.spec.index}/device:CPU:0"
+        with naming_lost_workers(self.spec), tf.device(host):
+            result: npt.NDArray[np.int64] = collective(
                 input=words,
                 group_size=self.count,
                 group_key=_GROUP_KEY,
                 instance_key=self._calls,
                 ordering_token=[],
-            )
-            result: npt.NDArray[np.int64] = gathered.numpy()
+                **options,
+            ).numpy()
         return result
-
-    @property
-    def _host(self) -> str:
-        # Only host memory: the devices may not have a kernel for numbers.
-        return f"/job:worker/task:{self.spec.index}/device:CPU:0"
 
 
 def _as_words(content: bytes, size: int) -> npt.NDArray[np.int64]:

@@ -114,10 +114,9 @@ def _train_alone(
     watchdog = Watchdog(config.stall_timeout, stop.end_hung)
     with open_attempt(config, stop, watchdog) as attempt:
         if attempt.is_finished:
-            if config.metrics_textfile:
-                from job.training.prometheus import write_finished
+            from job.training.prometheus import write_finished
 
-                write_finished(config, attempt)
+            write_finished(config, attempt)
             return
         with watchdog.watch("the import of TensorFlow", compiling=True):
             load_tensorflow()

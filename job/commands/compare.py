@@ -214,14 +214,6 @@ class Comparison:
     varying: tuple[str, ...]
     left_out: dict[str, str]
 
-    def document(self) -> dict[str, Any]:
-        """This comparison as a JSON object; the README documents it."""
-        return {
-            "runs": [_run_document(run) for run in self.runs],
-            "groups": [_group_document(group) for group in self.groups],
-            "left_out": [{"folder": name, "reason": why} for name, why in self.left_out.items()],
-        }
-
 
 def compare_runs(folders: Iterable[str]) -> Comparison:
     """Read runs, and group those that differ in nothing but their seed.
@@ -267,7 +259,7 @@ def _label(run: Run, varying: Sequence[str]) -> str:
 
 def named(run: Run, names: Iterable[str]) -> list[str]:
     """Settings with their names, in words."""
-    return [f"{title(name)} {value}" for name in names if (value := setting(run, name))]
+    return [f"{name.replace('_', ' ')} {value}" for name in names if (value := setting(run, name))]
 
 
 def setting(run: Run, name: str) -> str:
@@ -276,11 +268,6 @@ def setting(run: Run, name: str) -> str:
     if value is None:
         return "all" if name == "limit" else ""
     return printable(str(value))
-
-
-def title(name: str) -> str:
-    """A setting's name in words."""
-    return name.replace("_", " ")
 
 
 def _run_document(run: Run) -> dict[str, Any]:
@@ -318,11 +305,17 @@ def print_comparison(folders: Iterable[str], *, as_json: bool, png: Path | None)
         UserError: If none of the folders holds a finished run, or something cannot be written.
     """
     comparison = compare_runs(folders)
+    left_out = comparison.left_out
     if as_json:
-        write_lines([json.dumps(comparison.document(), indent=2)])
+        document = {  # the README documents it
+            "runs": [_run_document(run) for run in comparison.runs],
+            "groups": [_group_document(group) for group in comparison.groups],
+            "left_out": [{"folder": folder, "reason": why} for folder, why in left_out.items()],
+        }
+        write_lines([json.dumps(document, indent=2)])
     else:
         write_tables(comparison)
-    for folder, reason in comparison.left_out.items():
+    for folder, reason in left_out.items():
         say(f"left out: {printable(folder)}: {printable(reason)}")
     if png:
         with OutputDir(png.parent).atomic_write(png.name) as temporary:
@@ -337,7 +330,7 @@ def write_tables(comparison: Comparison) -> None:
     """
     varying = comparison.varying
     common = named(comparison.runs[0], [name for name in SETTINGS if name not in varying])
-    titles = [title(name) for name in varying]
+    titles = [name.replace("_", " ") for name in varying]
     write_lines([f"Every run: {', '.join(common)}", ""])
     write_table(
         ["run", *titles, "seed", "last", "last five", "model", "loss", "time", "outcome"],
@@ -357,10 +350,6 @@ def _percent(fraction: float | None) -> str:
     return "" if fraction is None else f"{fraction:.2%}"
 
 
-def _seconds(seconds: float) -> str:
-    return f"{seconds:,.0f} s"
-
-
 def _run_row(run: Run, varying: Sequence[str]) -> list[str]:
     return [
         run.folder,
@@ -370,7 +359,7 @@ def _run_row(run: Run, varying: Sequence[str]) -> list[str]:
         _percent(run.last_mean),
         _percent(run.accuracy),
         "" if run.loss is None else f"{run.loss:.4f}",
-        _seconds(run.elapsed_seconds),
+        f"{run.elapsed_seconds:,.0f} s",
         run.outcome if run.outcome == "done" else f"{run.outcome}, {len(run.curve)} epochs",
     ]
 
@@ -387,7 +376,7 @@ def _group_row(group: Group, varying: Sequence[str]) -> list[str]:
         _percent(accuracy.standard_deviation),
         _percent(best.accuracy),
         str(best.seed),
-        _seconds(group.elapsed_seconds),
+        f"{group.elapsed_seconds:,.0f} s",
         best.folder,
     ]
 

@@ -27,8 +27,6 @@ from job.config import ExitCode, JobError, TrainConfig
 from job.run.manifest import versions
 from job.run.stop import Watchdog
 
-Report = dict[str, Any]  # a JSON object
-
 TEST_SECONDS = 300.0
 """Longest time that all test computations together may take, compilation included."""
 
@@ -36,16 +34,7 @@ TEST_SECONDS = 300.0
 def print_examination(
     folders: Iterable[tuple[str, Path]], require_gpus: int, startup_lines: list[str]
 ) -> ExitCode:
-    """Examine this machine, print what is found, and return the exit code."""
-    report, exit_code = examine_machine(folders, require_gpus, startup_lines)
-    write_lines([json.dumps(report) if log.is_json() else as_text(report)])
-    return exit_code
-
-
-def examine_machine(
-    folders: Iterable[tuple[str, Path]], require_gpus: int, startup_lines: list[str]
-) -> tuple[Report, ExitCode]:
-    """Examine this machine.
+    """Examine this machine, and print what is found: a JSON object, or text for people.
 
     Args:
         folders: Pairs of option name and folder to check.
@@ -53,8 +42,7 @@ def examine_machine(
         startup_lines: What TensorFlow printed while it looked for GPUs.
 
     Returns:
-        The report, a JSON object, and GPU_MISSING if an expected or required GPU cannot be used,
-        else DONE.
+        GPU_MISSING if an expected or required GPU cannot be used, else DONE.
     """
     visible = len(visible_gpus())
     gpu_findings = []
@@ -66,7 +54,8 @@ def examine_machine(
         gpu_findings.append(str(error))
     devices = open_visible_devices(TrainConfig())
     # Broken collectives hang; that is a finding too, and nothing more can be found out after it.
-    with Watchdog(TEST_SECONDS, on_stall=_end_hung).watch("a test computation"):
+    watchdog = Watchdog(TEST_SECONDS, on_stall=lambda: os._exit(ExitCode.GPU_MISSING))
+    with watchdog.watch("a test computation"):
         computations = [*_convolve_everywhere(devices), _all_reduce(devices)]
     gpu_findings += [result["problem"] for result in computations if result["problem"]]
     described = [_describe_folder(option, folder) for option, folder in folders]
@@ -94,10 +83,11 @@ def examine_machine(
         "folders": described,
         "findings": [*gpu_findings, *folder_findings],
     }
-    return report, ExitCode.GPU_MISSING if gpu_findings else ExitCode.DONE
+    write_lines([json.dumps(report) if log.is_json() else as_text(report)])
+    return ExitCode.GPU_MISSING if gpu_findings else ExitCode.DONE
 
 
-def as_text(report: Report) -> str:
+def as_text(report: dict[str, Any]) -> str:
     """Lay a report out for a person to read."""
     gpus = report["gpus"]
     lines = [
@@ -124,10 +114,6 @@ def as_text(report: Report) -> str:
         lines.append(f"Folder       {folder['option']} {folder['path']}: {state}")
     verdict = [f"Problem      {finding}" for finding in report["findings"]]
     return "\n".join([*lines, *(verdict or ["Result       ready to train"])])
-
-
-def _end_hung() -> None:
-    os._exit(ExitCode.GPU_MISSING)
 
 
 def _convolve_everywhere(devices: Devices) -> list[dict[str, Any]]:

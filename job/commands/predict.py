@@ -15,11 +15,10 @@ from rich.cells import cell_len
 from job.cluster.devices import Devices, graph_function
 from job.commands.terminal import padded, plural, printable, say, write_lines
 from job.config import UserError, list_recipes
-from job.data.image_files import MODES, Decoded, ImageFile, ImageShape, decode_batches
+from job.data.image_files import MODES, ImageFile, ImageShape, decode_batches
 from job.recipes import get_recipe, unchanged
 from job.run.folder import EVALUATION, OutputDir, sha256_of
-from job.run.manifest import earlier_manifest
-from job.run.record import earlier_evaluation
+from job.run.record import read_evaluation, read_manifest, unless_damaged
 from job.training.evaluate import ROWS_PER_REPLICA
 from job.training.saved_model import load_model
 
@@ -105,16 +104,17 @@ def load_predictor(path: Path, devices: Devices, rows: int = ROWS_PER_REPLICA) -
     with devices.strategy.scope():
         model = load_model(path)
     _require_images(model, path)
-    evaluation = earlier_evaluation(path.parent)
+    evaluation = unless_damaged(read_evaluation, path.parent)
     classes = model.output_shape[-1]
     names = tuple(evaluation.classes) if evaluation else ()
+    views: tuple[View, ...] = (unchanged,)
     if evaluation is None or evaluation.model_sha256 != sha256_of(path) or len(names) != classes:
         say(f"no {EVALUATION} of this model is beside {path}, so its classes go by numbers")
         names = tuple(f"class {label}" for label in range(classes))
-        return Predictor(model, names, (unchanged,), devices, rows)
-    run = earlier_manifest(path.parent)
-    recipe = run.config.recipe if run else None
-    views = get_recipe(recipe).tta_views if recipe in list_recipes() else (unchanged,)
+    else:
+        run = unless_damaged(read_manifest, path.parent)
+        if run and run.config.recipe in list_recipes():
+            views = get_recipe(run.config.recipe).tta_views
     return Predictor(model, names, views, devices, rows)
 
 
@@ -145,11 +145,12 @@ class Prediction:
     """A file and what the model predicts for it.
 
     Attributes:
-        decoded: The file's image, or why there is none.
-        classes: The most probable classes, from the first: name and probability, 0 to 1.
+        file: The file with its pixels, or why there are none.
+        classes: The most probable classes, from the first: name and probability, 0 to 1; none
+            without pixels.
     """
 
-    decoded: Decoded
+    file: ImageFile
     classes: tuple[tuple[str, float], ...]
 
 
@@ -183,7 +184,7 @@ def predict_images(
     for predictions in predict_batches(predictor, files, top):
         write_lines(line for line in map(describe, predictions) if line)
         readable = [prediction for prediction in predictions if prediction.classes]
-        broken += [one.decoded.file for one in predictions if not one.classes]
+        broken += [prediction.file for prediction in predictions if not prediction.classes]
         shown += readable[: PICTURES - len(shown)] if png else []
     seconds = time.perf_counter() - start
     done = len(files) - len(broken)
@@ -224,26 +225,25 @@ def predict_batches(
         The predictions of `Predictor.batch_size` files.
     """
     for batch in decode_batches(files, predictor.batch_size, predictor.image_shape):
-        images = [decoded.pixels for decoded in batch if decoded.pixels is not None]
-        best: Iterator[tuple[tuple[str, float], ...]] = iter(())
-        if images:
-            best = _most_probable(predictor.class_names, predictor(np.stack(images)), top)
+        images = [file.pixels for file in batch if file.pixels is not None]
+        rows = iter(predictor(np.stack(images)) if images else ())
+        names = predictor.class_names
         yield [
-            Prediction(decoded, () if decoded.pixels is None else next(best)) for decoded in batch
+            Prediction(file, () if file.pixels is None else _most_probable(names, next(rows), top))
+            for file in batch
         ]
 
 
 def _most_probable(
     class_names: Sequence[str], probabilities: npt.NDArray[np.float32], top: int
-) -> Iterator[tuple[tuple[str, float], ...]]:
-    best = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top].tolist()
-    for labels, row in zip(best, probabilities.tolist(), strict=True):
-        yield tuple((class_names[label], row[label]) for label in labels)
+) -> tuple[tuple[str, float], ...]:
+    labels = np.argsort(-probabilities, kind="stable")[:top]
+    return tuple((class_names[label], float(probabilities[label])) for label in labels)
 
 
 def json_line(prediction: Prediction) -> str:
     """A prediction as a JSON object in one line; the README documents it."""
-    file = prediction.decoded.file
+    file = prediction.file
     if file.problem:
         return json.dumps({"path": file.name, "error": file.problem})
     classes = [{"class": name, "probability": value} for name, value in prediction.classes]
@@ -259,7 +259,7 @@ def _text_lines(
     class_width = max(cell_len(printable(name)) for name in class_names)
 
     def describe(prediction: Prediction) -> str:
-        file = prediction.decoded.file
+        file = prediction.file
         if file.problem:
             if len(files) > 1:  # of a single one the end of the command says it
                 say(f"{printable(file.name)}: {file.problem}")
@@ -282,12 +282,12 @@ def _save_picture(png: Path, shown: Sequence[Prediction], images: int, shape: Im
 
     shown_images = [
         pictures.Captioned(
-            np.broadcast_to(prediction.decoded.pixels, (height, width, 3)),
-            printable(PurePath(prediction.decoded.file.name).name),
+            np.broadcast_to(prediction.file.pixels, (height, width, 3)),
+            printable(PurePath(prediction.file.name).name),
             *prediction.classes[0],
         )
         for prediction in shown
-        if prediction.decoded.pixels is not None
+        if prediction.file.pixels is not None
     ]
     with OutputDir(png.parent).atomic_write(png.name) as temporary:
         pictures.save_predictions(temporary, shown_images, images)

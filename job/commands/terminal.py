@@ -94,10 +94,9 @@ def write_table(
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
-        spaces = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
         aligned = [
-            cell + space if heading in left else space + cell
-            for cell, space, heading in zip(row, spaces, columns, strict=True)
+            padded(cell, width) if heading in left else " " * (width - cell_len(cell)) + cell
+            for cell, width, heading in zip(row, widths, columns, strict=True)
         ]
         lines.append("  ".join(aligned).rstrip())
     write_lines(lines)

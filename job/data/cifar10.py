@@ -55,17 +55,11 @@ def load(config: TrainConfig) -> Dataset:
     Raises:
         UserError: If the data cannot be found, or is damaged.
     """
-    data_dir = config.data_dir
     try:
-        path = _locate(data_dir)
-        if path is None:
-            raise UserError(
-                f"--data-dir {data_dir} has neither {FOLDER_NAME}/ nor {ARCHIVE_NAME}, expected "
-                f"one of them; put it there"
-            )
+        path = _locate(config.data_dir)
         return _assemble(_folder_reader(path) if path.is_dir() else _archive_reader(path))
     except OSError as error:
-        raise _unreadable(data_dir, error) from error
+        raise _unreadable(config.data_dir, error) from error
 
 
 def find(config: TrainConfig) -> Location:
@@ -76,21 +70,19 @@ def find(config: TrainConfig) -> Location:
     """
     try:
         path = _locate(config.data_dir)
+        if path.exists():
+            return Location(f"in {path}")
     except OSError as error:
         raise _unreadable(config.data_dir, error) from error
-    if path:
-        return Location(f"in {path}")
     address = redact_url(config.cifar10_url)
     description = f"not in {config.data_dir}/; would be downloaded from {address}"
     return Location(description, (TRAIN_EXAMPLES, TEST_EXAMPLES))
 
 
-def _locate(data_dir: Path) -> Path | None:
-    """The folder or the archive with the data; None where there is neither."""
-    folder, archive = data_dir / FOLDER_NAME, data_dir / ARCHIVE_NAME
-    if folder.is_dir():
-        return folder
-    return archive if archive.exists() else None
+def _locate(data_dir: Path) -> Path:
+    """The folder with the data where it is there, else the archive, which may not be there yet."""
+    folder = data_dir / FOLDER_NAME
+    return folder if folder.is_dir() else data_dir / ARCHIVE_NAME
 
 
 def _unreadable(data_dir: Path, error: OSError) -> UserError:

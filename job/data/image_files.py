@@ -1,5 +1,6 @@
 """Image files: found by names, decoded, and brought to what a network takes."""
 
+import contextlib
 import functools
 import io
 import itertools
@@ -8,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -49,11 +50,13 @@ class ImageFile:
 
     Attributes:
         name: Its path, as `os.fsdecode` gives it, or `STDIN`.
-        problem: Why there is no image to read; None where it is to be read.
+        problem: Why there is no image to read; None as far as that is not known.
+        pixels: [height, width, channels] uint8; None until it is decoded.
     """
 
     name: str
     problem: str | None = None
+    pixels: npt.NDArray[np.uint8] | None = None
 
 
 def find_images(names: Sequence[str]) -> list[ImageFile]:
@@ -81,21 +84,14 @@ def require_no_image(target: Path, files: Sequence[ImageFile]) -> None:
     Raises:
         UserError: If it is one of them.
     """
-    wanted = _identity(str(target))
-    for file in files if wanted else ():
-        if _identity(0 if file.name == STDIN else file.name) == wanted:
-            raise UserError(
-                f"received --png {target}, which is one of the images to be predicted and would be "
-                f"overwritten; name the picture to be drawn otherwise"
-            )
-
-
-def _identity(file: str | int) -> tuple[int, int] | None:
-    try:
-        status = os.stat(file)  # noqa: PTH116 (it may be a descriptor)
-    except (OSError, ValueError):
-        return None
-    return status.st_dev, status.st_ino
+    # The functions of `os.path` also take a descriptor, and a name that no file can have.
+    for file in files if os.path.exists(target) else ():  # noqa: PTH110
+        with contextlib.suppress(OSError, ValueError):  # reading it says why
+            if os.path.samefile(0 if file.name == STDIN else file.name, target):  # noqa: PTH121
+                raise UserError(
+                    f"received --png {target}, which is one of the images to be predicted and "
+                    f"would be overwritten; name the picture to be drawn otherwise"
+                )
 
 
 def _walk(folder: str) -> Iterator[ImageFile]:
@@ -121,22 +117,9 @@ def _has_suffix(name: str) -> bool:
     return kind is not None and kind not in UNREAD_FORMATS
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """What became of a file.
-
-    Attributes:
-        file: The file; its `problem` is why there are no pixels.
-        pixels: [height, width, channels] uint8; None where there is a problem.
-    """
-
-    file: ImageFile
-    pixels: npt.NDArray[np.uint8] | None
-
-
 def decode_batches(
     files: Sequence[ImageFile], batch_size: int, shape: ImageShape
-) -> Iterator[list[Decoded]]:
+) -> Iterator[list[ImageFile]]:
     """Decode images in threads, a few batches ahead of whoever takes them.
 
     Args:
@@ -145,14 +128,14 @@ def decode_batches(
         shape: Of the pixels.
 
     Yields:
-        The batches, in the order of the files.
+        The batches, in the order of the files, each with its pixels or its problem.
     """
 
-    def decode_all(part: Sequence[ImageFile]) -> list[Decoded]:
+    def decode_all(part: Sequence[ImageFile]) -> list[ImageFile]:
         return [_decode(file, shape) for file in part]
 
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "decode")
-    ahead: deque[Iterator[list[Decoded]]] = deque()
+    ahead: deque[Iterator[list[ImageFile]]] = deque()
     # Damaged metadata makes Pillow warn, and then the pixels come or an error does.
     with warnings.catch_warnings(action="ignore"):
         try:
@@ -170,13 +153,13 @@ def _parts(files: Sequence[ImageFile], size: int) -> Iterator[Sequence[ImageFile
     return (files[start : start + size] for start in range(0, len(files), size))
 
 
-def _decode(file: ImageFile, shape: ImageShape) -> Decoded:
+def _decode(file: ImageFile, shape: ImageShape) -> ImageFile:
     if file.problem:
-        return Decoded(file, None)
+        return file
     try:
-        return Decoded(file, read_image(file.name, shape))
+        return replace(file, pixels=read_image(file.name, shape))
     except UserError as error:
-        return Decoded(ImageFile(file.name, str(error)), None)
+        return replace(file, problem=str(error))
 
 
 def read_image(name: str, shape: ImageShape) -> npt.NDArray[np.uint8]:

@@ -2,42 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import keras
 import tensorflow as tf
 
 from job.config import load_member
-from job.recipes._augment import Resample, resample_by_gather, resample_by_op
-
-__all__ = [
-    "Augment",
-    "DrawAugmentation",
-    "Recipe",
-    "Resample",
-    "get_recipe",
-    "resample_by_gather",
-    "resample_by_op",
-    "unchanged",
-]
-
-
-class DrawAugmentation(Protocol):
-    """Draw what augments one epoch, as a function of the seed and the epoch alone."""
-
-    def __call__(self, seed: int, epoch: tf.Tensor, steps: int, batch_size: int) -> tf.Tensor:
-        """Return [steps, batch_size, ...] float32; ``epoch`` is a scalar int32 from 0."""
-
-
-class Augment(Protocol):
-    """Augment images by what was drawn for them."""
-
-    def __call__(self, images: tf.Tensor, draws: tf.Tensor, resample: Resample) -> tf.Tensor:
-        """Return [batch, height, width, channels] float32.
-
-        ``images`` are [batch, height, width, channels] float32, 0 to 1; ``draws`` are the rows of
-        `DrawAugmentation` that belong to them.
-        """
+from job.recipes._augment import Resample as Resample  # recipes name it in their `augment`
 
 
 def unchanged(images: tf.Tensor) -> tf.Tensor:
@@ -56,8 +26,12 @@ class Recipe:
         build_optimizer: From (learning rate, total steps) to a Keras optimizer; a schedule goes in
             as the optimizer's learning rate.
         loss: Keras name of the loss of one-hot labels and probabilities.
-        draw_augmentation: Draws what augments one epoch.
-        augment: Applies it to a batch.
+        draw_augmentation: From (seed, epoch, steps, batch size) to what augments one epoch,
+            [steps, batch size, ...] float32; nothing else may decide it. The epoch is a scalar
+            int32 from 0.
+        augment: From (images, draws, resample) to augmented images, both
+            [batch, height, width, channels] float32, 0 to 1. The draws are the images' rows of
+            what `draw_augmentation` gave.
         tta_views: Test images are evaluated as the mean probability over these views,
             each a function of [batch, height, width, channels] float32 images, 0 to 1.
 
@@ -68,8 +42,8 @@ class Recipe:
     build_model: Callable[[int, int], keras.Model]
     build_optimizer: Callable[[float, int], keras.optimizers.Optimizer]
     loss: str
-    draw_augmentation: DrawAugmentation
-    augment: Augment
+    draw_augmentation: Callable[[int, tf.Tensor, int, int], tf.Tensor]
+    augment: Callable[[tf.Tensor, tf.Tensor, Resample], tf.Tensor]
     tta_views: tuple[Callable[[tf.Tensor], tf.Tensor], ...] = (unchanged,)
 
     def compile(self, model: keras.Model, learning_rate: float, total_steps: int) -> None:

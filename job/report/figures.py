@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -28,22 +27,6 @@ class Figure:
     alt: str
     caption: str
     is_chart: bool = True
-
-
-class Mistake(NamedTuple):
-    """A test image that was classified wrongly.
-
-    Attributes:
-        row: Its number in the test set, from 0.
-        true: Its class.
-        predicted: The class that it was taken for.
-        confidence: Probability of that, 0 to 1.
-    """
-
-    row: int
-    true: str
-    predicted: str
-    confidence: float
 
 
 def draw_figures(record: RunRecord) -> dict[str, Figure]:
@@ -147,14 +130,14 @@ def _predictions(predictions: Predictions, names: list[str]) -> Iterator[Figure]
     yield _calibration(reliability(labels, probabilities))
     listed = list_mistakes(predictions, names)
     if listed:
-        worst = listed[0]
+        _, worst, taken_for, confidence = listed[0]
         captions = [f"{true}\nas {wrong}\n{value:.1%}" for _, true, wrong, value in listed]
         yield Figure(
             "mistakes",
             pictures.mistakes(predictions.mistake_images, captions),
             f"The {len(listed)} wrongly classified test images with the highest probabilities, "
-            f"listed below; first of all a picture of class {worst.true}, taken for "
-            f"{worst.predicted} at {worst.confidence:.1%}.",
+            f"listed below; first of all a picture of class {worst}, taken for {taken_for} at "
+            f"{confidence:.1%}.",
             "Each with its class, the class that it was taken for, and the probability of that.",
             is_chart=False,
         )
@@ -185,10 +168,15 @@ def _calibration(result: Reliability) -> Figure:
     )
 
 
-def list_mistakes(predictions: Predictions, names: list[str]) -> list[Mistake]:
-    """List the mistakes that were kept, the most confident first."""
+def list_mistakes(predictions: Predictions, names: list[str]) -> list[tuple[int, str, str, float]]:
+    """List the mistakes that were kept, the most confident first.
+
+    Returns:
+        For each the number of its test image, from 0, its class, the class that it was taken for,
+        and the probability of that, 0 to 1.
+    """
     rows = predictions.probabilities[predictions.mistakes]
     return [
-        Mistake(int(row), names[predictions.labels[row]], names[values.argmax()], values.max())
+        (int(row), names[predictions.labels[row]], names[values.argmax()], float(values.max()))
         for row, values in zip(predictions.mistakes, rows, strict=True)
     ]

@@ -27,14 +27,11 @@ _PRECISIONS = {
 }
 
 
-def write_report(output: OutputDir) -> Path:
+def write_report(output: OutputDir) -> None:
     """Write the report of the run in an output folder, from what the folder holds alone.
 
     Args:
         output: The folder, which receives the page and the pictures.
-
-    Returns:
-        The page.
 
     Raises:
         UserError: If the folder holds no run, one of its files cannot be used, or one cannot be
@@ -51,7 +48,6 @@ def write_report(output: OutputDir) -> Path:
     output.write_text(REPORT, render(record, figures))
     path = output.path / REPORT
     log.event("report", path=str(path), message=f"report in {path}")
-    return path
 
 
 def try_to_write_report(output: OutputDir) -> None:

@@ -29,8 +29,8 @@ from job.run.folder import (
     sha256_of,
 )
 from job.run.lease import LeaseLostError, acquire
-from job.run.manifest import RunManifest, earlier_manifest
-from job.run.record import Manifest, earlier_evaluation
+from job.run.manifest import RunManifest
+from job.run.record import Manifest, Outcome, read_evaluation, read_manifest, unless_damaged
 from job.run.stop import StopRequest, Watchdog
 
 
@@ -114,7 +114,7 @@ def open_attempt(
     identity = run_identity(os.environ, config.run_id)
 
     def require_same_options() -> None:
-        running = earlier_manifest(config.output_dir)
+        running = unless_damaged(read_manifest, config.output_dir)
         if running and not config.fresh:
             require_same_run(run_options(running.config), run_options(config), config.output_dir)
 
@@ -132,38 +132,42 @@ def open_attempt(
             yield attempt
             return
         attempt.manifest.begin(config)
-
-        def record_end(exit_code: ExitCode, reason: str) -> None:
-            stopped = exit_code == ExitCode.RUN_AGAIN
-            attempt.manifest.finish("stopped" if stopped else "failed", reason)
-
-        with stop.on_exit(record_end):
-            with _recording_failure(attempt):
-                yield attempt
-            attempt.manifest.finish("done")
+        with recording_end(stop, attempt.manifest.finish):
+            yield attempt
 
 
 @contextlib.contextmanager
-def _recording_failure(attempt: Attempt) -> Iterator[None]:
-    manifest = attempt.manifest
-    try:
-        yield
-    except LostWorkerError as error:
-        manifest.finish("stopped", str(error))
-        raise
-    except StoppedError as error:
-        manifest.finish("stopped", attempt.stop.reason or str(error))
-        raise
-    except LeaseLostError:
-        raise  # the folder is somebody else's now
-    except BaseException as error:
-        # What went wrong first is what the user must hear of.
-        explained = isinstance(error, JobError)
-        with contextlib.suppress(UserError, LeaseLostError):
-            manifest.finish(
-                "failed", str(error) if explained else f"{type(error).__name__}: {error}"
-            )
-        raise
+def recording_end(
+    stop: StopRequest, record: Callable[[Outcome, str | None], None]
+) -> Iterator[None]:
+    """Record how the body ends, also where the process is ended at once.
+
+    Args:
+        stop: Ends the process, or has asked the body to end.
+        record: Is given the outcome and, but for "done", the reason. It is not called where the
+            folder is another attempt's now.
+    """
+
+    def record_exit(exit_code: ExitCode, reason: str) -> None:
+        record("stopped" if exit_code == ExitCode.RUN_AGAIN else "failed", reason)
+
+    with stop.on_exit(record_exit):
+        try:
+            yield
+        except LeaseLostError:
+            raise
+        except BaseException as error:
+            outcome: Outcome = "stopped" if isinstance(error, StoppedError) else "failed"
+            reason = str(error)
+            if not isinstance(error, JobError):
+                reason = f"{type(error).__name__}: {error}"
+            if outcome == "stopped" and not isinstance(error, LostWorkerError):
+                reason = stop.reason or reason
+            # What went wrong first is what the user must hear of.
+            with contextlib.suppress(UserError, LeaseLostError):
+                record(outcome, reason)
+            raise
+        record("done", None)
 
 
 def inspect_output_dir(
@@ -180,18 +184,17 @@ def inspect_output_dir(
     Raises:
         UserError: If the folder holds another run, or one that cannot go on.
     """
-    earlier = earlier_manifest(output.path)
+    earlier = unless_damaged(read_manifest, output.path)
     is_complete = earlier is not None and _is_complete(output.path, earlier)
-    checkpoints = CheckpointStore(output)
-    if config.fresh and not _has_started_over(config, identity, earlier, is_complete):
-        manifest = RunManifest(output, identity, fresh=True)
+    fresh = config.fresh and not _has_started_over(config, identity, earlier, is_complete)
+    checkpoints, manifest = CheckpointStore(output), RunManifest(output, identity, fresh=fresh)
+    if fresh:
         if identity.name is None:
             # Nothing would tell that the same command goes on with what this one has begun.
             stop.advice = "run the same command without --fresh to go on"
-        return Attempt(output, manifest, checkpoints, None, stop, fresh=True, is_finished=False)
-    checkpoint = checkpoints.load_latest()
+        return Attempt(output, manifest, checkpoints, None, stop, fresh, is_finished=False)
+    checkpoint, is_finished = checkpoints.load_latest(), False
     options = run_options(config)
-    is_finished = False
     if earlier and is_complete:
         require_same_run(run_options(earlier.config), options, output.path)
         is_finished = earlier.config.epochs == config.epochs
@@ -208,8 +211,7 @@ def inspect_output_dir(
             f"--output-dir {output.path} holds a model and no checkpoint to go on from; name "
             f"another folder, or replace the model with --fresh"
         )
-    manifest = RunManifest(output, identity)
-    return Attempt(output, manifest, checkpoints, checkpoint, stop, False, is_finished)
+    return Attempt(output, manifest, checkpoints, checkpoint, stop, fresh, is_finished)
 
 
 def _has_started_over(
@@ -236,11 +238,8 @@ def _has_started_over(
 
 def _is_complete(folder: Path, manifest: Manifest) -> bool:
     """Whether a folder has all the artifacts of a finished run, and they belong together."""
-    if manifest.outcome != "done":
+    artifacts = (MODEL, PREDICTION, PREDICTIONS, REPORT)
+    if manifest.outcome != "done" or not all((folder / name).exists() for name in artifacts):
         return False
-    if not all((folder / name).exists() for name in (PREDICTION, PREDICTIONS, REPORT)):
-        return False
-    evaluation = earlier_evaluation(folder)
-    if evaluation is None or not (folder / MODEL).exists():
-        return False
-    return sha256_of(folder / MODEL) == evaluation.model_sha256
+    evaluation = unless_damaged(read_evaluation, folder)
+    return evaluation is not None and evaluation.model_sha256 == sha256_of(folder / MODEL)

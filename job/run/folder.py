@@ -110,10 +110,12 @@ _PICTURE_NAMES = (
 )
 REPORT_PICTURES = tuple(f"{PICTURES}/{name}.png" for name in _PICTURE_NAMES)
 
-_ARTIFACTS = (
-    *(MODEL, EVALUATION, PREDICTION, PREDICTIONS, METRICS, RUN),
+ARTIFACTS = (
+    *(MODEL, EVALUATION, PREDICTION, PREDICTIONS, METRICS),
     *(REPORT, *REPORT_PICTURES),
 )
+"""What a run leaves besides ``run.json``, checkpoints and event files."""
+
 EVENT_FILES = f"{TENSORBOARD}/events.out.tfevents.{'[0-9]' * 6}"
 """Pattern of the names that the job gives its event files; other programs give longer ones."""
 _PARTIAL = ".partial"
@@ -157,21 +159,18 @@ class OutputDir:
         """
         path = self.path / name
         temporary = path.with_name(f".{path.stem}.{self._token}{_PARTIAL}{path.suffix}")
-        self.check()
-        try:
-            yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            self.check()
-            temporary.replace(path)
-            _flush_folder(path.parent)
-        except OSError as error:
-            self.check()  # who takes the folder over tidies it up, temporary files included
-            raise refused("write", path, error) from error
-        finally:
-            # A volume that is gone has nothing left to tidy up, and that error came first.
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with self._changing("write", path):
+            try:
+                yield temporary
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+                self.check()
+                temporary.replace(path)
+                _flush_folder(path.parent)
+            finally:
+                # A volume that is gone has nothing left to tidy up, and that error came first.
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Replace a file."""
@@ -212,7 +211,8 @@ class OutputDir:
             if checkpoints.exists():
                 checkpoints.rename(self.path / f"{_DISCARDED}.{self._token}")
                 _flush_folder(self.path)
-        self.remove([*(self.path / name for name in _ARTIFACTS), *self.path.glob(EVENT_FILES)])
+        self.remove([self.path / name for name in (*ARTIFACTS, RUN)])
+        self.remove([*self.path.glob(EVENT_FILES)])
         for folder in (PICTURES, TENSORBOARD):
             with contextlib.suppress(OSError):
                 (self.path / folder).rmdir()  # unless somebody keeps a file of his own there
@@ -233,7 +233,7 @@ class OutputDir:
         try:
             yield path
         except OSError as error:
-            self.check()
+            self.check()  # who takes the folder over tidies it up, temporary files included
             raise refused(action, path, error) from error
 
 

@@ -173,21 +173,6 @@ class RunManifest:
         self._output.write_bytes(RUN, encode(manifest, indent=True))
 
 
-def earlier_manifest(folder: Path) -> Manifest | None:
-    """The ``run.json`` that earlier attempts have left; None where there is none.
-
-    A damaged one is as none: this attempt writes it anew, and what decides how the run resumes is
-    in its checkpoint.
-
-    Raises:
-        UserError: If it cannot be read.
-    """
-    try:
-        return read_manifest(folder)
-    except DamagedError:
-        return None
-
-
 def versions() -> dict[str, str]:
     """Versions of this job, Python and the libraries that decide a run's numbers."""
     libraries = {name: metadata.version(name) for name in _VERSIONED}

@@ -4,6 +4,7 @@
 set. They may have been cut off, edited or mixed up on their way here, so they are checked first.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -358,27 +359,32 @@ def read_evaluation(folder: Path) -> EvaluationRecord | None:
     """
     path = folder / EVALUATION
     advice = f"write it anew with python -m job evaluate --output-dir {folder}"
-    document = _read_document(path, advice, EvaluationRecord)
-    if document:
-        matrix, classes = document.confusion_matrix, len(document.classes)
-        sizes, images = {len(matrix), *map(len, matrix)}, sum(map(sum, matrix))
-        if sizes != {classes} or images != document.examples:
-            raise DamagedError(
-                f"{path}: confusion_matrix: received {len(matrix)} rows of {sorted(sizes)} and "
-                f"{images} images, expected the {classes} classes and {document.examples} examples "
-                f"that it names; {advice}"
-            )
+    content = _read(path)
+    if content is None:
+        return None
+    document = _parse(content, str(path), advice, EvaluationRecord)
+    matrix, classes = document.confusion_matrix, len(document.classes)
+    sizes, images = {len(matrix), *map(len, matrix)}, sum(map(sum, matrix))
+    if sizes != {classes} or images != document.examples:
+        raise DamagedError(
+            f"{path}: confusion_matrix: received {len(matrix)} rows of {sorted(sizes)} and "
+            f"{images} images, expected the {classes} classes and {document.examples} examples "
+            f"that it names; {advice}"
+        )
     return document
 
 
-def earlier_evaluation(folder: Path) -> EvaluationRecord | None:
-    """The ``evaluation.json`` of an output folder; None where there is none, or a damaged one.
+def unless_damaged(read: Callable[[Path], _Document | None], folder: Path) -> _Document | None:
+    """What one of these functions reads in an output folder, where a damaged file is as none.
+
+    It is for those who can do without, or write it anew: what decides how a run resumes is in its
+    checkpoint.
 
     Raises:
-        UserError: If there is one that cannot be read.
+        UserError: If there is a file that cannot be read.
     """
     try:
-        return read_evaluation(folder)
+        return read(folder)
     except DamagedError:
         return None
 
@@ -406,11 +412,6 @@ def read_epochs(folder: Path) -> list[EpochRecord]:
             )
         epochs.append(epoch)
     return epochs
-
-
-def _read_document(path: Path, advice: str, kind: type[_Document]) -> _Document | None:
-    content = _read(path)
-    return None if content is None else _parse(content, str(path), advice, kind)
 
 
 def _read(path: Path) -> bytes | None:

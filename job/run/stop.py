@@ -155,7 +155,7 @@ def listen_to_signals() -> StopRequest:
         if number not in (signal.SIGHUP, signal.SIGTSTP) or (
             signal.getsignal(number) != signal.SIG_IGN
         ):
-            signal.signal(number, _handled_by_the_listener)
+            signal.signal(number, lambda *_arguments: None)
     signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     # The sender goes along because the socket closes with its last reference.
     listener = threading.Thread(target=_listen, args=(receiver, sender, stop), daemon=True)
@@ -182,10 +182,6 @@ def _suspend() -> None:
     # The watchdog's native timer would count that time; its thread sets the timer again.
     faulthandler.cancel_dump_traceback_later()
     os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def _handled_by_the_listener(*_arguments: object) -> None:
-    pass
 
 
 COMPILATION_SECONDS = 600.0

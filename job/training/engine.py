@@ -19,7 +19,8 @@ from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from job.cluster.devices import Devices, graph_function
 from job.data import Dataset
-from job.recipes import Recipe, resample_by_gather, resample_by_op
+from job.recipes import Recipe
+from job.recipes._augment import resample_by_gather, resample_by_op
 from job.run.checkpoint import Arrays, Progress
 from job.training.network import training_network
 
@@ -296,7 +297,7 @@ class Engine:
             self._run_steps(batches, draws, first_step)
         if self._replicas > 1 and self._statistics:
             self._strategy.run(self._average_statistics)
-        return self._strategy.reduce("SUM", self._strategy.run(self._read_sums), axis=None)
+        return self._strategy.reduce("SUM", self._strategy.run(self._sums.read_value), axis=None)
 
     def _run_steps(self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor) -> None:
         """Run the steps of an execution one after the other on all replicas."""
@@ -326,9 +327,6 @@ class Engine:
 
     def _reset_sums(self, told: tf.Tensor) -> None:
         self._sums.assign(tf.one_hot(2 + self.workers.spec.index, 2 + self.workers.count) * told)
-
-    def _read_sums(self) -> tf.Tensor:
-        return self._sums.read_value()
 
     def _replica_step(self, batch: tf.Tensor, draws: tf.Tensor, step: tf.Tensor) -> None:
         """One replica's part of a step.

@@ -20,17 +20,17 @@ def training_network(model: keras.Model, precision: str, compiled: bool = False)
         A network with variables of its own, one for each of the model's and with their values.
     """
     last = model.layers[-1].name
-    convolutions, poolings = _pooled_relu_convolutions(model)
+    poolings = _pooled_relu_convolutions(model)
 
     def rebuild(layer: keras.Layer) -> keras.Layer:
         config = layer.get_config()
         if precision == "bfloat16" and layer.name != last:
             config["dtype"] = "mixed_bfloat16"
         kind = type(layer)
-        if layer.name in convolutions:
+        if layer.name in poolings:
             config["activation"] = None
         elif type(layer) is keras.layers.MaxPooling2D:
-            config |= {"relu": layer.name in poolings, "elementwise": compiled}
+            config |= {"relu": layer.name in poolings.values(), "elementwise": compiled}
             kind = TrainingMaxPooling
         elif kind is keras.layers.BatchNormalization and FusedBatchNormalization.can_replace(layer):
             kind = FusedBatchNormalization
@@ -41,22 +41,19 @@ def training_network(model: keras.Model, precision: str, compiled: bool = False)
     return copy
 
 
-def _pooled_relu_convolutions(model: keras.Model) -> tuple[set[str], set[str]]:
-    """Names of the ReLU convolutions that nothing but a max pooling reads, and of those poolings.
+def _pooled_relu_convolutions(model: keras.Model) -> dict[str, str]:
+    """For each ReLU convolution that nothing but a max pooling reads the name of that pooling.
 
     Only in a Sequential network is the next layer certain to be the only reader.
     """
-    convolutions, poolings = set(), set()
     layers = model.layers if isinstance(model, keras.Sequential) else []
-    for layer, following in itertools.pairwise(layers):
-        if (
-            type(layer) is keras.layers.Conv2D
-            and layer.activation is keras.activations.relu
-            and type(following) is keras.layers.MaxPooling2D
-        ):
-            convolutions.add(layer.name)
-            poolings.add(following.name)
-    return convolutions, poolings
+    return {
+        layer.name: following.name
+        for layer, following in itertools.pairwise(layers)
+        if type(layer) is keras.layers.Conv2D
+        and layer.activation is keras.activations.relu
+        and type(following) is keras.layers.MaxPooling2D
+    }
 
 
 class TrainingMaxPooling(keras.layers.MaxPooling2D):  # type: ignore[misc]

@@ -6,14 +6,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from job import __version__, log
-from job.config import ExitCode, StoppedError, TrainConfig, UserError
-from job.run.attempt import Attempt
-from job.run.lease import LeaseLostError
+from job.config import TrainConfig, UserError
+from job.run.attempt import Attempt, recording_end
 from job.run.record import EpochRecord
-from job.run.stop import StopRequest
 from job.training.observer import Observer, Phase, Start, Status
 
 UPDATE_SECONDS = 5.0
@@ -21,14 +19,8 @@ UPDATE_SECONDS = 5.0
 
 STATES = ("running", "done", "stopped", "failed")
 
-TextfilePhase = Literal[Phase, "starting", "evaluating"]
-PHASES: tuple[TextfilePhase, ...] = (
-    "starting",
-    "compiling",
-    "training",
-    "validating",
-    "evaluating",
-)
+TextfilePhase = Literal["starting", Phase, "evaluating"]
+PHASES: tuple[TextfilePhase, ...] = get_args(TextfilePhase)
 
 GAUGES = {
     "planned_epochs": "Epochs of the whole run",
@@ -215,34 +207,16 @@ def _cannot_write(path: Path, reason: str) -> UserError:
 
 
 @contextlib.contextmanager
-def open_textfile(
-    path: Path,
-    config: TrainConfig,
-    run_id: str | None,
-    check: Callable[[], None],
-    stop: StopRequest,
-) -> Iterator[MetricsTextfile]:
+def open_textfile(path: Path, config: TrainConfig, attempt: Attempt) -> Iterator[MetricsTextfile]:
     """Keep a textfile for the time of the body, and report how the body ends.
 
     Raises:
         UserError: If the file cannot be written.
     """
-    textfile = MetricsTextfile(path, config, run_id or "", check)
-
-    def record_end(exit_code: ExitCode, _reason: str) -> None:
-        textfile.finish("stopped" if exit_code == ExitCode.RUN_AGAIN else "failed")
-
-    try:
-        with stop.on_exit(record_end):
-            yield textfile
-    except LeaseLostError:
-        raise  # the file may be somebody else's now, as the folder is
-    except BaseException as error:
-        # What went wrong first is what the user must hear of.
-        with contextlib.suppress(UserError, LeaseLostError):
-            textfile.finish("stopped" if isinstance(error, StoppedError) else "failed")
-        raise
-    textfile.finish("done")
+    run_id, check = attempt.manifest.run_id or "", attempt.output.check
+    textfile = MetricsTextfile(path, config, run_id, check)
+    with recording_end(attempt.stop, lambda outcome, _reason: textfile.finish(outcome)):
+        yield textfile
 
 
 def write_finished(config: TrainConfig, attempt: Attempt) -> None:
@@ -256,9 +230,7 @@ def write_finished(config: TrainConfig, attempt: Attempt) -> None:
     manifest, checkpoint = attempt.manifest.document, attempt.checkpoint
     if config.metrics_textfile is None:
         return
-    run_id, check = attempt.manifest.run_id, attempt.output.check
-    path = config.metrics_textfile
-    with open_textfile(path, config, run_id, check, attempt.stop) as textfile:
+    with open_textfile(config.metrics_textfile, config, attempt) as textfile:
         if manifest and checkpoint:
             model = manifest.devices[0].model if manifest.devices else None
             devices = f"{manifest.replicas} x {model}"

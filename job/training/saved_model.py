@@ -18,12 +18,12 @@ from job import log
 from job.cluster.devices import Devices
 from job.config import JobError, TrainConfig, UserError
 from job.data import Dataset
-from job.recipes import Recipe, get_recipe, resample_by_op
+from job.recipes import Recipe, get_recipe
+from job.recipes._augment import resample_by_op
 from job.report import pictures
 from job.run.folder import EVALUATION, MODEL, PREDICTION, OutputDir, require_model, sha256_of
-from job.run.manifest import earlier_manifest
 from job.run.predictions import Predictions, most_confident_mistakes
-from job.run.record import EvaluationRecord, encode
+from job.run.record import encode, read_manifest, unless_damaged
 from job.run.stop import Watchdog
 from job.training.evaluate import Evaluator
 
@@ -88,13 +88,13 @@ def evaluate_output_dir(
     devices: Devices,
     load: Callable[[TrainConfig], Dataset],
     watchdog: Watchdog,
-) -> EvaluationRecord:
+) -> None:
     """Evaluate the model of an output folder again.
 
     Raises:
         UserError: If there is no model that fits the data, or a folder must be changed first.
     """
-    run = earlier_manifest(output.path)
+    run = unless_damaged(read_manifest, output.path)
     trained_on = run.data if run else None
     if trained_on and trained_on.name != config.dataset:
         raise UserError(
@@ -110,12 +110,12 @@ def evaluate_output_dir(
             f"--data-dir and --seed"
         )
     with watchdog.watch(EVALUATING, compiling=True):
-        return evaluate_saved(output, get_recipe(config.recipe), devices, dataset, config.seed)
+        evaluate_saved(output, get_recipe(config.recipe), devices, dataset, config.seed)
 
 
 def evaluate_saved(
     output: OutputDir, recipe: Recipe, devices: Devices, dataset: Dataset, seed: int
-) -> EvaluationRecord:
+) -> None:
     """Load the saved model back, evaluate it, and write what is found and a picture.
 
     Args:
@@ -142,7 +142,7 @@ def evaluate_saved(
             f"the loss of the saved model is {evaluation.loss}, expected a finite number; start "
             f"over with --fresh and a lower --learning-rate"
         )
-    _save_prediction(output, model, dataset, seed)
+    _save_prediction(output, dataset, probabilities, seed)
     _keep_for_report(output, recipe, dataset, probabilities, seed)
     # Last, because it tells which model file everything belongs to.
     record = evaluation.record(dataset.class_names, MODEL, sha256_of(path))
@@ -156,7 +156,6 @@ def evaluate_saved(
         message=f"saved model: test loss {evaluation.loss:.4f}, accuracy {evaluation.accuracy:.2%} "
         f"of {evaluation.examples} images; artifacts in {output.path}/",
     )
-    return record
 
 
 def _check_fits(model: keras.Model, dataset: Dataset, path: Path) -> None:
@@ -169,15 +168,14 @@ def _check_fits(model: keras.Model, dataset: Dataset, path: Path) -> None:
         )
 
 
-def _save_prediction(output: OutputDir, model: keras.Model, dataset: Dataset, seed: int) -> None:
+def _save_prediction(
+    output: OutputDir, dataset: Dataset, probabilities: npt.NDArray[np.float32], seed: int
+) -> None:
     """Draw what the model makes of one test image, picked from the seed."""
     index = int(np.random.default_rng(seed).integers(len(dataset.test_images)))
-    image = dataset.test_images[index]
-    images = image[np.newaxis].astype(np.float32) * np.float32(1.0 / 255.0)
-    probabilities = keras.ops.convert_to_numpy(model(images, training=False))[0]
-    true_label = int(dataset.test_labels[index])
+    image, label = dataset.test_images[index], int(dataset.test_labels[index])
     with output.atomic_write(PREDICTION) as temporary:
-        pictures.save_prediction(temporary, image, probabilities, dataset.class_names, true_label)
+        pictures.save_prediction(temporary, image, probabilities[index], dataset.class_names, label)
 
 
 def _keep_for_report(
@@ -188,7 +186,7 @@ def _keep_for_report(
     seed: int,
 ) -> None:
     """Write ``predictions.npz``."""
-    run = earlier_manifest(output.path)
+    run = unless_damaged(read_manifest, output.path)
     seed = run.config.seed if run else seed
     epochs = min(run.config.epochs, _SAMPLE_EPOCHS) if run else _SAMPLE_EPOCHS
     mistakes = most_confident_mistakes(dataset.test_labels, probabilities, _MISTAKES)

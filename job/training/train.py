@@ -28,17 +28,9 @@ from job.report.page import try_to_write_report
 from job.run.attempt import Attempt, open_attempt
 from job.run.checkpoint import Checkpoint, CheckpointStore, History
 from job.run.fingerprint import Fingerprint, require_same_run, take_fingerprint
-from job.run.folder import (
-    EVALUATION,
-    MODEL,
-    PREDICTION,
-    PREDICTIONS,
-    REPORT,
-    REPORT_PICTURES,
-    OutputDir,
-)
+from job.run.folder import ARTIFACTS, MODEL, REPORT, OutputDir
 from job.run.manifest import RunManifest, versions
-from job.run.record import DataRecord, EvaluationRecord, TrainingRecord, decode, encode
+from job.run.record import DataRecord, TrainingRecord, decode, encode
 from job.run.stop import StopRequest, Watchdog
 from job.training.engine import Engine, Plan
 from job.training.evaluate import Evaluator
@@ -205,11 +197,11 @@ def run_attempt(
         with watchdog.watch("the data", seconds=math.inf):
             dataset = load(config)
         observers = [*observers, *own_observers]
-        evaluation = _train_and_evaluate(config, attempt, devices, dataset, watchdog, observers)
+        _train_and_evaluate(config, attempt, devices, dataset, watchdog, observers)
         # First, because the report tells how the run ended.
         attempt.manifest.finish("done")
     # The textfile says done by now, as run.json does, whatever becomes of the report.
-    if evaluation:
+    if attempt.is_chief:
         with watchdog.watch("the report"):
             try_to_write_report(attempt.output)
 
@@ -220,9 +212,7 @@ def _open_observers(config: TrainConfig, attempt: Attempt) -> Iterator[list[Obse
     with contextlib.ExitStack() as stack:
         observers: list[Observer] = []
         if config.metrics_textfile and attempt.is_chief:
-            run_id, check = attempt.manifest.run_id, attempt.output.check
-            path, stop = config.metrics_textfile, attempt.stop
-            textfile = open_textfile(path, config, run_id, check, stop)
+            textfile = open_textfile(config.metrics_textfile, config, attempt)
             observers.append(stack.enter_context(textfile))
         if config.tensorboard and attempt.is_chief:
             observers.append(EventFile(attempt.output))
@@ -236,13 +226,8 @@ def _train_and_evaluate(
     dataset: Dataset,
     watchdog: Watchdog,
     observers: Sequence[Observer],
-) -> EvaluationRecord | None:
-    """Train from where the attempt resumes, save the model, and evaluate what was saved.
-
-    Returns:
-        The evaluation; None on a worker that is not the chief, whose part is over with the
-        training.
-    """
+) -> None:
+    """Train from where the attempt resumes; then the chief saves the model and evaluates that."""
     recipe = get_recipe(config.recipe)
     with _naming_batch_size(config.batch_size, devices.replicas):
         with watchdog.watch("the setup of the training", compiling=True):
@@ -251,17 +236,16 @@ def _train_and_evaluate(
             )
         trainer.train(config.checkpoint_every)
     if not attempt.is_chief:
-        return None
+        return
     for observer in observers:
         observer.evaluate()
     with watchdog.watch("the saving of the model"):
         save_model(engine.export(), attempt.output, MODEL)
     own_devices = devices.without_other_workers()
     with watchdog.watch(EVALUATING, compiling=True):
-        evaluation = evaluate_saved(attempt.output, recipe, own_devices, dataset, config.seed)
+        evaluate_saved(attempt.output, recipe, own_devices, dataset, config.seed)
     # Without it the run is not finished. One that is there tells of an earlier end.
     attempt.output.remove([attempt.output.path / REPORT])
-    return evaluation
 
 
 def _set_up(
@@ -351,8 +335,7 @@ def _resume(engine: Engine, fingerprint: Fingerprint, attempt: Attempt) -> Histo
         attempt.output.discard()
     elif checkpoint is None:
         # Pictures and figures of a model that is no more.
-        stale = (EVALUATION, PREDICTION, PREDICTIONS, REPORT, *REPORT_PICTURES)
-        attempt.output.remove([attempt.output.path / name for name in stale])
+        attempt.output.remove([attempt.output.path / name for name in ARTIFACTS])
     else:
         require_same_run(checkpoint.fingerprint.run, fingerprint.run, attempt.output.path)
         engine.restore(checkpoint.arrays)

@@ -16,9 +16,10 @@ from job.run.record import (
     Outcome,
     RunRecord,
     decode,
-    earlier_evaluation,
     encode,
+    read_evaluation,
     read_manifest,
+    unless_damaged,
 )
 from tests.conftest import RunJob
 from tests.run_folders import TRAINING, change, lines, make_run
@@ -170,7 +171,7 @@ def test_a_damaged_evaluation_is_told_by_the_entry(whole: OutputDir) -> None:
         ("confusion_matrix.2.1", -1, "Expected `int` >= 0 - at `$.confusion_matrix[2][1]`"),
     ]
     expect_damage(whole.path, "evaluation.json", damages, EVALUATE)
-    assert earlier_evaluation(whole.path) is None
+    assert unless_damaged(read_evaluation, whole.path) is None
 
 
 def test_a_damaged_line_of_the_metrics_is_told_by_its_number(whole: OutputDir) -> None:

@@ -250,10 +250,7 @@ def test_the_end_is_reported(
     path, stop = tmp_path / "job.prom", StopRequest()
 
     def end() -> None:
-        with (
-            open_attempt(config, stop) as attempt,
-            open_textfile(path, config, None, attempt.output.check, stop),
-        ):
+        with open_attempt(config, stop) as attempt, open_textfile(path, config, attempt):
             assert samples(path)["cifar10_job_staterunning"] == 1
             if error:
                 raise error
@@ -277,7 +274,7 @@ from job.training.prometheus import open_textfile
 
 config, stop = TrainConfig(), StopRequest()
 with open_attempt(config, stop) as attempt, open_textfile(
-    Path("job.prom"), config, None, attempt.output.check, stop
+    Path("job.prom"), config, attempt
 ):
     stop.end(ExitCode(int(sys.argv[1])), "a reason")
 """

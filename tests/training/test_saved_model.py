@@ -12,7 +12,8 @@ from msgspec.structs import replace
 from job.cluster.scheduler import RunIdentity
 from job.config import TrainConfig, UserError
 from job.data import Dataset
-from job.recipes import classic, resample_by_gather
+from job.recipes import classic
+from job.recipes._augment import resample_by_gather
 from job.run.folder import OutputDir
 from job.run.manifest import RunManifest
 from job.run.record import DataRecord
