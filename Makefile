@@ -81,15 +81,16 @@ push: ## Build and push IMAGE=registry/name:tag with its SBOM and provenance
 audit: $(VENV)/.dev ## Look the locked packages up among the known vulnerabilities
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes $(foreach lock,$(wildcard locks/*.txt),-r $(lock))
 
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest --dist loadfile --numprocesses
 
 .PHONY: test
 test: $(VENV)/.dev ## The fast tests: no cluster, container, browser or documentation run
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) 2 -m "not slow" $(PYTEST_ARGS)
 
+# The slow tests wait for half of their time, so there is one process more than the processors need.
 .PHONY: test-all
 test-all: test ## Everything that can be tested on this machine
-	$(PYTEST) -m slow $(PYTEST_ARGS)
+	$(PYTEST) 3 -m slow $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.dev ## Formatting, lint, types and the layers of the packages

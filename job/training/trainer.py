@@ -48,9 +48,9 @@ class Trainer:
         self._stop = attempt.stop
         self._elapsed_before = history.elapsed_seconds
         self._start = time.perf_counter()
-        # The first execution of an attempt is saved whatever the interval is: a folder that cannot hold a
-        # checkpoint is reported at once, each attempt moves the run on, and what saving takes is in
-        # memory before Slurm's signals may end the process that mounts a container's files.
+        # The first execution of an attempt is saved whatever the interval is: a folder that cannot
+        # hold a checkpoint is reported at once, and what saving takes is in memory before a
+        # scheduler's signals may end the process that mounts a container's files.
         self._saved_at = -math.inf
         self._is_saved = attempt.checkpoint is not None
         self._has_trained = False

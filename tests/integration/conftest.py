@@ -55,6 +55,8 @@ def image() -> str:
 def sif(image: str) -> Path:
     """That image as a file for Apptainer."""
     require_tools(("apptainer", "mksquashfs", "squashfuse"), "running Slurm for an ordinary user")
+    # As udev sets it: an ordinary user mounts the image by FUSE.
+    Path("/dev/fuse").chmod(0o666)
     return build_sif()
 
 

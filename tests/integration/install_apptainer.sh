@@ -23,10 +23,9 @@ for package in libc6 libseccomp2 libsqlite3-0; do
   dpkg --extract "${package}"_*.deb "$package"
   find "$package" ! -type d -name '*.so*' -exec cp --dereference {} "$LIBS" \;
 done
-dpkg --extract apptainer_*.deb /
-for program in /usr/bin/apptainer "$STARTER"; do
+dpkg --extract apptainer_*.deb apptainer
+for program in "apptainer/usr/bin/apptainer" "apptainer$STARTER"; do
   patchelf --set-interpreter "$LIBS/ld-linux-x86-64.so.2" --force-rpath --set-rpath "$LIBS" "$program"
 done
-# As on any machine with udev: an ordinary user mounts the image by FUSE.
-chmod 0666 /dev/fuse
+cp --archive apptainer/. /
 apptainer --version

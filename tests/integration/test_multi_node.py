@@ -122,7 +122,7 @@ def test_at_the_time_limit_all_nodes_stop_together_and_go_on_to_the_same_bits(
     cluster.run("scancel", "--signal=USR1", job)
     assert cluster.wait(job) == "COMPLETED", cluster.log(job)
     log = cluster.log(job)
-    assert "exit code 75, requeued from step-0" in log
+    assert "exit code 75, requeueing from step-0" in log
     assert LOST not in log
     first, second = attempts(output)
     assert first["outcome"] == "stopped"
@@ -137,7 +137,7 @@ def test_a_killed_worker_requeues_the_job_to_the_same_bits(
     os.kill(worker_on("n2", job), signal.SIGKILL)
     assert cluster.wait(job) == "COMPLETED", cluster.log(job)
     assert cluster.fields(job)["Restarts"] == "1"
-    assert "exit code 137, requeued from step-0" in cluster.log(job)
+    assert "exit code 137, requeueing from step-0" in cluster.log(job)
     first, second = attempts(output)
     assert first["outcome"] == "stopped"
     assert LOST in first["reason"]
@@ -152,7 +152,7 @@ def test_a_network_cut_between_trainings_requeues_the_job_to_the_same_bits(
     hosts.cut("n2")
     cut = time.monotonic()
     try:
-        cluster.wait_for_log(job, "exit code 75, requeued from step-0")
+        cluster.wait_for_log(job, "exit code 75, requeueing from step-0")
         assert time.monotonic() - cut < 60
     finally:
         hosts.mend("n2")
@@ -209,7 +209,7 @@ def test_a_sites_file_may_have_each_node_prepared(
     output.mkdir(parents=True)
     (recipe,) = re.findall(r"^srun .*mkdir.*", README, re.MULTILINE)
     options, folder = recipe.split(" mkdir -p ")
-    assert folder == '"/tmp/cifar10-$SLURM_JOB_ID"'
+    assert folder == '"$local_data"'
     site = cluster.checkout / "slurm" / "site.sh"
     # The nodes share this machine's files.
     site.write_text(f"{options} sh -c 'touch {output}/$(hostname)'\n")

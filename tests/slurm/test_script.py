@@ -16,7 +16,7 @@ class Node:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.put("srun", f'printf "%s\\n" "$@" > {folder}/told; env > {folder}/environment')
+        self.put("srun", f'printf "%s\\n" "$@" > {folder}/received; env > {folder}/environment')
         self.has_job()
 
     def has_job(self, batch: int = 1, more: str = "") -> None:
@@ -38,8 +38,8 @@ class Node:
             text=True,
         )
 
-    def told(self) -> list[str]:
-        path = self._folder / "told"
+    def received(self) -> list[str]:
+        path = self._folder / "received"
         return path.read_text().splitlines() if path.exists() else []
 
     def environment(self) -> dict[str, str]:
@@ -59,7 +59,8 @@ def node(tmp_path: Path) -> Node:
         ({"SLURM_JOB_ID": ""}, "", "not run by sbatch; submit it with: sbatch slurm/train.sh"),
         ({}, "", "after make install LOCK=gpu, or set CONTAINER_IMAGE"),
         ({"CONTAINER_IMAGE": "b.sif"}, "", "b.sif, which is not on"),
-        ({"CONTAINER_IMAGE": "team/job:1"}, "", "CONTAINER_RUNTIME is '' for team/job:1, expected"),
+        ({"CONTAINER_IMAGE": "team/job:1"}, "", "expected apptainer or pyxis"),
+        ({"CONTAINER_IMAGE": "job:1", "CONTAINER_RUNTIME": "none"}, "", "expected apptainer or"),
         ({"CONTAINER_IMAGE": "a.sqsh"}, "--output-dir x", "set JOB_OUTPUT_DIR or JOB_DATA_DIR"),
         ({"JOB_OUTPUT_DIR": "/dev/null/x"}, "", "cannot make these folders; set JOB_OUTPUT_DIR"),
     ],
@@ -68,15 +69,51 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     node: Node, env: dict[str, str], arguments: str, message: str
 ) -> None:
     result = node.run(*arguments.split(), **env)
-    assert (result.returncode, node.told()) == (2, [])
+    assert (result.returncode, node.received()) == (2, [])
     assert message in result.stderr
 
 
 def test_a_script_that_salloc_or_srun_has_started_is_refused(node: Node) -> None:
     node.has_job(batch=0)
     result = node.run()
-    assert (result.returncode, node.told()) == (2, [])
-    assert "not run by sbatch" in result.stderr
+    assert (result.returncode, node.received()) == (2, [])
+    assert "run by salloc or srun; submit it with: sbatch slurm/train.sh" in result.stderr
+
+
+def test_slurm_that_does_not_answer_is_no_mistake_of_the_user(node: Node) -> None:
+    node.put("scontrol", "exit 1")
+    node.put("sleep", "")
+    result = node.run(CONTAINER_IMAGE="a.sqsh")
+    assert (result.returncode, node.received()) == (75, [])
+    assert "Slurm has not answered" in result.stderr
+
+
+def test_a_sites_file_keeps_its_settings_to_itself(node: Node, tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "site.sh").write_text("set -euo pipefail\nset -- --epochs 9 $#\n")
+    result = node.run("--epochs", "3", CONTAINER_IMAGE="a.sqsh")
+    assert result.returncode == 0, result.stderr
+    assert node.received()[-5:] == ["-m", "job", "train", "--epochs", "3"]
+
+
+def test_the_step_of_a_checkpoint_is_in_its_name_alone(node: Node, tmp_path: Path) -> None:
+    output = tmp_path / "step-2" / "run"
+    (output / "checkpoints").mkdir(parents=True)
+    (output / "checkpoints" / "000001-step-00000015-0.npz").touch()
+    node.put("srun", "exit 1")
+    result = node.run(CONTAINER_IMAGE="a.sqsh", JOB_OUTPUT_DIR=str(output))
+    assert result.returncode == 1
+    assert "requeueing from step-00000015; Slurm reports" in result.stderr
+
+
+def test_what_slurm_does_not_requeue_is_reported(node: Node) -> None:
+    node.put("srun", "exit 75")
+    node.put("scontrol", f'test "$1" != requeue && echo "{RECORD.format(batch=1, more="")}"')
+    result = node.run(CONTAINER_IMAGE="a.sqsh")
+    assert result.returncode == 75
+    assert result.stderr.splitlines()[-1].endswith(
+        "exit code 75, not requeued for Slurm's reason above; submit it again to resume"
+    )
 
 
 def test_a_seed_in_an_array_is_refused(node: Node) -> None:
@@ -84,10 +121,10 @@ def test_a_seed_in_an_array_is_refused(node: Node) -> None:
     node.has_job(more="ArrayJobId=40 ArrayTaskId=3 ")
     result = node.run("--seed", "7", CONTAINER_IMAGE="a.sqsh")
     assert result.returncode == 2
-    assert "no --seed in an array, whose indices are the seeds" in result.stderr
+    assert "and no --seed in an array" in result.stderr
 
 
-def test_pyxis_is_told_image_mounts_and_variables(node: Node, tmp_path: Path) -> None:
+def test_pyxis_gets_image_mounts_and_variables(node: Node, tmp_path: Path) -> None:
     result = node.run(
         *("--epochs", "3"),
         **{"CONTAINER_IMAGE": "a.sqsh", "JOB_SEED": "7", "NCCL_DEBUG": "INFO", "HTTPS_PROXY": "p"},
@@ -95,9 +132,9 @@ def test_pyxis_is_told_image_mounts_and_variables(node: Node, tmp_path: Path) ->
         **{"LD_LIBRARY_PATH": "/opt/modules/lib", "SECRET": "x"},
     )
     assert result.returncode == 0, result.stderr
-    told = node.told()
-    (variables,) = (word for word in told if word.startswith("--container-env="))
-    assert told == [
+    received = node.received()
+    (variables,) = (word for word in received if word.startswith("--container-env="))
+    assert received == [
         *("--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--distribution=block"),
         *("--cpus-per-task=4", "--gpus=2", "--kill-on-bad-exit=1", "--export=ALL"),
         f"--container-image={tmp_path}/a.sqsh",
