@@ -48,7 +48,7 @@ unset SLURM_TRES_PER_TASK "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" SLURM_ARRA
 options=("$@") && set --
 # shellcheck source=/dev/null
 [[ ! -e slurm/site.sh ]] || source slurm/site.sh
-set +eu +o pipefail
+set +eu +o pipefail # which the file may have set
 read_record || { log "error: Slurm has not answered, see above; submit the job again"; exit 75; }
 [[ $(field BatchFlag) == 1 ]] || refuse "run by salloc or srun; submit it with: sbatch slurm/train.sh"
 job=$SLURM_JOB_ID attempt=$(field Restarts) task=$(field ArrayTaskId)
