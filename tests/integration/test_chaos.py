@@ -5,9 +5,8 @@ from pathlib import Path
 from tests.integration.chaos import make_rounds
 
 PLAN = [
-    ("SIGKILL", 1),
     ("SIGKILL at a checkpoint's file operation", 2),
-    ("SIGTERM", 2),
+    ("SIGTERM", 1),
     ("SIGKILL at an artifact's file operation", 1),
 ]
 

@@ -21,7 +21,6 @@ from tests.integration.slurm import (
     require_slurm,
     wait_until,
 )
-from tests.integration.team import evaluate_on_one_device
 
 README = (REPOSITORY / "slurm" / "README.md").read_text()
 # Does what JOB_STUB says, in any runtime.
@@ -103,15 +102,6 @@ def begin(cluster: Cluster, output: Path) -> str:
     job = cluster.submit("--nodes=2", *TRAIN, JOB_OUTPUT_DIR=str(output), JOB_DEVICES="cpu:1")
     cluster.wait_for_log(job, "checkpoint at step")
     return job
-
-
-def test_two_nodes_come_to_the_bits_of_one_with_two_replicas(
-    cluster: Cluster, trained: Path, output: Path, cifar10_dir: Path
-) -> None:
-    job = cluster.submit(*TRAIN, JOB_OUTPUT_DIR=str(output), JOB_DEVICES="cpu:2")
-    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
-    evaluate_on_one_device(output, cifar10_dir)
-    assert compare(trained, output) == []
 
 
 def test_at_the_time_limit_all_nodes_stop_together_and_go_on_to_the_same_bits(

@@ -91,18 +91,18 @@ def test_the_script_leaves_every_artifact_and_one_readable_log(
 def test_at_its_time_limit_the_job_requeues_itself_to_the_same_bits(
     cluster: Cluster, reference: Path, output: Path
 ) -> None:
-    job = submit(cluster, output, "--time=1")
-    wait_until(lambda: CHECKPOINT in cluster.log(job), 60, lambda: cluster.log(job))
+    # Slurm signals two minutes before the limit, or half a minute earlier.
+    job = submit(cluster, output, "--time=3")
+    cluster.wait_for_log(job, CHECKPOINT)
     with halted(trainer(output)):
-        # Slurm looks every half minute, and wakes what it signals.
+        # Slurm wakes what it signals.
         cluster.wait_for_log(job, "exit code 75, requeueing from step-0", timeout=100)
-    wait_until(lambda: cluster.state(job) == "PENDING", 30)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     assert cluster.wait(job) == "COMPLETED"
     assert cluster.fields(job)["Restarts"] == "1"
     first, second = attempts(output)
     assert (first["outcome"], first["reason"]) == ("stopped", "SIGUSR1")
-    assert second["first_step"] == (first["last_step"] or 0)
+    assert second["first_step"] == first["last_step"] > 0
     assert compare(reference, output) == []
 
 
@@ -194,7 +194,7 @@ def test_a_node_without_its_gpu_is_excluded_once(cluster: Cluster, output: Path)
 def test_the_tasks_of_an_array_train_two_at_a_time_and_are_requeued_alone(
     cluster: Cluster, reference: Path, output: Path
 ) -> None:
-    array = submit(cluster, output, "--array=40-43%2")
+    array = submit(cluster, output, "--array=41-43%2")
     # Its number is the array's own, too.
     last = f"{array}_43"
     most = 0
@@ -208,11 +208,11 @@ def test_the_tasks_of_an_array_train_two_at_a_time_and_are_requeued_alone(
     wait_until(reached_the_last, 300)
     with halted(trainer(output / "seed-43")):
         cluster.run("scancel", "--signal=USR1", last)
-    assert cluster.wait(*(f"{array}_{task}" for task in range(40, 44))) == "COMPLETED"
+    assert cluster.wait(*(f"{array}_{task}" for task in range(41, 44))) == "COMPLETED"
     assert most == 2
-    seeds = [json.loads((output / f"seed-{n}" / "run.json").read_text()) for n in range(40, 44)]
-    assert [seed["config"]["seed"] for seed in seeds] == [40, 41, 42, 43]
-    assert [len(seed["attempts"]) for seed in seeds] == [1, 1, 1, 2]
+    seeds = [json.loads((output / f"seed-{n}" / "run.json").read_text()) for n in range(41, 44)]
+    assert [seed["config"]["seed"] for seed in seeds] == [41, 42, 43]
+    assert [len(seed["attempts"]) for seed in seeds] == [1, 1, 2]
     # The default seed.
     assert compare(reference, output / "seed-42") == []
 
@@ -221,7 +221,7 @@ def test_a_job_whose_node_is_lost_is_taken_over_on_the_other(
     cluster: Cluster, output: Path
 ) -> None:
     # Long enough for the old process to compute and write until the new one comes.
-    longer = (*TRAIN, "--epochs", "40")
+    longer = (*TRAIN, "--epochs", "24")
     left_alone, lost = output / "left-alone", output / "lost"
     job = cluster.submit(*longer, JOB_OUTPUT_DIR=str(lost), **ON_CPU)
     cluster.wait_for_log(job, CHECKPOINT)
@@ -358,20 +358,19 @@ def test_in_apptainer_it_stops_leaves_nothing_behind_and_resumes_to_the_same_bit
     folders = {"JOB_OUTPUT_DIR": str(output), "JOB_DATA_DIR": str(readable_data)}
     variables = {"CONTAINER_IMAGE": str(sif), **folders, **ON_CPU}
     foreign = {"LD_LIBRARY_PATH": "/opt/modules/lib", "PYTHONSTARTUP": "/home/x", "SECRET": "x"}
-    first = user.submit("--time=1", *TRAIN, **variables, **foreign)
-    wait_until(lambda: CHECKPOINT in user.log(first), 60, lambda: user.log(first))
+    first = user.submit("--time=3", *TRAIN, **variables, **foreign)
+    # A signal also ends what mounts the image. What is needed is in memory after a validation.
+    user.wait_for_log(first, "epoch 1/3")
     pid = trainer(output)
     with halted(pid):
-        told = dict(line.split(b"=", 1) for line in environment(Path(f"/proc/{pid}")) if line)
+        received = dict(line.split(b"=", 1) for line in environment(Path(f"/proc/{pid}")) if line)
         user.wait_for_log(first, "exit code 75, requeueing from step-0", timeout=100)
-    assert (told[b"JOB_OUTPUT_DIR"], told[b"SLURM_JOB_ID"]) == (b"/output", first.encode())
-    assert told[b"PYTHONPATH"] == b"/app"
-    assert not {b"PYTHONSTARTUP", b"SECRET"} & set(told)
-    assert b"modules" not in told[b"LD_LIBRARY_PATH"]
-    wait_until(lambda: user.state(first) == "PENDING", 30)
+    assert (received[b"JOB_OUTPUT_DIR"], received[b"SLURM_JOB_ID"]) == (b"/output", first.encode())
+    assert received[b"PYTHONPATH"] == b"/app"
+    assert not {b"PYTHONSTARTUP", b"SECRET"} & set(received)
+    assert b"modules" not in received[b"LD_LIBRARY_PATH"]
     user.run("scontrol", "update", f"JobId={first}", "TimeLimit=60")
-    # The signal also ends what mounts the image. What is needed is in memory after a validation.
-    user.wait_for_log(first, "epoch 1/3")
+    user.wait_for_log(first, "epoch 2/3")
     with halted(trainer(output)):
         user.run("scancel", first)
     assert user.wait(first) == "CANCELLED"
@@ -380,9 +379,7 @@ def test_in_apptainer_it_stops_leaves_nothing_behind_and_resumes_to_the_same_bit
     second = user.submit(*TRAIN, **variables)
     assert user.wait(second) == "COMPLETED", user.log(second)
     assert not processes(second)
-    assert [one["outcome"] for one in attempts(output)] == ["stopped", "stopped", "done"], user.log(
-        first
-    )
+    assert [one["reason"] for one in attempts(output)] == ["SIGUSR1", "SIGTERM", None]
     assert compare(reference, output) == []
 
 

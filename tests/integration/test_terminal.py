@@ -161,7 +161,7 @@ def test_a_pipe_gets_plain_lines_whatever_the_variables_say(run_job: RunJob) -> 
     assert "\r" not in result.stdout
     # An event is a line, however long.
     assert {line[8] for line in result.stdout.splitlines()} == {" "}
-    assert len(result.stdout.splitlines()) == 5
+    assert len(result.stdout.splitlines()) == 6
 
 
 def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path) -> None:
