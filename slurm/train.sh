@@ -23,7 +23,6 @@
 
 # The script passes no signal on: Slurm signals the tasks itself, at the time limit as well as for scancel, preemption
 # and scontrol requeue. The last three may end this script at once; Slurm waits for the tasks all the same (KillWait).
-
 log() { echo "$(date '+%F %T') slurm/train.sh: $*" >&2; }
 refuse() { log "error: $*"; exit 2; }
 # Reads Slurm's record of this job. Asks again for some minutes, as the controller may be restarting.
@@ -37,7 +36,7 @@ read_record() {
 field() { [[ $record =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
 newest_step() {
   find "$output/checkpoints" -name '[0-9]*-step-*.npz' -printf '%f\n' 2> /dev/null |
-    grep -oE 'step-[0-9]+' | sort | tail -n 1 | grep . || echo none
+    grep -oE 'step-[0-9]+' | sort | tail -n 1 | grep . || echo "the start"
 }
 
 # --- The job ---
@@ -58,9 +57,10 @@ if [[ -n $task ]]; then
   SLURM_ARRAY_JOB_ID=$(field ArrayJobId)
   job=${SLURM_ARRAY_JOB_ID}_$task output+=/seed-$task
 fi
-mkdir -p -- "$output" "$data" || refuse "cannot make these folders; set JOB_OUTPUT_DIR and JOB_DATA_DIR"
-[[ " ${options[*]} " != *" --"@(output-dir|data-dir${task:+|seed})* ]] || refuse "received ${options[*]}; set" \
-  "JOB_OUTPUT_DIR or JOB_DATA_DIR instead of --output-dir or --data-dir, and no --seed in an array"
+[[ " ${options[*]} " != *" --"@(output|data)-dir* ]] ||
+  refuse "received --output-dir or --data-dir; set JOB_OUTPUT_DIR or JOB_DATA_DIR instead"
+[[ -z $task || " ${options[*]} " != *" --seed"* ]] ||
+  refuse "received --seed in an array; leave it out, as the index of each task is its seed"
 
 # --- The command of a task ---
 image=${CONTAINER_IMAGE:-} python=${PYTHON:-.venv/bin/python}
@@ -71,7 +71,7 @@ case $image in
   *)
     runtime=${CONTAINER_RUNTIME:-}
     [[ $runtime == @(apptainer|pyxis) ]] ||
-      refuse "CONTAINER_RUNTIME is '$runtime' for the image $image, expected apptainer or pyxis"
+      refuse "CONTAINER_RUNTIME is '$runtime' for $image, expected apptainer or pyxis, or a file .sif or .sqsh"
     ;;
 esac
 [[ $image != *.@(sif|sqsh) || -e $image ]] ||
@@ -83,31 +83,31 @@ if [[ $runtime != none ]]; then
   # Not the user's home, which the image does not show, nor the node's /tmp, where they would stay.
   export MPLCONFIGDIR=/output/.cache KERAS_HOME=/output/.cache
 fi
-# The variables that a container needs from outside.
-needed='(job|slurm|slurmd|tf|nccl)_.*|cuda_visible_devices|mplconfigdir|keras_home|(https?|no|all)_proxy|tz'
+passed='(job|slurm|slurmd|tf|nccl)_.*|cuda_visible_devices|mplconfigdir|keras_home|(https?|no|all)_proxy|tz'
 case $runtime in
   none)
-    "$python" -c 'import job.commands.cli' || refuse "$python cannot import job/ in $PWD; submit at the top of" \
-      "the checkout after make install LOCK=gpu, or set CONTAINER_IMAGE"
+    "$python" -c 'import job.commands.cli' || refuse "PYTHON is $python, which cannot import job/ in $PWD;" \
+      "submit at the top of the checkout after make install LOCK=gpu, or set CONTAINER_IMAGE"
     command=("$python" -m job train)
     ;;
   apptainer)
-    # It lets in a variable NAME as APPTAINERENV_NAME, and each task has its own values. By exec it gets signals.
+    # It passes a variable NAME as APPTAINERENV_NAME, and each task has its own values. By exec it gets signals.
     # shellcheck disable=SC2016
     prepare='for name in $(compgen -e | grep -Eix "$0"); do export "APPTAINERENV_$name=${!name}"; done; exec "$@"'
-    command=(bash -c "$prepare" "$needed" apptainer exec --nv --cleanenv --no-home --no-mount cwd --pwd /app
+    command=(bash -c "$prepare" "$passed" apptainer exec --nv --cleanenv --no-home --no-mount cwd --pwd /app
       --bind "$output:/output" --bind "$data:/data" "$image" python -m job train)
     ;;
   pyxis)
-    # It lets in all variables. Those named here replace the image's own.
+    # It passes all variables. Those named here replace the image's own.
     unset LD_LIBRARY_PATH LD_PRELOAD PYTHONHOME
     command=("--container-image=$image" "--container-mounts=$output:/output,$data:/data" --container-workdir=/app
       --no-container-mount-home --no-container-remap-root --no-container-entrypoint
-      "--container-env=$(compgen -e | grep -Eix "$needed" | paste -sd,)" python -m job train)
+      "--container-env=$(compgen -e | grep -Eix "$passed" | paste -sd,)" python -m job train)
     ;;
 esac
 
 # --- One task on each node, with all of its GPUs, the first one beside this script ---
+mkdir -p -- "$output" "$data" || refuse "cannot make these folders; set JOB_OUTPUT_DIR and JOB_DATA_DIR"
 # The steps that the attempts of this job started from, a line each.
 progress=$output/.slurm-$job
 [[ $attempt != 0 && -e $progress ]] || newest_step > "$progress" || refuse "cannot write $progress"
@@ -131,7 +131,7 @@ read_record
   { log "job $job: exit code $code; Slurm has ended this attempt, or does not answer"; exit "$code"; }
 step=$(newest_step) seen=$(grep -cxF -- "$step" "$progress")
 ((${seen:-0} < 2)) ||
-  finish "not requeued; two attempts in a row ended at the same checkpoint ($step), see the errors above"
+  finish "not requeued; two attempts in a row made no progress after $step, see the errors above"
 echo "$step" >> "$progress" || finish "not requeued, as $progress cannot be written"
 if ((code == 3)); then # a GPU is missing, which another node may have
   excluded=$(field ExcNodeList) excluded=${excluded#'(null)'} excluded+=${excluded:+,}$SLURM_JOB_NODELIST

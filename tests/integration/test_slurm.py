@@ -186,9 +186,9 @@ def test_a_node_without_its_gpu_is_excluded_once(cluster: Cluster, output: Path)
     assert (fields["ExitCode"], fields["Restarts"]) == ("3:0", "1")
     log = cluster.log(job)
     assert log.count("CUDA_VISIBLE_DEVICES=0 promises 1 GPUs, TensorFlow sees 0") == 2
-    assert "exit code 3, requeueing from none, not on n1;" in log
+    assert "exit code 3, requeueing from the start, not on n1;" in log
     assert "attempt 1 on n2" in log
-    assert "two attempts in a row ended at the same checkpoint (none)" in log
+    assert "two attempts in a row made no progress after the start" in log
 
 
 def test_the_tasks_of_an_array_train_two_at_a_time_and_are_requeued_alone(
@@ -274,7 +274,7 @@ def test_an_ordinary_user_may_exclude_a_node(ordinary: Cluster) -> None:
     job = ordinary.submit("slurm/train.sh", CODE="3")
     assert ordinary.wait(job) == "FAILED"
     assert ordinary.log(job).count("the stub ends with 3") == 2
-    assert "requeueing from none, not on n1;" in ordinary.log(job)
+    assert "requeueing from the start, not on n1;" in ordinary.log(job)
     assert ordinary.fields(job)["ExitCode"] == "3:0"
 
 
@@ -296,8 +296,8 @@ def test_a_job_is_requeued_while_it_moves_on_and_once_if_it_does_not(
     shutil.rmtree(ordinary.checkout / "output", ignore_errors=True)
     job = ordinary.submit("slurm/train.sh", CODE=code, MOVING=moving)
     assert ordinary.wait(job) == "FAILED"
-    last = {"0": "none", "1": "step-00000010", "2": "step-00000011"}[moving]
-    assert f"two attempts in a row ended at the same checkpoint ({last})" in ordinary.log(job)
+    last = {"0": "the start", "1": "step-00000010", "2": "step-00000011"}[moving]
+    assert f"two attempts in a row made no progress after {last}" in ordinary.log(job)
     fields = ordinary.fields(job)
     assert (fields["ExitCode"], fields["Restarts"]) == (f"{code}:0", restarts)
 
