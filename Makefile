@@ -87,7 +87,7 @@ PYTEST := $(BIN)/python -m pytest --dist loadfile --numprocesses
 test: $(VENV)/.dev ## The fast tests: no cluster, container, browser or documentation run
 	$(PYTEST) 2 -m "not slow" $(PYTEST_ARGS)
 
-# The slow tests wait for half of their time, so there is one process more than the processors need.
+# The slow tests wait for half of their time, so three processes keep two processors busy.
 .PHONY: test-all
 test-all: test ## Everything that can be tested on this machine
 	$(PYTEST) 3 -m slow $(PYTEST_ARGS)

@@ -111,7 +111,7 @@ mkdir -p -- "$output" "$data" || refuse "cannot make these folders; set JOB_OUTP
 # The steps that the attempts of this job started from, a line each.
 progress=$output/.slurm-$job
 [[ $attempt != 0 && -e $progress ]] || newest_step > "$progress" || refuse "cannot write $progress"
-log "job $job, attempt $attempt on $SLURM_JOB_NODELIST: ${image:-$python}, ${SLURM_GPUS_ON_NODE:-0} GPUs a node," \
+log "job $job, attempt $attempt on $SLURM_JOB_NODELIST: ${image:-$python}, GPUs a node: ${SLURM_GPUS_ON_NODE:-0}," \
   "output $output, data $data"
 code=0 gpus=()
 # Of a node that is the job's alone (--exclusive) a step would take only the GPUs that sbatch asked for.

@@ -7,7 +7,11 @@ import keras
 import tensorflow as tf
 
 from job.config import load_member
-from job.recipes._augment import Resample as Resample  # recipes name it in their `augment`
+
+# What other packages take from the private module.
+from job.recipes._augment import Resample as Resample
+from job.recipes._augment import resample_by_gather as resample_by_gather
+from job.recipes._augment import resample_by_op as resample_by_op
 
 
 def unchanged(images: tf.Tensor) -> tf.Tensor:

@@ -19,8 +19,7 @@ from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from job.cluster.devices import Devices, graph_function
 from job.data import Dataset
-from job.recipes import Recipe
-from job.recipes._augment import resample_by_gather, resample_by_op
+from job.recipes import Recipe, resample_by_gather, resample_by_op
 from job.run.checkpoint import Arrays, Progress
 from job.training.network import training_network
 

@@ -18,8 +18,7 @@ from job import log
 from job.cluster.devices import Devices
 from job.config import JobError, TrainConfig, UserError
 from job.data import Dataset
-from job.recipes import Recipe, get_recipe
-from job.recipes._augment import resample_by_op
+from job.recipes import Recipe, get_recipe, resample_by_op
 from job.report import pictures
 from job.run.folder import EVALUATION, MODEL, PREDICTION, OutputDir, require_model, sha256_of
 from job.run.predictions import Predictions, most_confident_mistakes

@@ -154,15 +154,12 @@ def test_a_network_cut_between_trainings_requeues_the_job_to_the_same_bits(
 def test_in_apptainer_two_nodes_come_to_the_same_bits(
     cluster: Cluster, trained: Path, sif: Path, readable_data: Path
 ) -> None:
-    user = cluster.for_ordinary_user()
-    output = user.checkout / "output"
-    variables = {"JOB_OUTPUT_DIR": str(output), "JOB_DATA_DIR": str(readable_data)}
-    job = user.submit(
-        "--nodes=2", *TRAIN, **variables, CONTAINER_IMAGE=str(sif), JOB_DEVICES="cpu:1"
-    )
+    image = {"CONTAINER_IMAGE": str(sif), "JOB_DATA_DIR": str(readable_data)}
+    user = cluster.for_ordinary_user(**image, JOB_DEVICES="cpu:1")
+    job = user.submit("--nodes=2", *TRAIN)
     assert user.wait(job) == "COMPLETED", user.log(job)
     assert "worker 1: follows worker 0 (n1:" in user.log(job)
-    assert compare(trained, output) == []
+    assert compare(trained, user.checkout / "output" / "slurm") == []
 
 
 def worker_on(node: str, job: str) -> int:

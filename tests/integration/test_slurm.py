@@ -75,7 +75,7 @@ def test_the_script_leaves_every_artifact_and_one_readable_log(
     assert json.loads((reference / "evaluation.json").read_text())["examples"] == 10_000
     log = cluster.log(undisturbed)
     start = (
-        rf"job {undisturbed}, attempt 0 on n1: \.venv/bin/python, 1 GPUs a node, output \S+/slurm,"
+        rf"job {undisturbed}, attempt 0 on n1: \.venv/bin/python, GPUs a node: 1, output \S+/slurm,"
     )
     assert re.search(start, log)
     assert "error" not in log
@@ -291,7 +291,7 @@ def test_a_job_that_wants_its_node_is_not_sent_elsewhere(ordinary: Cluster) -> N
     [("1", "0", "1"), ("1", "2", "3"), ("75", "0", "1"), ("139", "1", "2")],
 )
 def test_a_job_is_requeued_while_it_moves_on_and_once_if_it_does_not(
-    ordinary: Cluster, output: Path, code: str, moving: str, restarts: str
+    ordinary: Cluster, code: str, moving: str, restarts: str
 ) -> None:
     shutil.rmtree(ordinary.checkout / "output", ignore_errors=True)
     job = ordinary.submit("slurm/train.sh", CODE=code, MOVING=moving)
@@ -353,12 +353,11 @@ def test_a_job_submitted_from_within_another_leaves_that_alone(ordinary: Cluster
 def test_in_apptainer_it_stops_leaves_nothing_behind_and_resumes_to_the_same_bits(
     cluster: Cluster, sif: Path, readable_data: Path, reference: Path
 ) -> None:
-    user = cluster.for_ordinary_user()
-    output = user.checkout / "output"
-    folders = {"JOB_OUTPUT_DIR": str(output), "JOB_DATA_DIR": str(readable_data)}
-    variables = {"CONTAINER_IMAGE": str(sif), **folders, **ON_CPU}
+    image = {"CONTAINER_IMAGE": str(sif), "JOB_DATA_DIR": str(readable_data)}
+    user = cluster.for_ordinary_user(**image, **ON_CPU)
+    output = user.checkout / "output" / "slurm"
     foreign = {"LD_LIBRARY_PATH": "/opt/modules/lib", "PYTHONSTARTUP": "/home/x", "SECRET": "x"}
-    first = user.submit("--time=3", *TRAIN, **variables, **foreign)
+    first = user.submit("--time=3", *TRAIN, **foreign)
     # A signal also ends what mounts the image. What is needed is in memory after a validation.
     user.wait_for_log(first, "epoch 1/3")
     pid = trainer(output)
@@ -376,7 +375,7 @@ def test_in_apptainer_it_stops_leaves_nothing_behind_and_resumes_to_the_same_bit
     assert user.wait(first) == "CANCELLED"
     wait_until(lambda: not processes(first), 10)
 
-    second = user.submit(*TRAIN, **variables)
+    second = user.submit(*TRAIN)
     assert user.wait(second) == "COMPLETED", user.log(second)
     assert not processes(second)
     assert [one["reason"] for one in attempts(output)] == ["SIGUSR1", "SIGTERM", None]
@@ -421,6 +420,6 @@ def test_the_recipe_for_a_nodes_own_disk_trains_without_gpu_on_what_it_copied(
     words = ("--gpus-per-node=0", *TRAIN, "--epochs", "1")
     job = other.submit(*words, JOB_OUTPUT_DIR=str(output), SLURM_TMPDIR=str(disk))
     assert other.wait(job) == "COMPLETED", other.log(job)
-    assert f"0 GPUs a node, output {output}, data {disk}/cifar10-{job}\n" in other.log(job)
+    assert f"GPUs a node: 0, output {output}, data {disk}/cifar10-{job}\n" in other.log(job)
     # Removed by the recipe itself.
     assert list(disk.iterdir()) == []
