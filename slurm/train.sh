@@ -107,7 +107,7 @@ case $runtime in
 esac
 
 # --- One task on each node, with all of its GPUs, the first one beside this script ---
-mkdir -p -- "$output" "$data" || refuse "cannot make these folders; set JOB_OUTPUT_DIR and JOB_DATA_DIR"
+mkdir -p -- "$output" "$data" || refuse "cannot make $output or $data; set JOB_OUTPUT_DIR and JOB_DATA_DIR"
 # The steps that the attempts of this job started from, a line each.
 progress=$output/.slurm-$job
 [[ $attempt != 0 && -e $progress ]] || newest_step > "$progress" || refuse "cannot write $progress"

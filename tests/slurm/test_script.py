@@ -65,7 +65,7 @@ def node(tmp_path: Path) -> Node:
         (
             {"CONTAINER_IMAGE": "a.sqsh", "JOB_OUTPUT_DIR": "/dev/null/x"},
             "",
-            "cannot make these folders; set JOB_OUTPUT_DIR",
+            "cannot make /dev/null/x or ",
         ),
     ],
 )
