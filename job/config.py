@@ -200,7 +200,7 @@ class TrainConfig:
     checkpoint_every: float = _option(60.0, "Seconds between two checkpoints.", minimum=0)
     stop_after: float | None = _option(
         None,
-        "Stop with a checkpoint and exit code 75 this many seconds after the start.",
+        "Stop with a checkpoint and exit code 75 once the process has run this many seconds.",
         minimum=0,
     )
     fresh: bool = _option(False, "Start over: discard the run that the folder holds.")

@@ -3,6 +3,7 @@
 The only module that picks a `tf.distribute` strategy.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -211,10 +212,20 @@ class _Offer(msgspec.Struct):
         return f"{self.kind}:{len(self.devices)}"
 
 
-def open_devices_of_all(config: TrainConfig, spec: ClusterSpec) -> Devices:
+def open_devices_of_all(
+    config: TrainConfig,
+    spec: ClusterSpec,
+    connecting: contextlib.AbstractContextManager[None] | None = None,
+) -> Devices:
     """Set up devices of all workers of a run, once all of them are there.
 
     Precision and the like are not settled yet: `Devices.resolve` does that.
+
+    Args:
+        config: The run's configuration.
+        spec: The workers.
+        connecting: Entered once all are there, while TensorFlow connects them. A worker that dies
+            in that second leaves the others waiting for ever, with Python's global lock held.
 
     Raises:
         GpuMissingError: If an expected or required GPU cannot be used.
@@ -223,8 +234,12 @@ def open_devices_of_all(config: TrainConfig, spec: ClusterSpec) -> Devices:
     """
     require_expected_gpus(config)
     kind, names, own = _use_local_devices(config, None)
-    create = functools.partial(_create_strategy, spec, kind, len(names))
-    strategy = rendezvous(spec, create, config.join_timeout)
+
+    def connect() -> tf.distribute.Strategy:
+        with connecting or contextlib.nullcontext():
+            return _create_strategy(spec, kind, len(names))
+
+    strategy = rendezvous(spec, connect, config.join_timeout)
     workers = Workers(spec)
     offers = workers.gather(_Offer(kind, own, _compute_bfloat16(kind, own)))
     _require_equal_devices(workers, offers)

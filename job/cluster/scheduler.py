@@ -69,6 +69,9 @@ TASKS_PER_NODE = 16
 _FIRST_PORT = 12000
 _PORT_BLOCKS = 1250  # up to 31999, below the ports that Linux gives to outgoing connections
 
+# Between the ports of two steps of a job, which may run at a time.
+_STEP_STRIDE = 617
+
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _ADDRESS = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*|\[([0-9A-Fa-f:.]+)\]):([0-9]{1,5})")
 _TASKS = re.compile(r"([1-9][0-9]{0,5})(?:\(x([1-9][0-9]{0,5})\))?")
@@ -181,9 +184,15 @@ def _from_slurm_step(environ: Mapping[str, str]) -> ClusterSpec:
     total = _number(environ, "SLURM_STEP_NUM_TASKS", advice)
     if total <= 1:
         return ALONE
-    rank, node, place, job = (
-        _number(environ, name, advice)
-        for name in ("SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID", "SLURM_JOB_ID")
+    if environ.get("SLURM_PTY_PORT"):
+        raise UserError(
+            f"SLURM_PTY_PORT is set and SLURM_STEP_NUM_TASKS is {total}, expected one task in a "
+            f"step with a terminal, as no other task of it gets this command; start the shell by "
+            f"srun --ntasks=1 --pty, or the training by srun without --pty"
+        )
+    rank, node, place, job, step = (
+        _number(environ, f"SLURM_{name}", advice)
+        for name in ("PROCID", "NODEID", "LOCALID", "JOB_ID", "STEP_ID")
     )
     nodelist = _text(environ, "SLURM_STEP_NODELIST", advice)
     layout = _text(environ, "SLURM_STEP_TASKS_PER_NODE", advice)
@@ -211,7 +220,8 @@ def _from_slurm_step(environ: Mapping[str, str]) -> ClusterSpec:
             f"SLURM_STEP_TASKS_PER_NODE {layout}, expected ranks below {total} and for this one "
             f"{expected}; say srun --distribution=block"
         )
-    return ClusterSpec(tuple(f"{hosts[n]}:{_port(job, local)}" for n, local in places), rank)
+    key = job + _STEP_STRIDE * step
+    return ClusterSpec(tuple(f"{hosts[n]}:{_port(key, local)}" for n, local in places), rank)
 
 
 def _expand_tasks(text: str, advice: str) -> list[int]:
@@ -291,15 +301,17 @@ class RunIdentity:
 
     Attributes:
         name: The same for all attempts of a run and for no other; None where nothing tells.
-        attempt: Number of the attempt, higher for later ones, as far as the scheduler counts them.
+        attempt: Number of the attempt, from 0, higher for later ones; None where the scheduler does
+            not count them.
     """
 
     name: str | None
-    attempt: int = 0
+    attempt: int | None = None
 
     def replaces(self, name: str | None, attempt: int) -> bool:
-        """Whether this is the same run as another and no earlier attempt of it."""
-        return self.name is not None and self.name == name and self.attempt >= attempt
+        """Whether this is a later attempt of the same run as another one, as far as that shows."""
+        is_later = self.attempt is None or self.attempt > attempt
+        return self.name is not None and self.name == name and is_later
 
 
 NO_RUN = RunIdentity(None)

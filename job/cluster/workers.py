@@ -7,7 +7,6 @@ gradients, which the strategy reduces, workers exchange a few documents, always 
 import contextlib
 import os
 import re
-import signal
 import socket
 import threading
 import time
@@ -20,6 +19,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from job import log
+from job.clock import running_seconds
 from job.cluster.scheduler import ClusterSpec
 from job.config import JobError, LostWorkerError, UserError
 
@@ -51,9 +51,9 @@ def unreachable(spec: ClusterSpec) -> dict[int, str]:
     threads = [threading.Thread(target=probe, args=(rank,), daemon=True) for rank in reasons]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 2 * _PROBE_SECONDS  # a resolver has no bound of its own
+    deadline = running_seconds() + 2 * _PROBE_SECONDS  # a resolver has no bound of its own
     for thread in threads:
-        thread.join(max(deadline - time.monotonic(), 0.0))
+        thread.join(max(deadline - running_seconds(), 0.0))
     return dict(sorted(reasons.copy().items()))
 
 
@@ -117,7 +117,7 @@ def rendezvous(
     Raises:
         LostWorkerError: If they do not come.
     """
-    start = time.monotonic()
+    start = running_seconds()
     log.event(
         "waiting_for_workers",
         workers=list(spec.workers),
@@ -132,12 +132,9 @@ def rendezvous(
     # called when all workers have begun, and each is as good as there.
     with _listen(spec, deadline):
         _wait_for_others(spec, deadline, timeout_seconds)
-    try:
-        with naming_lost_workers(spec):
-            strategy = create()
-    finally:
-        _restore_signal_handlers()
-    seconds = time.monotonic() - start
+    with naming_lost_workers(spec):
+        strategy = create()
+    seconds = running_seconds() - start
     log.event(
         "joined",
         workers=spec.count,
@@ -146,14 +143,6 @@ def rendezvous(
         message=f"all {spec.count} workers are there after {seconds:.1f} s",
     )
     return strategy
-
-
-def _restore_signal_handlers() -> None:
-    """Take Python's handlers back: TensorFlow's distributed runtime swallows SIGTERM."""
-    for number in signal.valid_signals():
-        handler = signal.getsignal(number)
-        if callable(handler):
-            signal.signal(number, handler)
 
 
 def _bypass_proxies(spec: ClusterSpec) -> None:
@@ -177,7 +166,7 @@ def _listen(spec: ClusterSpec, deadline: float) -> Iterator[None]:
             listener = socket.create_server(("", port), family=family, dualstack_ipv6=both)
             break
         except OSError as error:
-            if time.monotonic() > deadline:
+            if running_seconds() > deadline:
                 raise LostWorkerError(
                     f"port {port} of {spec.name(spec.index)} cannot be used: {error.strerror}; end "
                     f"the process that listens there, then run again"
@@ -203,7 +192,7 @@ def _wait_for_others(spec: ClusterSpec, deadline: float, timeout_seconds: float)
     seen: set[int] = set()
     while missing := unreachable(spec):
         seen |= set(range(spec.count)) - set(missing)
-        if time.monotonic() > deadline:
+        if running_seconds() > deadline:
             # Others that have waited in vain may have ended by now.
             ranks = [rank for rank in missing if rank not in seen] or list(missing)
             names = "; ".join(f"{spec.name(rank)} ({missing[rank]})" for rank in ranks)
@@ -332,8 +321,8 @@ class Workers:
         with contextlib.suppress(LostWorkerError):
             self.barrier()
         # The chief serves the others, and so goes last.
-        deadline = time.monotonic() + _SHUTDOWN_SECONDS if self.is_chief else 0.0
-        while time.monotonic() < deadline and len(unreachable(self.spec)) < self.count - 1:
+        deadline = running_seconds() + _SHUTDOWN_SECONDS if self.is_chief else 0.0
+        while running_seconds() < deadline and len(unreachable(self.spec)) < self.count - 1:
             time.sleep(_SHUTDOWN_POLL_SECONDS)
 
     def _call(

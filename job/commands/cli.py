@@ -118,7 +118,7 @@ def _train_alone(
 
             write_finished(config, attempt)
             return
-        with watchdog.watch("the import of TensorFlow", compiling=True):
+        with watchdog.watch("the import of TensorFlow", compiling=True, native=True):
             load_tensorflow()
             from job.cluster.devices import open_devices
             from job.data import load_dataset
@@ -148,7 +148,7 @@ def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) ->
     bars, watchdog = _bars(enabled=True, stop=stop), Watchdog(config.stall_timeout, stop.end_hung)
     holding = hold_output_dir(config.output_dir, stop, watchdog=watchdog)
     with holding as output, bars as (download_bar, _):
-        with watchdog.watch("the import of TensorFlow", compiling=True):
+        with watchdog.watch("the import of TensorFlow", compiling=True, native=True):
             load_tensorflow()
         from job.cluster.devices import open_devices
         from job.data import load_dataset

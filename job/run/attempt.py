@@ -189,8 +189,8 @@ def inspect_output_dir(
     fresh = config.fresh and not _has_started_over(config, identity, earlier, is_complete)
     checkpoints, manifest = CheckpointStore(output), RunManifest(output, identity, fresh=fresh)
     if fresh:
-        if identity.name is None:
-            # Nothing would tell that the same command goes on with what this one has begun.
+        if identity.name is None or identity.attempt == 0:
+            # The same command starts over again, unless a scheduler repeats it.
             stop.advice = "run the same command without --fresh to go on"
         return Attempt(output, manifest, checkpoints, None, stop, fresh, is_finished=False)
     checkpoint, is_finished = checkpoints.load_latest(), False
@@ -219,9 +219,12 @@ def _has_started_over(
 ) -> bool:
     """Whether --fresh was done by an earlier attempt: a scheduler repeats the whole command.
 
-    A person who repeats it means another run, or to do a finished one over.
+    A person who repeats it means another run, or to do a finished one over. The first attempt of a
+    scheduler's job has no earlier one: a person repeats the command in an allocation of Slurm.
     """
-    if earlier is None or identity.name is None or (is_complete and not identity.attempt):
+    if earlier is None or identity.name is None or identity.attempt == 0:
+        return False
+    if is_complete and identity.attempt is None:
         return False
     started = any(
         attempt.fresh and attempt.run_id == identity.name and attempt.first_step is not None

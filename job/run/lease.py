@@ -24,6 +24,7 @@ from pathlib import Path
 import msgspec
 
 from job import log
+from job.clock import running_seconds
 from job.cluster.scheduler import RunIdentity
 from job.config import ExitCode, JobError, UserError
 from job.run.folder import refused
@@ -142,7 +143,7 @@ class Lease:
             os.close(self._descriptor)
 
     def _keep_renewing(self) -> None:
-        renewed = time.monotonic()
+        renewed = running_seconds()
         while not self._released.wait(RENEW_SECONDS):
             try:
                 self.check()
@@ -150,7 +151,7 @@ class Lease:
                     if self._released.is_set():
                         return
                     self._write()
-                renewed = time.monotonic()
+                renewed = running_seconds()
                 asking = asking_path(self._folder, self._generation)
                 if asking.exists() and (name := asking.read_text()):
                     reason = f"{name} has asked for {self._folder.parent}"
@@ -159,7 +160,7 @@ class Lease:
                 self._stop.request(str(error))
                 return
             except (OSError, UserError) as error:
-                if time.monotonic() - renewed > UNRENEWED_SECONDS:
+                if running_seconds() - renewed > UNRENEWED_SECONDS:
                     self._stop.request(f"the lease cannot be renewed: {error}")
 
     def _write(self, *, released: bool = False) -> None:
@@ -256,7 +257,8 @@ def read_holder(output_dir: Path) -> Holder | None:
 
 def refusal(output_dir: Path, identity: RunIdentity, holder: Holder) -> JobError:
     """Why a process cannot have an output folder that another, living one holds."""
-    if holder.run is not None and holder.run == identity.name:
+    is_same_run = holder.run is not None and holder.run == identity.name
+    if is_same_run and identity.attempt is not None and holder.attempt > identity.attempt:
         return LeaseLostError(f"{output_dir} is held by a newer attempt of this run: {holder}")
     return UserError(
         f"--output-dir {output_dir} is in use by {holder}; wait for its end, stop it, or name "
@@ -274,7 +276,7 @@ def _outlast(
         FileNotFoundError: If a successor has tidied the lease away.
     """
     path = lease_path(folder, generation)
-    seen, looked_at = read_lease(path), time.monotonic()
+    seen, looked_at = read_lease(path), running_seconds()
     unchanged_seconds, announced = 0.0, False
     asked_at: float | None = None
     while True:
@@ -282,7 +284,7 @@ def _outlast(
         lock = _probe(path, holder) if holder else "unknown"
         if lock == "free":
             return
-        now, alive = time.monotonic(), lock == "held" or holder != seen
+        now, alive = running_seconds(), lock == "held" or holder != seen
         replaces = holder is not None and identity.replaces(holder.run, holder.attempt)
         if holder and alive and not replaces:
             raise refusal(folder.parent, identity, holder)
@@ -294,7 +296,7 @@ def _outlast(
             before_asking()
             name = f"a newer attempt of {identity.name} on host {socket.gethostname()}"
             asking_path(folder, generation).write_text(name)
-            asked_at = time.monotonic()
+            asked_at = running_seconds()
         if not announced:
             _announce(folder.parent, holder)
             announced = True
@@ -328,8 +330,9 @@ def _create(folder: Path, generation: int, identity: RunIdentity, stop: StopRequ
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         kernel = None  # a file system without locks
+    attempt = identity.attempt or 0
     holder = Holder(
-        identity.name, identity.attempt, socket.gethostname(), os.getpid(), log.utc_now(), kernel
+        identity.name, attempt, socket.gethostname(), os.getpid(), log.utc_now(), kernel
     )
     lease = Lease(folder, generation, descriptor, holder, stop)
     for earlier in folder.iterdir():

@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
+from job.clock import keep_looking, running_seconds
 from job.config import ExitCode
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -42,7 +42,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._start = time.monotonic()
+        self._start = running_seconds()
         self._stop_after_seconds: float | None = None
         self.advice = RUN_AGAIN
         self._lock = threading.Lock()
@@ -55,12 +55,12 @@ class StopRequest:
     def reason(self) -> str | None:
         """Why to stop; None while there is no reason to."""
         limit = self._stop_after_seconds
-        if self._requested is None and limit and time.monotonic() - self._start >= limit:
+        if self._requested is None and limit and running_seconds() - self._start >= limit:
             return f"--stop-after {limit:g}"
         return self._requested
 
     def stop_after(self, seconds: float) -> None:
-        """Give a reason to stop this many seconds after the start of the process.
+        """Give a reason to stop once the process has run for this many seconds.
 
         It never ends the process at once, so that each attempt gets something done.
         """
@@ -141,47 +141,52 @@ class StopRequest:
             os._exit(exit_code)
 
 
+def _acknowledge(reason: str) -> None:
+    """Answer a signal at once: the call that is running may take a while."""
+    from job import log  # signals are listened to before the log is loaded
+
+    # Whoever reads the log may have gone; the work is saved all the same.
+    with contextlib.suppress(OSError):
+        log.event(
+            "stopping",
+            logging.WARNING,
+            reason=reason,
+            message=f"{reason}: stops after the running call and saves a checkpoint"
+            + ("; a second Ctrl-C stops without saving" if reason == "SIGINT" else ""),
+        )
+
+
 def listen_to_signals() -> StopRequest:
     """Turn `SIGNALS` into a request to stop; a second SIGINT ends at once.
 
     Python runs handlers between two bytecodes of the main thread, which may be inside of a compiled
-    call for long. So the handlers do nothing, and a thread reads what arrived.
+    call for long, and TensorFlow installs handlers of its own. So all threads block the signals, as
+    they inherit it from this one, and a thread waits for those that arrive.
     """
     stop = StopRequest()
-    receiver, sender = socket.socketpair()
-    sender.setblocking(False)
-    for number in (*SIGNALS, signal.SIGTSTP):
-        # A signal that nohup or a shell has made the process ignore stays ignored.
-        if number not in (signal.SIGHUP, signal.SIGTSTP) or (
-            signal.getsignal(number) != signal.SIG_IGN
-        ):
-            signal.signal(number, lambda *_arguments: None)
-    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    # The sender goes along because the socket closes with its last reference.
-    listener = threading.Thread(target=_listen, args=(receiver, sender, stop), daemon=True)
-    listener.start()
+    # A signal that nohup or a shell has made the process ignore stays ignored.
+    numbers = {number for number in SIGNALS if not _is_ignored_hangup(number)}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    keep_looking()
+    threading.Thread(target=_listen, args=(numbers, stop), daemon=True).start()
     return stop
 
 
-def _listen(receiver: socket.socket, _sender: socket.socket, stop: StopRequest) -> None:
-    interrupts = 0
+def _is_ignored_hangup(number: signal.Signals) -> bool:
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+
+
+def _listen(numbers: set[signal.Signals], stop: StopRequest) -> None:
+    interrupts, acknowledged = 0, False
     while True:
-        for number in receiver.recv(64):
-            if number == signal.SIGTSTP:
-                _suspend()
-            elif number in SIGNALS:
-                name = signal.Signals(number).name
-                interrupts += name == "SIGINT"
-                if interrupts == 2:
-                    stop.request("a second SIGINT", at_once=True)
-                stop.request(name)
-
-
-def _suspend() -> None:
-    """Stop the process until it is continued, as Slurm's ``scontrol suspend`` and Ctrl-Z ask."""
-    # The watchdog's native timer would count that time; its thread sets the timer again.
-    faulthandler.cancel_dump_traceback_later()
-    os.kill(os.getpid(), signal.SIGSTOP)
+        name = signal.Signals(signal.sigwait(numbers)).name
+        interrupts += name == "SIGINT"
+        if interrupts == 2:
+            stop.request("a second SIGINT", at_once=True)
+        stop.request(name)  # returns if there is work to save
+        if not acknowledged:
+            _acknowledge(name)
+            acknowledged = True
 
 
 COMPILATION_SECONDS = 600.0
@@ -197,18 +202,19 @@ _TICK_SECONDS = 1.0
 class _Call:
     what: str
     seconds: float
-    left: float
+    end: float = math.inf
+
+    def begin(self) -> None:
+        self.end = running_seconds() + self.seconds
 
 
 class Watchdog:
     """Ends the run if a call does not return within its time, so that a scheduler can restart it.
 
-    A thread counts the time in ticks, and a tick that comes late counts as two at most: while the
-    process was suspended the call could not return. No Python thread runs while a call holds
-    Python's global lock, as TensorFlow's do while they wait for other workers. So each tick also
-    sets a native timer, which then ends the process with exit code 1 and the stacks on stderr. That
-    timer counts a suspension that SIGSTOP began without SIGTSTP before it, or a frozen container:
-    one that outlasts the call's time and the margin ends the process when it continues.
+    A thread looks at the time in which the process runs: while it was suspended the call could not
+    return. No Python thread runs while a call holds Python's global lock, as an import or a driver
+    may do for long. For those a native timer ends the process a margin later, with exit code 1 and
+    the stacks on stderr. That timer counts a suspension, too.
 
     Args:
         timeout_seconds: Longest time that a watched call may take.
@@ -226,13 +232,17 @@ class Watchdog:
         self._on_stall = on_stall
         self._tick_seconds = min(_TICK_SECONDS, timeout_seconds / 4)
         self._calls: list[_Call] = []  # the last is inside of those before it
-        self._native_end: float | None = None
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
     def watch(
-        self, what: str, *, compiling: bool = False, seconds: float | None = None
+        self,
+        what: str,
+        *,
+        compiling: bool = False,
+        seconds: float | None = None,
+        native: bool = False,
     ) -> Iterator[None]:
         """End the run if the body does not end in time, with every thread's stack in the log.
 
@@ -243,52 +253,38 @@ class Watchdog:
             compiling: Whether the body may compile first, for which it has time of its own.
             seconds: Its time, where that is not the timeout of any call; infinity for a body that
                 has its own end.
+            native: Whether the body may hold Python's global lock for long. Such a body has no
+                other one inside of it.
         """
         if seconds is None:
             seconds = self._timeout_seconds + (COMPILATION_SECONDS if compiling else 0.0)
+        call = _Call(what, seconds)
         with self._lock:
-            self._calls.append(_Call(what, seconds, seconds))
-            self._set_native_timer()
+            call.begin()
+            self._calls.append(call)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._count, daemon=True)
+                self._thread = threading.Thread(target=self._look, daemon=True)
                 self._thread.start()
+        if native:
+            faulthandler.dump_traceback_later(seconds + self._margin_seconds, exit=True, file=2)
         try:
             yield
         finally:
+            if native:
+                faulthandler.cancel_dump_traceback_later()
             with self._lock:
                 self._calls.pop()
-                for call in self._calls[-1:]:
-                    call.left = call.seconds
-                self._set_native_timer()
+                for outer in self._calls[-1:]:
+                    outer.begin()
 
-    def _count(self) -> None:
-        before = time.monotonic()
+    def _look(self) -> None:
         while True:
             time.sleep(self._tick_seconds)
-            now = time.monotonic()
-            elapsed, before = min(now - before, 2 * self._tick_seconds), now
             with self._lock:
-                for call in self._calls[-1:]:
-                    call.left -= elapsed
-                self._set_native_timer(anew=True)
-                stalled = [call for call in self._calls[-1:] if call.left <= 0]
+                stalled = [call for call in self._calls[-1:] if running_seconds() >= call.end]
             if stalled:
                 self._end(stalled[0])
                 return
-
-    def _set_native_timer(self, *, anew: bool = False) -> None:
-        """Let the native timer end the process a margin after the innermost call's time."""
-        if not self._calls or self._calls[-1].left == math.inf:
-            if self._native_end is not None:
-                faulthandler.cancel_dump_traceback_later()
-                self._native_end = None
-            return
-        seconds = max(self._calls[-1].left, 0.0) + self._margin_seconds
-        end = time.monotonic() + seconds
-        # Each tick does it; in between only another length is worth a thread of its own.
-        if anew or self._native_end is None or abs(end - self._native_end) > 2 * _TICK_SECONDS:
-            faulthandler.dump_traceback_later(seconds, exit=True, file=2)
-            self._native_end = end
 
     def _end(self, call: _Call) -> None:
         try:

@@ -108,7 +108,7 @@ def evaluate_output_dir(
             f"{output.path} was validated on ({trained_on.name}); give that run's --dataset, "
             f"--data-dir and --seed"
         )
-    with watchdog.watch(EVALUATING, compiling=True):
+    with watchdog.watch(EVALUATING, compiling=True, native=True):
         evaluate_saved(output, get_recipe(config.recipe), devices, dataset, config.seed)
 
 

@@ -69,9 +69,13 @@ def train_as_worker(
         JobError: If the loss is no finite number any more.
     """
     watchdog = Watchdog(config.stall_timeout, stop.end_hung)
-    seconds = config.join_timeout + min(_CONNECT_SECONDS, config.stall_timeout)
+    connecting_seconds = min(_CONNECT_SECONDS, config.stall_timeout)
+    connecting = watchdog.watch(
+        "the connection of the workers", seconds=connecting_seconds, native=True
+    )
+    seconds = config.join_timeout + connecting_seconds
     with watchdog.watch("the wait for the other workers", seconds=seconds):
-        devices = open_devices_of_all(config, spec)
+        devices = open_devices_of_all(config, spec, connecting)
     workers = devices.workers
     if not workers.is_chief:
         log.event(
@@ -190,7 +194,7 @@ def run_attempt(
     with _open_observers(config, attempt) as own_observers:
         checkpoint = attempt.checkpoint
         previous = checkpoint.fingerprint.environment if checkpoint else None
-        with watchdog.watch("the setup of the devices", compiling=True):
+        with watchdog.watch("the setup of the devices", compiling=True, native=True):
             devices = open_devices(config, previous)
         devices.rows_per_replica(config.batch_size)
         # A download takes as long as the network needs, and ends if nothing comes.
@@ -239,10 +243,10 @@ def _train_and_evaluate(
         return
     for observer in observers:
         observer.evaluate()
-    with watchdog.watch("the saving of the model"):
+    with watchdog.watch("the saving of the model", native=True):
         save_model(engine.export(), attempt.output, MODEL)
     own_devices = devices.without_other_workers()
-    with watchdog.watch(EVALUATING, compiling=True):
+    with watchdog.watch(EVALUATING, compiling=True, native=True):
         evaluate_saved(attempt.output, recipe, own_devices, dataset, config.seed)
     # Without it the run is not finished. One that is there tells of an earlier end.
     attempt.output.remove([attempt.output.path / REPORT])

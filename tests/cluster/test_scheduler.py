@@ -114,14 +114,14 @@ KUBERNETES = {"KUBERNETES_JOB_UID": "6f1c"}
     ("environ", "run_id", "identity"),
     [
         ({}, None, RunIdentity(None)),
-        (SLURM, None, RunIdentity("slurm job 123")),
+        (SLURM, None, RunIdentity("slurm job 123", 0)),
         ({**SLURM, "SLURM_RESTART_COUNT": "2"}, None, RunIdentity("slurm job 123", 2)),
         (
             {**SLURM, "SLURM_ARRAY_JOB_ID": "120", "SLURM_ARRAY_TASK_ID": "3"},
             None,
-            RunIdentity("slurm job 120_3"),
+            RunIdentity("slurm job 120_3", 0),
         ),
-        ({**SLURM, "SLURM_PROCID": "1"}, None, RunIdentity("slurm job 123")),
+        ({**SLURM, "SLURM_PROCID": "1"}, None, RunIdentity("slurm job 123", 0)),
         (KUBERNETES, None, RunIdentity("kubernetes job 6f1c")),
         ({**KUBERNETES, "JOB_COMPLETION_INDEX": "4"}, None, RunIdentity("kubernetes job 6f1c/4")),
         (
@@ -137,13 +137,15 @@ def test_run_identity(environ: dict[str, str], run_id: str | None, identity: Run
     assert run_identity(environ, run_id) == identity
 
 
-def test_an_attempt_replaces_no_newer_one_and_no_other_run() -> None:
+def test_an_attempt_replaces_an_earlier_one_of_its_run_alone() -> None:
+    """A second training in a shell of an allocation is no later attempt of the first."""
     second = RunIdentity("slurm job 1", attempt=1)
     assert second.replaces("slurm job 1", 0)
-    assert second.replaces("slurm job 1", 1)
+    assert not second.replaces("slurm job 1", 1)
     assert not second.replaces("slurm job 1", 2)
     assert not second.replaces("slurm job 2", 0)
     assert not RunIdentity(None).replaces(None, 0)
+    assert RunIdentity("kubernetes job 1").replaces("kubernetes job 1", 0)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +295,7 @@ def slurm_step(
 ) -> dict[str, str]:
     return {
         "SLURM_JOB_ID": str(job),
+        "SLURM_STEP_ID": "0",
         "SLURM_STEP_NODELIST": nodes,
         "SLURM_STEP_TASKS_PER_NODE": tasks,
         "SLURM_STEP_NUM_TASKS": str(total),
@@ -382,7 +385,7 @@ def test_a_missing_variable_of_slurm_is_named(name: str, value: str | None) -> N
     [
         *(
             ({name: text}, (name, repr(text)))
-            for name in ("STEP_NUM_TASKS", "PROCID", "NODEID", "LOCALID", "JOB_ID")
+            for name in ("STEP_NUM_TASKS", "PROCID", "NODEID", "LOCALID", "JOB_ID", "STEP_ID")
             for text in ("-1", "two", "1.5", " 1", "٣", "9" * 5000)
         ),
         ({"STEP_NODELIST": "n[1-"}, ("STEP_NODELIST", "n[1-")),
@@ -412,6 +415,17 @@ def test_variables_of_slurm_that_cannot_be_are_named(
     with pytest.raises(UserError, match="expected") as refused:
         cluster_spec(environ)
     assert all(text in str(refused.value) for text in named)
+
+
+def test_steps_of_a_job_have_ports_of_their_own() -> None:
+    steps = (cluster_spec({**SLURM_STEP, "SLURM_STEP_ID": str(step)}) for step in range(50))
+    assert len({spec.workers for spec in steps}) == 50
+
+
+def test_a_step_with_a_terminal_has_one_task() -> None:
+    """The shell of ``srun -n2 --pty`` would wait for a task that never gets its command."""
+    with pytest.raises(UserError, match=r"SLURM_STEP_NUM_TASKS is 2, .* srun --ntasks=1 --pty"):
+        cluster_spec({**SLURM_STEP, "SLURM_PTY_PORT": "4711"})
 
 
 def test_a_cyclic_distribution_is_refused() -> None:

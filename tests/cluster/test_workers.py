@@ -1,6 +1,3 @@
-import ctypes
-import os
-import signal
 import socket
 import time
 from typing import Any
@@ -55,24 +52,6 @@ def test_what_goes_wrong_while_joining_is_raised(two_workers: ClusterSpec) -> No
 
     with pytest.raises(ValueError, match="a defect"):
         rendezvous(two_workers, fail, timeout_seconds=5)
-
-
-def test_after_joining_signals_get_through_again(two_workers: ClusterSpec) -> None:
-    received: list[int] = []
-
-    def swallow_signals() -> None:
-        # As native code does it, behind Python's back.
-        libc = ctypes.CDLL(None)
-        libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
-        libc.signal(signal.SIGTERM, int(signal.SIG_IGN))
-
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    try:
-        rendezvous(two_workers, swallow_signals, timeout_seconds=5)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert received == [signal.SIGTERM]
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def test_who_was_there_and_has_ended_is_not_blamed_for_who_never_came(

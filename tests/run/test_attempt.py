@@ -224,6 +224,17 @@ def test_a_person_who_repeats_fresh_means_it(config: TrainConfig) -> None:
     assert run(replace(fresh, seed=43)).fresh
 
 
+def test_fresh_starts_over_each_time_in_a_shell_of_an_allocation(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = replace(config, fresh=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    run(fresh, save(fresh, 1))
+    again = run(fresh)
+    assert again.fresh
+    assert again.stop.advice == "run the same command without --fresh to go on"
+
+
 def test_a_fresh_run_without_a_name_is_not_to_be_repeated(config: TrainConfig) -> None:
     fresh = replace(config, fresh=True)
     assert run(fresh).stop.advice == "run the same command without --fresh to go on"

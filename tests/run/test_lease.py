@@ -257,6 +257,14 @@ def test_a_newer_attempt_of_the_same_run_is_not_replaced(tmp_path: Path) -> None
     held.release()
 
 
+def test_a_second_training_in_the_same_allocation_is_refused(tmp_path: Path) -> None:
+    held = acquire(tmp_path, RunIdentity("slurm job 1", attempt=0))
+    with pytest.raises(UserError, match="is in use by slurm job 1, process"):
+        acquire(tmp_path, RunIdentity("slurm job 1", attempt=0))
+    held.check()
+    held.release()
+
+
 @pytest.mark.usefixtures("different_hosts")
 def test_one_of_many_waiters_follows_a_dead_holder(tmp_path: Path) -> None:
     leave_dead(tmp_path)

@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,15 +16,17 @@ from tests.conftest import REPOSITORY
 # A call that Python cannot interrupt stands for a compiled one.
 PROGRAM = """
 import ctypes, hashlib, os, signal, sys, time
+from job import log
+from job.clock import running_seconds
 from job.config import ExitCode
 from job.run.stop import Watchdog, listen_to_signals
-start = time.monotonic()
 stop = listen_to_signals()
 with (
     stop.on_exit(lambda code, reason: print("first", int(code), reason, flush=True)),
     stop.on_exit(lambda code, reason: print("second", int(code), reason, flush=True)),
     stop.on_exit(lambda code, reason: {callback}),
 ):
+    log.configure("text")
     print("ready", flush=True)
     {body}
 """
@@ -37,7 +38,7 @@ LOOP = """stop.defer()
     sys.exit(75)"""
 HOLD_THE_GIL = "ctypes.PyDLL(None).sleep(60)"
 WATCHED = """end = lambda: stop.end(ExitCode.DEFECT, "a call hung")
-    with Watchdog({timeout}, end, margin_seconds={margin}).watch("a call"):
+    with Watchdog({timeout}, end, margin_seconds=1.0).watch("a call", native={native}):
         print("watched", flush=True)
         {call}
     print("returned", flush=True)"""
@@ -46,11 +47,9 @@ WATCHED = """end = lambda: stop.end(ExitCode.DEFECT, "a call hung")
 @pytest.fixture(autouse=True)
 def no_signal_ignored() -> Iterator[None]:
     """Processes inherit what is ignored, and these tests may run under nohup."""
-    numbers = (signal.SIGHUP, signal.SIGTSTP)
-    handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    for number, handler in zip(numbers, handlers, strict=True):
-        signal.signal(number, handler)
+    signal.signal(signal.SIGHUP, handler)
 
 
 @contextmanager
@@ -73,8 +72,8 @@ def running(body: str, callback: str = "None") -> Iterator[subprocess.Popen[str]
 
 
 @contextmanager
-def watching(call: str, timeout: float, margin: float) -> Iterator[subprocess.Popen[str]]:
-    body = WATCHED.format(call=call, timeout=timeout, margin=margin)
+def watching(call: str, timeout: float, native: bool = False) -> Iterator[subprocess.Popen[str]]:
+    body = WATCHED.format(call=call, timeout=timeout, native=native)
     with running(body) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "watched\n"
@@ -104,7 +103,10 @@ def test_a_signal_is_left_to_a_loop_that_has_work_to_save(name: str) -> None:
         time.sleep(0.2)
         process.send_signal(getattr(signal, name))
         output, _ = process.communicate()
-    assert (process.returncode, output) == (75, f"saving because of {name}\n")
+    assert process.returncode == 75
+    assert f"saving because of {name}\n" in output
+    assert f"{name}: stops after the running call and saves a checkpoint" in output
+    assert ("a second Ctrl-C stops without saving" in output) == (name == "SIGINT")
 
 
 def test_a_second_interrupt_ends_at_once() -> None:
@@ -112,7 +114,7 @@ def test_a_second_interrupt_ends_at_once() -> None:
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         assert process.stdout is not None
-        assert process.stdout.readline() == "saving because of SIGINT\n"
+        assert "saving because of SIGINT\n" in iter(process.stdout.readline, "")
         start = time.monotonic()
         process.send_signal(signal.SIGTERM)  # no second SIGINT
         time.sleep(0.2)
@@ -188,9 +190,10 @@ def test_a_stall_logs_every_threads_stack_and_ends_the_run(
 
 
 def test_a_stall_ends_the_process_with_exit_code_1() -> None:
-    with watching(UNINTERRUPTIBLE, timeout=0.2, margin=60) as process:
+    with watching(UNINTERRUPTIBLE, timeout=0.2) as process:
         output, _ = process.communicate(timeout=10)
-    assert (process.returncode, output) == (1, "second 1 a call hung\nfirst 1 a call hung\n")
+    assert process.returncode == 1
+    assert output.endswith("second 1 a call hung\nfirst 1 a call hung\n")
 
 
 def test_a_call_that_returns_in_time_goes_on() -> None:
@@ -239,7 +242,7 @@ def test_a_log_that_cannot_be_written_does_not_save_a_hung_process(
 
 def test_a_hung_call_that_holds_the_global_lock_is_ended_natively() -> None:
     """No Python thread of the process runs any more."""
-    with watching(HOLD_THE_GIL, timeout=0.5, margin=1.0) as process:
+    with watching(HOLD_THE_GIL, timeout=0.5, native=True) as process:
         start = time.monotonic()
         output, errors = process.communicate(timeout=10)
         seconds = time.monotonic() - start
@@ -249,35 +252,23 @@ def test_a_hung_call_that_holds_the_global_lock_is_ended_natively() -> None:
     assert 1.2 < seconds < 4
 
 
-def suspend(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    process.send_signal(number)
-    _, status = os.waitpid(process.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status)
-
-
-def test_a_process_that_was_suspended_is_not_taken_for_hung() -> None:
-    """SIGSTOP gives no warning, so that its time may not exceed that of the native timer."""
-    idle = "sys.stdin.readline()"
-    # Python threads wait for this one, and the native timer would not.
-    busy = "next(0 for _ in iter(int, 1) if time.monotonic() > start + 7.5)"
-    with watching(idle, timeout=5, margin=60) as stopped:
-        suspend(stopped, signal.SIGSTOP)
-        with watching(busy, timeout=5, margin=0.5) as asked:
-            suspend(asked, signal.SIGTSTP)
-            time.sleep(6)
-            for process in (stopped, asked):
-                process.send_signal(signal.SIGCONT)
-            time.sleep(1.2)  # a tick, at which either would be ended
-            for process in (stopped, asked):
-                output, errors = process.communicate("\n", timeout=10)
-                assert (process.returncode, output, errors) == (0, "returned\n", "")
-
-
-def test_a_process_that_was_continued_is_watched_again_natively() -> None:
-    call = f"sys.stdin.readline(); time.sleep(0.6); {HOLD_THE_GIL}"
-    with watching(call, timeout=1, margin=0.5) as process:
-        suspend(process, signal.SIGTSTP)
+def test_a_suspension_counts_in_no_timer() -> None:
+    """Neither in the watchdog nor in what all others read: their clock, here with --stop-after."""
+    idle = "stop.stop_after(4); sys.stdin.readline(); print(stop.reason, running_seconds() < 4)"
+    with watching(idle, timeout=4) as process:
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(5)
         process.send_signal(signal.SIGCONT)
-        _, errors = process.communicate("\n", timeout=10)
-    assert process.returncode == 1
-    assert "Timeout (0:00:0" in errors
+        time.sleep(1.2)  # a look, at which it would be ended
+        output, errors = process.communicate("\n", timeout=10)
+    assert (process.returncode, output, errors) == (0, "None True\nreturned\n", "")
+
+
+def test_a_signal_gets_through_whatever_handlers_native_code_installs() -> None:
+    """As TensorFlow's runtime does while workers are joining."""
+    ignore = "libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p; libc.signal(15, 1)"
+    with running(f"libc = ctypes.CDLL(None); {ignore}; print(1, flush=True); time.sleep(60)") as it:
+        assert it.stdout is not None
+        assert it.stdout.readline() == "1\n"
+        it.send_signal(signal.SIGTERM)
+        assert it.wait(timeout=10) == 75

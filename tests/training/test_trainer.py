@@ -104,7 +104,12 @@ class RecordingWatchdog(Watchdog):
 
     @contextlib.contextmanager
     def watch(
-        self, what: str, *, compiling: bool = False, seconds: float | None = None
+        self,
+        what: str,
+        *,
+        compiling: bool = False,
+        seconds: float | None = None,
+        native: bool = False,
     ) -> Iterator[None]:
         self.watched.append((what, compiling))
         self._begin(what)
