@@ -184,12 +184,6 @@ def _from_slurm_step(environ: Mapping[str, str]) -> ClusterSpec:
     total = _number(environ, "SLURM_STEP_NUM_TASKS", advice)
     if total <= 1:
         return ALONE
-    if environ.get("SLURM_PTY_PORT"):
-        raise UserError(
-            f"SLURM_PTY_PORT is set and SLURM_STEP_NUM_TASKS is {total}, expected one task in a "
-            f"step with a terminal, as no other task of it gets this command; start the shell by "
-            f"srun --ntasks=1 --pty, or the training by srun without --pty"
-        )
     rank, node, place, job, step = (
         _number(environ, f"SLURM_{name}", advice)
         for name in ("PROCID", "NODEID", "LOCALID", "JOB_ID", "STEP_ID")
@@ -222,6 +216,27 @@ def _from_slurm_step(environ: Mapping[str, str]) -> ClusterSpec:
         )
     key = job + _STEP_STRIDE * step
     return ClusterSpec(tuple(f"{hosts[n]}:{_port(key, local)}" for n, local in places), rank)
+
+
+def refuse_shell_of_tasks(environ: Mapping[str, str], pid: int, *, has_terminal: bool) -> None:
+    """Refuse a command typed in a shell that srun started as several tasks: no other task gets it.
+
+    Args:
+        environ: Environment variables. ``SLURM_PTY_PORT`` is that of ``srun --pty``, and also of
+            the steps that are started in its shell; their tasks have no terminal.
+        pid: This process.
+        has_terminal: Whether its standard input is a terminal.
+
+    Raises:
+        UserError: If that is so.
+    """
+    total = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    is_task = environ.get("SLURM_TASK_PID") == str(pid)
+    if total != "1" and environ.get("SLURM_PTY_PORT") and has_terminal and not is_task:
+        raise UserError(
+            f"received a command in one of the {total} tasks of srun --pty, expected it in all of "
+            f"them; start the training by srun, or the shell by srun --ntasks=1 --pty"
+        )
 
 
 def _expand_tasks(text: str, advice: str) -> list[int]:

@@ -68,9 +68,10 @@ def train(
     log.configure(log_format)
     warn_of_misspelt_variables(train, os.environ)
     config = TrainConfig(**options)
-    from job.cluster.scheduler import cluster_spec
+    from job.cluster.scheduler import cluster_spec, refuse_shell_of_tasks
     from job.run.folder import warn_unless_mounted
 
+    refuse_shell_of_tasks(os.environ, os.getpid(), has_terminal=os.isatty(0))
     spec = cluster_spec(os.environ)
     if expect_mount and spec.is_chief:
         warn_unless_mounted(config.output_dir)

@@ -9,6 +9,7 @@ from job.cluster.scheduler import (
     RunIdentity,
     cluster_spec,
     expand_nodelist,
+    refuse_shell_of_tasks,
     run_identity,
 )
 from job.config import ExitCode, UserError
@@ -422,10 +423,15 @@ def test_steps_of_a_job_have_ports_of_their_own() -> None:
     assert len({spec.workers for spec in steps}) == 50
 
 
-def test_a_step_with_a_terminal_has_one_task() -> None:
-    """The shell of ``srun -n2 --pty`` would wait for a task that never gets its command."""
-    with pytest.raises(UserError, match=r"SLURM_STEP_NUM_TASKS is 2, .* srun --ntasks=1 --pty"):
-        cluster_spec({**SLURM_STEP, "SLURM_PTY_PORT": "4711"})
+def test_a_command_in_the_shell_of_several_tasks_is_refused() -> None:
+    """It would wait for tasks that never get it; a step that the shell starts trains."""
+    shell = {**SLURM_STEP, "SLURM_PTY_PORT": "4711", "SLURM_TASK_PID": "20"}
+    with pytest.raises(UserError, match=r"one of the 2 tasks .* srun --ntasks=1 --pty"):
+        refuse_shell_of_tasks(shell, 21, has_terminal=True)
+    refuse_shell_of_tasks(shell, 21, has_terminal=False)
+    refuse_shell_of_tasks(shell, 20, has_terminal=True)
+    refuse_shell_of_tasks({**shell, "SLURM_STEP_NUM_TASKS": "1"}, 21, has_terminal=True)
+    refuse_shell_of_tasks({}, 21, has_terminal=True)
 
 
 def test_a_cyclic_distribution_is_refused() -> None:
