@@ -343,8 +343,8 @@ def test_a_passing_network_error_is_waited_for(
     [
         ({"REQUESTS_CA_BUNDLE": "/nowhere"}, "https://127.0.0.1:9/x", "bundle, .* path: /nowhere"),
         ({"REQUESTS_CA_BUNDLE": __file__}, "https://127.0.0.1:PORT/x", "NO_CERTIFICATE"),
-        ({"HTTP_PROXY": "socks5://127.0.0.1:9"}, "http://mirror/x", "the proxy is for SOCKS"),
-        ({"HTTP_PROXY": "http://"}, "http://mirror/x", "the proxy's address is not valid"),
+        ({"http_proxy": "socks5://127.0.0.1:9"}, "http://mirror/x", "the proxy is for SOCKS"),
+        ({"http_proxy": "http://"}, "http://mirror/x", "the proxy's address is not valid"),
         ({}, "http://me:hunter2@[/x?token=hunter2", "the address is not valid"),
     ],
 )
