@@ -49,7 +49,7 @@ class GpuMissingError(JobError):
 
 
 class StoppedError(JobError):
-    """The run was asked to stop; the same command resumes it."""
+    """The run stops for now, mostly because it was asked to; the same command resumes it."""
 
     exit_code = ExitCode.RUN_AGAIN
 
@@ -59,6 +59,10 @@ class LostWorkerError(StoppedError):
 
     This worker's variables may be those between two steps.
     """
+
+
+class DownloadError(StoppedError):
+    """The data cannot be downloaded now, for a reason that passes."""
 
 
 class DeviceRequest(str):

@@ -7,6 +7,7 @@ devices, and whatever sets devices up by itself runs in a process of its own.
 import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from job.cluster import Device
 from job.cluster.devices import Compilation, Devices
 from job.cluster.scheduler import ALONE, ClusterSpec
 from job.cluster.workers import Workers
-from job.data import Dataset, synthetic
+from job.data import Dataset, cifar10, synthetic
 from job.recipes import classic
 from job.run.folder import EVALUATION, MODEL, OutputDir, sha256_of
 from job.run.record import ClassRecord, EvaluationRecord, encode
@@ -36,7 +37,9 @@ from job.training.saved_model import save_model
 from tests.run_folders import climb, make_sweep_run, make_whole_run
 
 REPOSITORY = Path(__file__).parent.parent
-SHARED = Path(os.environ.get("JOB_TEST_SHARED", REPOSITORY.parent / "shared"))
+DATA = Path(os.environ.get("JOB_TEST_DATA", REPOSITORY / "data"))
+# Makes the data set where it lies beside the checkout in a smaller form.
+UNPACK = REPOSITORY.parent / "shared" / "data" / "unpack_cifar10.py"
 
 # GPUs are for the processes that the tests start.
 tf.config.set_visible_devices([], "GPU")
@@ -217,9 +220,18 @@ class Job(subprocess.Popen[str]):
         pytest.fail(f"the job ended without {event!r}: {self.communicate()[1]}")
 
     def finish(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        """Wait for the end."""
-        output, errors = self.communicate(timeout=timeout)
+        """Wait for the end, which comes from here if it takes too long."""
+        try:
+            output, errors = self.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.end()
+            raise
         return subprocess.CompletedProcess(self.args, self.returncode, output, errors)
+
+    def end(self) -> None:
+        """Leave nothing behind: a process that nobody waits for is reported in a later test."""
+        self.kill()
+        self.communicate()
 
 
 @pytest.fixture
@@ -233,8 +245,7 @@ def start_job(tmp_path: Path) -> Iterator[StartJob]:
 
     yield start
     for job in started:
-        job.kill()
-        job.communicate()
+        job.end()
 
 
 @pytest.fixture
@@ -269,16 +280,15 @@ def sweep(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of the real data set and the specification beside the checkout."""
-    if not SHARED.is_dir():
-        pytest.skip(f"no {SHARED}; set JOB_TEST_SHARED to the folder with data/unpack_cifar10.py")
-    return SHARED
-
-
-@pytest.fixture(scope="session")
-def cifar10_dir(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with the real CIFAR-10 in its official layout."""
+def cifar10_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder of the tests' own with the real CIFAR-10 in its official layout."""
     folder = tmp_path_factory.mktemp("cifar10")
-    subprocess.run([sys.executable, shared / "data/unpack_cifar10.py", folder], check=True)
+    if (DATA / cifar10.FOLDER_NAME).is_dir():
+        shutil.copytree(DATA / cifar10.FOLDER_NAME, folder / cifar10.FOLDER_NAME)
+    elif (DATA / cifar10.ARCHIVE_NAME).is_file():
+        shutil.unpack_archive(DATA / cifar10.ARCHIVE_NAME, folder, filter="data")
+    elif UNPACK.is_file():
+        subprocess.run([sys.executable, UNPACK, folder], check=True)
+    else:
+        pytest.skip(f"no CIFAR-10 in {DATA}; set JOB_TEST_DATA to a folder with it")
     return folder

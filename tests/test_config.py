@@ -8,6 +8,7 @@ import pytest
 from job.config import (
     CIFAR10_URL,
     DeviceRequest,
+    DownloadError,
     ExitCode,
     GpuMissingError,
     JobError,
@@ -46,8 +47,8 @@ def test_no_option_is_below_its_minimum() -> None:
 
 
 def test_errors_carry_the_documented_exit_codes() -> None:
-    errors = (JobError, UserError, GpuMissingError, StoppedError, LostWorkerError)
-    assert [error.exit_code for error in errors] == [1, 2, 3, 75, 75]
+    errors = (JobError, UserError, GpuMissingError, StoppedError, LostWorkerError, DownloadError)
+    assert [error.exit_code for error in errors] == [1, 2, 3, 75, 75, 75]
     assert [code.value for code in ExitCode] == [0, 1, 2, 3, 75]
 
 

@@ -32,7 +32,19 @@ from job.config import ExitCode, JobError, TrainConfig
 from job.run.stop import StopRequest, Watchdog
 
 
-@click.group(context_settings={"max_content_width": 100})
+class _Command(click.Command):
+    """Warns of the environment variables that are almost its options."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        warn_of_misspelt_variables(self, os.environ)
+        return super().invoke(ctx)
+
+
+class _Group(click.Group):
+    command_class = _Command
+
+
+@click.group(cls=_Group, context_settings={"max_content_width": 100})
 @click.version_option(__version__, prog_name="cifar10-job")
 def cli() -> None:
     """Train CIFAR-10 data-parallel on every visible GPU, as a batch job.
@@ -66,7 +78,6 @@ def train(
     is.
     """
     log.configure(log_format)
-    warn_of_misspelt_variables(train, os.environ)
     config = TrainConfig(**options)
     from job.cluster.scheduler import cluster_spec, refuse_shell_of_tasks
     from job.run.folder import warn_unless_mounted
@@ -140,7 +151,6 @@ def _train_alone(
 def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) -> None:
     """Evaluate the model of an output folder again, and draw its pictures and report again."""
     log.configure(log_format)
-    warn_of_misspelt_variables(evaluate, os.environ)
     config = TrainConfig(**options)
     from job.run.attempt import hold_output_dir
     from job.run.folder import MODEL, require_model

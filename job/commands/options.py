@@ -5,7 +5,6 @@ Those that describe a run follow from the fields of `TrainConfig`.
 
 import dataclasses
 import difflib
-import logging
 import math
 import os
 import typing
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import click
 
 from job import log
-from job.commands.terminal import printable
+from job.commands.terminal import printable, say
 from job.config import DeviceRequest, Option, TrainConfig, UserError, option_name
 
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -145,7 +144,8 @@ log_format_option = option(
 def warn_of_misspelt_variables(command: click.Command, environ: Mapping[str, str]) -> None:
     """Warn of variables that are almost options of a command; those it has are read by `click`.
 
-    Other names with this prefix are not for this program: schedulers have such, too.
+    Other names with this prefix are not for this program: schedulers have such, too. The warning
+    goes to stderr, as some commands have nothing but results on stdout.
     """
     known = [str(parameter.envvar) for parameter in command.params if parameter.envvar]
     for name in sorted(environ.keys() - {*known}):
@@ -154,13 +154,9 @@ def warn_of_misspelt_variables(command: click.Command, environ: Mapping[str, str
         close = difflib.get_close_matches(short, options, n=1, cutoff=_ALIKE)
         close = close or [option for option in options if option.startswith(f"{short}_")]
         if name != short and close:
-            log.event(
-                "misspelt_variable",
-                logging.WARNING,
-                variable=name,
-                option=f"JOB_{close[0]}",
-                message=f"the environment variable {printable(name)} is no option and is ignored; "
-                f"did you mean JOB_{close[0]}?",
+            say(
+                f"warning: the environment variable {printable(name)} is no option and is ignored; "
+                f"did you mean JOB_{close[0]}?"
             )
 
 

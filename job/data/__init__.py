@@ -138,6 +138,7 @@ def load_dataset(config: TrainConfig, bar: ProgressBar | None = None) -> Dataset
 
     Raises:
         UserError: If its files are missing, damaged or not what they should be.
+        DownloadError: If they cannot be downloaded now.
     """
     source = get_source(config.dataset)
     if source.download and source.find(config).download:

@@ -3,24 +3,32 @@
 The data set and its format are described at https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
+import contextlib
 import gzip
 import io
 import logging
+import math
 import os
 import pickle
+import re
+import ssl
 import tarfile
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from numpy._core.multiarray import _reconstruct
 
 from job import log
-from job.config import TrainConfig, UserError, redact_url
+from job.config import DownloadError, TrainConfig, UserError, redact_url
 from job.data import Dataset, Location, ProgressBar, Source
+
+if TYPE_CHECKING:
+    import requests
 
 ARCHIVE_NAME = "cifar-10-python.tar.gz"
 ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
@@ -46,6 +54,20 @@ TEST_EXAMPLES = 10_000
 _ROWS = 10_000
 _ROW_BYTES = 3 * 32 * 32
 
+# The archive under a name that a browser, wget or an unpacking program gave it.
+_OTHER_ARCHIVE = re.compile(r"cifar-10-(python|batches-py).*\.(tar|gz|tgz|bz2|xz)(\.\d+)?", re.I)
+# The versions for other languages, CIFAR-100, Kaggle's files, parts of the data, other packages.
+_LOOK_ALIKE = re.compile(
+    r"cifar[-_]?100?(-(python|binary|matlab|batches).*)?( ?\(\d+\))?(\.\w+)*"
+    r"|(data|test)_batch.*|batches\.meta.*|trainlabels.*|(train|test)\.7z|1\.png",
+    re.I,
+)
+
+_WAITS_SECONDS = (2, 4, 8, 16, 30)  # between two tries of the download
+_LONGEST_WAIT_SECONDS = 30  # that a server can ask for
+_TIMEOUTS_SECONDS = (10, 30)  # for a connection, and for the next bytes
+_PASSING_STATUS = (408, 425, 429)  # besides those of a server in trouble, 500 and above
+
 ReadFile = Callable[[str], tuple[str, bytes]]
 
 
@@ -66,7 +88,8 @@ def find(config: TrainConfig) -> Location:
     """Say where `load` would take CIFAR-10 from.
 
     Raises:
-        UserError: If the folder cannot be looked into.
+        UserError: If the folder cannot be looked into, holds only something that looks like
+            CIFAR-10, or the address is none to download from.
     """
     try:
         path = _locate(config.data_dir)
@@ -75,14 +98,65 @@ def find(config: TrainConfig) -> Location:
     except OSError as error:
         raise _unreadable(config.data_dir, error) from error
     address = redact_url(config.cifar10_url)
+    if not address.lower().startswith(("https://", "http://")):
+        raise UserError(
+            f"no CIFAR-10 in --data-dir {config.data_dir}, and --cifar10-url received {address!r}, "
+            f"expected an address that begins with https:// or http://; put a file that is already "
+            f"here into --data-dir"
+        )
     description = f"not in {config.data_dir}/; would be downloaded from {address}"
     return Location(description, (TRAIN_EXAMPLES, TEST_EXAMPLES))
 
 
 def _locate(data_dir: Path) -> Path:
-    """The folder with the data where it is there, else the archive, which may not be there yet."""
-    folder = data_dir / FOLDER_NAME
-    return folder if folder.is_dir() else data_dir / ARCHIVE_NAME
+    """The folder or archive with the data; an archive that is not there yet is to be downloaded.
+
+    The official names come first, then the data under another name or one folder deeper.
+
+    Raises:
+        UserError: If there is only what looks like it, or it is there several times.
+    """
+    folder, archive = data_dir / FOLDER_NAME, data_dir / ARCHIVE_NAME
+    for path in (folder, archive, data_dir):
+        if _is_whole(path):
+            return path
+    try:
+        entries = sorted(data_dir.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        entries = []
+    others = (
+        [path for path in entries if _OTHER_ARCHIVE.fullmatch(path.name)],
+        sorted(data_dir.glob(f"*/{FOLDER_NAME}")),
+        sorted(data_dir.glob(f"*/{ARCHIVE_NAME}")),
+    )
+    found = next(filter(None, ([*filter(_is_whole, places)] for places in others)), [])
+    if len(found) == 1:
+        return found[0]
+    if folder.is_dir() and not found:
+        return folder  # in which a file is missing
+    if data_dir.is_symlink() and not data_dir.exists():
+        found = [data_dir]
+    found = found or [path for path in entries if _LOOK_ALIKE.fullmatch(path.name)]
+    found = found or list(data_dir.glob("train/1.png"))
+    if found:
+        raise UserError(
+            f"--data-dir {data_dir} received {', '.join(map(_describe, found[:3]))}, expected one "
+            f"{FOLDER_NAME}/ with {TRAIN_FILES[0]} to {TRAIN_FILES[-1]} and {TEST_FILE}, or "
+            f"{ARCHIVE_NAME}, CIFAR-10's version for Python; name the folder that holds it, or an "
+            f"empty one for its download"
+        )
+    return archive
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether this is a file, or a folder with all the batch files."""
+    return path.is_file() or all((path / name).is_file() for name in (*TRAIN_FILES, TEST_FILE))
+
+
+def _describe(path: Path) -> str:
+    if path.is_symlink() and not path.exists():
+        return f"{path}, a link to {path.readlink()}, which is not there"
+    return f"{path}/" if path.is_dir() else str(path)
 
 
 def _unreadable(data_dir: Path, error: OSError) -> UserError:
@@ -95,19 +169,67 @@ def _unreadable(data_dir: Path, error: OSError) -> UserError:
 def download(config: TrainConfig, bar: ProgressBar | None) -> None:
     """Download the official archive; it appears under its name only whole and verified.
 
+    What may pass is tried again, after growing waits of a minute together, or as long as the server
+    asks for within bounds. A signal ends the process in such a wait, too.
+
     Args:
         config: Names the address, and the folder, which is made if it is not there.
         bar: Shows the progress.
 
     Raises:
-        UserError: If the folder cannot be written, the address does not answer, or the file that
-            it gave is not the official archive.
+        UserError: If the folder cannot be written, the address does not give the file, or the file
+            that it gave is not the official archive.
+        DownloadError: If a passing error has not passed.
     """
-    import pooch
     import requests
 
     data_dir, address = config.data_dir, redact_url(config.cifar10_url)
     log.event("download", url=address, message=f"downloading {address} to {data_dir}")
+    for wait in (*_WAITS_SECONDS, None):
+        try:
+            _retrieve(config, bar)
+            return
+        except requests.RequestException as error:
+            reason, passes = _explain(error)
+            problem = f"no CIFAR-10 in --data-dir {data_dir} and {address} does not give it"
+            if not passes:
+                raise UserError(
+                    f"{problem} ({reason}); put {ARCHIVE_NAME} there, or train with --dataset "
+                    f"synthetic"
+                ) from error
+            if wait is None:
+                raise DownloadError(
+                    f"{problem} ({reason}, {len(_WAITS_SECONDS) + 1} tries); run the same command "
+                    f"again when it does, or put {ARCHIVE_NAME} there"
+                ) from error
+            seconds = max(wait, _asked_wait(error))
+            log.event(
+                "download_failed",
+                logging.WARNING,
+                url=address,
+                reason=reason,
+                wait_seconds=seconds,
+                message=f"{address} does not give CIFAR-10 ({reason}); trying again in {seconds} s",
+            )
+        time.sleep(seconds)
+
+
+def _retrieve(config: TrainConfig, bar: ProgressBar | None) -> None:
+    """Try the download once.
+
+    Raises:
+        UserError: If the folder cannot be written, or the file is not the official archive.
+        requests.RequestException: If the address does not give the file.
+    """
+    import pooch
+    import requests
+
+    data_dir, address, received = config.data_dir, redact_url(config.cifar10_url), ""
+
+    def fetch(url: str, path: str, _pooch: object) -> None:
+        nonlocal received
+        received = _fetch(url, Path(path), bar)
+
     pooch.get_logger().setLevel(logging.ERROR)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -116,22 +238,18 @@ def download(config: TrainConfig, bar: ProgressBar | None) -> None:
             known_hash=f"sha256:{ARCHIVE_SHA256}",
             fname=ARCHIVE_NAME,
             path=data_dir,
-            downloader=pooch.HTTPDownloader(progressbar=bar or False, timeout=30),
+            downloader=fetch,
         )
         # pooch's temporary file is for its owner alone; a data folder may be shared.
         (data_dir / ARCHIVE_NAME).chmod(0o644)
-    except requests.RequestException as error:
-        response = error.response
-        reason = type(error).__name__ if response is None else f"HTTP {response.status_code}"
-        raise UserError(
-            f"no CIFAR-10 in --data-dir {data_dir} and {address} does not give it ({reason}); put "
-            f"{ARCHIVE_NAME} there, or train with --dataset synthetic"
-        ) from error
+    except requests.RequestException:
+        raise
     except ValueError as error:
         raise UserError(
-            f"the file downloaded from {address} is not the official archive: expected SHA-256 "
-            f"{ARCHIVE_SHA256}; nothing was kept, check the address or put {ARCHIVE_NAME} into "
-            f"--data-dir {data_dir} yourself"
+            f"the file downloaded from {address} is not the official archive: received {received}, "
+            f"expected SHA-256 {ARCHIVE_SHA256}; nothing was kept, check the address and whether "
+            f"the network asks for a login, or put {ARCHIVE_NAME} into --data-dir {data_dir} "
+            f"yourself"
         ) from error
     except OSError as error:
         # pooch puts its own words into the error's.
@@ -143,33 +261,144 @@ def download(config: TrainConfig, bar: ProgressBar | None) -> None:
         ) from error
 
 
+def _fetch(url: str, path: Path, bar: ProgressBar | None) -> str:
+    """Write what an address gives into a file, and describe it.
+
+    Some servers label the archive ``Content-Encoding: gzip``, as if its compression were for the
+    way only, and others compress it once more. So it is taken as it comes, and decompressed if it
+    is not the archive yet.
+    """
+    import pooch
+    import requests
+    import urllib3
+
+    try:
+        response = requests.get(
+            url, stream=True, timeout=_TIMEOUTS_SECONDS, headers={"Accept-Encoding": "identity"}
+        )
+    except requests.RequestException:
+        raise
+    except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
+        # Of a file with certificates that is not there, or an address that cannot be parsed.
+        raise requests.RequestException(error) from error
+    with response, path.open("wb") as file:
+        response.raise_for_status()
+        encoding = response.raw.headers.pop("Content-Encoding", "")
+        if bar:
+            length = response.headers.get("Content-Length", "")
+            bar.total = int(length) if length.isdecimal() else 0
+            bar.reset()
+        for chunk in response.iter_content(2**16):
+            file.write(chunk)
+            if bar:
+                bar.update(len(chunk))
+    if bar:
+        bar.close()
+    if "gzip" in encoding and pooch.file_hash(path) != ARCHIVE_SHA256:
+        with contextlib.suppress(gzip.BadGzipFile, EOFError, zlib.error):
+            path.write_bytes(gzip.decompress(path.read_bytes()))
+    kind = response.headers.get("Content-Type", "unknown type")
+    return f"{path.stat().st_size:,} bytes of {kind}"
+
+
+def _asked_wait(error: "requests.RequestException") -> int:
+    """The seconds after which the server wants to be asked again, within bounds."""
+    from urllib3 import Retry
+    from urllib3.exceptions import InvalidHeader
+
+    headers = {} if error.response is None else error.response.headers
+    try:
+        seconds = Retry().parse_retry_after(headers.get("Retry-After", "0"))
+    except InvalidHeader:
+        return 0
+    return min(math.ceil(seconds), _LONGEST_WAIT_SECONDS)
+
+
+def _explain(error: "requests.RequestException") -> tuple[str, bool]:
+    """Why a download failed, in words without the address, and whether that may pass."""
+    import requests
+    import urllib3
+
+    if isinstance(error, requests.TooManyRedirects):
+        return "it redirects without end", False
+    cause = _innermost(error)
+    proxy = "the proxy: " if isinstance(error, requests.exceptions.ProxyError) else ""
+    tunnel = re.search(r"Tunnel connection failed: (\d+)", str(cause))
+    status = int(tunnel[1]) if tunnel else getattr(error.response, "status_code", None)
+    if status is not None:
+        return f"{proxy}HTTP {status}", status >= 500 or status in _PASSING_STATUS
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return (
+            f"{proxy}its certificate is not trusted: {cause.verify_message}; REQUESTS_CA_BUNDLE "
+            f"can name a file of certificates to trust",
+            False,
+        )
+    if isinstance(error, requests.exceptions.InvalidSchema):
+        is_socks = "SOCKS" in str(error)
+        return "the proxy is for SOCKS" if is_socks else "it redirects to no HTTP address", False
+    if isinstance(
+        cause, (requests.exceptions.InvalidProxyURL, urllib3.exceptions.URLSchemeUnknown)
+    ):
+        return "the proxy's address is not valid", False
+    if isinstance(cause, ValueError):
+        return "the address is not valid", False
+    if isinstance(cause, TimeoutError) or isinstance(error, requests.Timeout):
+        return f"{proxy}no answer in time", True
+    passes = isinstance(error, (requests.ConnectionError, requests.exceptions.ChunkedEncodingError))
+    if isinstance(error, requests.exceptions.SSLError) or isinstance(cause, ssl.SSLError):
+        passes = isinstance(cause, (ssl.SSLEOFError, ConnectionError))
+    return f"{proxy}{getattr(cause, 'strerror', None) or cause or type(cause).__name__}", passes
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The error that the HTTP library has wrapped, as an argument, an attribute or a cause."""
+    inner = [getattr(error, "reason", None), *error.args, error.__cause__]
+    for one in inner:
+        if isinstance(one, BaseException):
+            return _innermost(one)
+    return error
+
+
 def _folder_reader(folder: Path) -> ReadFile:
     return lambda name: (str(folder / name), (folder / name).read_bytes())
 
 
 def _archive_reader(archive: Path) -> ReadFile:
     try:
-        # All of it at once: the checksum is at the end, behind the last file.
-        with gzip.open(archive) as stream:
-            content = io.BytesIO(stream.read())
-        tar = tarfile.open(fileobj=content)  # noqa: SIM115 (`read` reads it)
-        names = tar.getnames()
+        tar = tarfile.open(fileobj=_decompressed(archive))  # noqa: SIM115 (`read` reads it)
+        # Whoever packed the files again may have done so from another folder.
+        members = {Path(member.name).name: member for member in tar if member.isfile()}
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(
-            f"{archive} is truncated or damaged ({error}); delete it and run again to download it"
+            f"{archive} is truncated or damaged ({error}); {_replacement(archive)}"
         ) from error
 
     def read(name: str) -> tuple[str, bytes]:
-        path = f"{FOLDER_NAME}/{name}"
-        file = tar.extractfile(path) if path in names else None
+        file = tar.extractfile(members[name]) if name in members else None
         if file is None:
+            first = next((member.name for member in members.values()), "no file")
             raise UserError(
-                f"{archive} holds no {path}; expected the official CIFAR-10 archive, "
-                f"delete the file and run again to download it"
+                f"{archive} holds no {FOLDER_NAME}/{name} but {first}; expected the official "
+                f"CIFAR-10 archive for Python; {_replacement(archive)}"
             )
         return f"{archive}:{name}", file.read()
 
     return read
+
+
+def _decompressed(archive: Path) -> BinaryIO:
+    """The archive in memory without gzip's layers, of which a download may have added one.
+
+    All of it at once: gzip's checksum is at the end, behind the last file.
+    """
+    content = archive.read_bytes()
+    while content.startswith(b"\x1f\x8b"):
+        content = gzip.decompress(content)
+    return io.BytesIO(content)
+
+
+def _replacement(archive: Path) -> str:
+    return f"put the official {ARCHIVE_NAME} in its place, or delete it to have that downloaded"
 
 
 def _assemble(read: ReadFile) -> Dataset:

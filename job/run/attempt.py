@@ -11,7 +11,6 @@ from job.cluster.scheduler import NO_RUN, RunIdentity, run_identity
 from job.config import (
     ExitCode,
     JobError,
-    LostWorkerError,
     StoppedError,
     TrainConfig,
     UserError,
@@ -161,7 +160,7 @@ def recording_end(
             reason = str(error)
             if not isinstance(error, JobError):
                 reason = f"{type(error).__name__}: {error}"
-            if outcome == "stopped" and not isinstance(error, LostWorkerError):
+            if type(error) is StoppedError:  # others have a reason of their own
                 reason = stop.reason or reason
             # What went wrong first is what the user must hear of.
             with contextlib.suppress(UserError, LeaseLostError):

@@ -207,21 +207,28 @@ def test_a_bad_environment_variable_is_named(
     assert "JOB_EPOCHS" in line
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    ("command", "misspelt"),
+    [
+        ("train --log-format text", {"JOB_DATA": "JOB_DATA_DIR", "JOB_SEEDS": "JOB_SEED"}),
+        ("predict a.png", {"JOB_MODELS": "JOB_MODEL"}),
+        ("compare a", {"JOB_JSN": "JOB_JSON"}),
+    ],
+)
 def test_a_misspelt_environment_variable_is_warned_of(
     run_main: RunMain,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     command: str,
+    misspelt: dict[str, str],
 ) -> None:
-    misspelt = {"JOB_DATA": "JOB_DATA_DIR", "JOB_SEEDS": "JOB_SEED"}
     # Kubernetes', Jenkins', or of another program.
     others = "COMPLETION_INDEX SERVICE_HOST NAME URL STATE TMP_DIR INPUT_DIR TIME_LIMIT TIMEOUT"
     for name in ("JOB_DATA_DIR", *misspelt, *(f"JOB_{name}" for name in others.split())):
         monkeypatch.setenv(name, "3")
-    # Where neither finds anything to do.
-    run_main(command, "--output-dir", "/dev/null/a", "--log-format", "text")
-    lines = capsys.readouterr().out.splitlines()
+    monkeypatch.setenv("JOB_OUTPUT_DIR", "/dev/null/a")  # where none finds anything to do
+    run_main(*command.split())
+    lines = capsys.readouterr().err.splitlines()
     assert [line.partition("warning: ")[2] for line in lines] == [
         f"the environment variable {name} is no option and is ignored; did you mean {option}?"
         for name, option in misspelt.items()

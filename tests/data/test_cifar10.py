@@ -1,12 +1,18 @@
+import contextlib
 import functools
+import gzip
 import hashlib
 import http.server
 import io
+import json
 import pickle
 import shutil
+import socket
+import struct
 import tarfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +20,7 @@ import numpy as np
 import pytest
 
 from job import log
-from job.config import TrainConfig, UserError
+from job.config import DownloadError, TrainConfig, UserError
 from job.data import Dataset, cifar10, load_dataset
 
 NOWHERE = "http://127.0.0.1:9/cifar-10-python.tar.gz"  # the discard port: nothing listens
@@ -61,6 +67,68 @@ def write_archive(path: Path, good: bytes, names: tuple[str, ...]) -> None:
 def load(data_dir: Path, url: str = NOWHERE) -> Dataset:
     """Load CIFAR-10 as a run does, which downloads it from an address if it is not there."""
     return load_dataset(TrainConfig(data_dir=data_dir, cifar10_url=url))
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits between two tries of a download, which take no time."""
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    return waits
+
+
+Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
+
+
+@contextlib.contextmanager
+def answering(*answers: Answer) -> Iterator[str]:
+    """Give the address of a server that answers so, one request after the other."""
+    left = list(answers)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            left.pop(0)(self)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/{cifar10.ARCHIVE_NAME}"
+        finally:
+            server.shutdown()
+            thread.join()
+    assert left == []
+
+
+def status(code: int, **headers: str) -> Answer:
+    def answer(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.send_response(code)
+        for name, value in headers.items():
+            request.send_header(name.replace("_", "-"), value)
+        request.end_headers()
+
+    return answer
+
+
+def content(sent: bytes, length: int | None = None, **headers: str) -> Answer:
+    """Send so many bytes, and promise that many."""
+
+    def answer(request: http.server.BaseHTTPRequestHandler) -> None:
+        length_header = {"Content_Length": str(len(sent) if length is None else length)}
+        status(200, **length_header, **headers)(request)
+        request.wfile.write(sent)
+
+    return answer
+
+
+def reset(request: http.server.BaseHTTPRequestHandler) -> None:
+    """Drop the connection, as a server that is started anew does."""
+    linger = struct.pack("ii", 1, 0)
+    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    request.connection.close()
 
 
 @pytest.fixture
@@ -163,24 +231,164 @@ def test_an_archive_of_something_else_is_refused(tmp_path: Path, good_batch: byt
         load(tmp_path)
 
 
+def place(path: Path, source: Path) -> None:
+    """Put a file somewhere, without copying it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.hardlink_to(source)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cifar-10-python (1).tar.gz",
+        "cifar-10-python.tar.gz.1",
+        "cifar-10-python.tgz",
+        "cifar-10-batches-py.tar.gz",
+        "cifar10/cifar-10-python.tar.gz",
+    ],
+)
+def test_an_archive_is_found_under_another_name(
+    tmp_path: Path, good_archive: Path, name: str
+) -> None:
+    place(tmp_path / name, good_archive)
+    (tmp_path / cifar10.FOLDER_NAME).mkdir()  # half unpacked
+    (tmp_path / cifar10.FOLDER_NAME / "data_batch_1").touch()
+    found = cifar10.find(TrainConfig(data_dir=tmp_path))
+    assert (found.description, found.download) == (f"in {tmp_path / name}", None)
+    assert cifar10.find(TrainConfig(data_dir=tmp_path / name)) == found
+
+
+def test_data_packed_and_unpacked_in_another_way_is_read(tmp_path: Path, good_batch: bytes) -> None:
+    folder = write_folder(tmp_path / "nested", good_batch)
+    for data_dir in (folder, tmp_path / "nested", tmp_path):
+        assert cifar10.find(TrainConfig(data_dir=data_dir)).description == f"in {folder}"
+    with tarfile.open(tmp_path / "cifar-10-python.tar", "w") as tar:
+        tar.add(folder, "./somewhere")
+    assert len(load(tmp_path).test_images) == 10_000
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cifar-10-binary.tar.gz",
+        "data_batch_1.bin",
+        "cifar-10-batches-mat/data_batch_1.mat",
+        "cifar-100-python.tar.gz",
+        "trainLabels.csv",
+        "train.7z",
+        "train/1.png",
+        "cifar-10-python.tar.gz.part",
+        "cifar-10.zip",
+        "data_batch_1",
+        "cifar-10-python.tar.gz -> nowhere",
+        "cifar-10-batches-py -> nowhere",
+    ],
+)
+def test_what_looks_like_the_data_is_named_instead_of_a_download(tmp_path: Path, name: str) -> None:
+    name, _, target = name.partition(" -> ")
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if target:
+        path.symlink_to(target)
+    else:
+        path.touch()
+    named = path if path.name == "1.png" else tmp_path / name.partition("/")[0]
+    with pytest.raises(UserError, match=rf"received {named}.*, expected one cifar-10-batches-py/"):
+        load(tmp_path)
+
+
+def test_of_two_archives_none_is_taken(tmp_path: Path, good_archive: Path) -> None:
+    for number in (1, 2):
+        place(tmp_path / f"cifar-10-python ({number}).tar.gz", good_archive)
+    with pytest.raises(UserError, match=r"\(1\).tar.gz, .*\(2\).tar.gz, expected one"):
+        load(tmp_path)
+
+
 def test_no_data_and_no_network_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"does not give it .*--dataset synthetic"):
+    with pytest.raises(DownloadError, match=r"does not give it \(Connection refused, 6 tries\)"):
         load(tmp_path / "data", NOWHERE)
     assert list((tmp_path / "data").iterdir()) == []
+    with pytest.raises(UserError, match=r"received 'file:///x', expected .* begins with https://"):
+        load(tmp_path / "data", "file:///x")
+
+
+@pytest.fixture
+def official(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """Bytes that count as the official archive."""
+    archive = bytes(range(256)) * 1_000
+    monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", hashlib.sha256(archive).hexdigest())
+    return archive
+
+
+def test_a_passing_network_error_is_waited_for(
+    tmp_path: Path, official: bytes, waits: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.configure("json")
+    data_dir = tmp_path / "data"
+    cut = content(official[:1_000], len(official))
+    asked = status(429, Retry_After="25")
+    with answering(status(503, Retry_After="soon"), asked, cut, reset, content(official)) as url:
+        cifar10.download(TrainConfig(data_dir=data_dir, cifar10_url=url), None)
+    assert waits == [2, 25, 8, 16]
+    reasons = [json.loads(line).get("reason") for line in capsys.readouterr().out.splitlines()]
+    assert reasons[:3] == [None, "HTTP 503", "HTTP 429"]
+    assert "more expected" in reasons[3]
+    assert reasons[4] == "Connection reset by peer"
+    assert [path.name for path in data_dir.iterdir()] == [cifar10.ARCHIVE_NAME]
+    assert (data_dir / cifar10.ARCHIVE_NAME).read_bytes() == official
+
+
+@pytest.mark.parametrize(
+    ("variables", "url", "reason"),
+    [
+        ({"REQUESTS_CA_BUNDLE": "/nowhere"}, "https://127.0.0.1:9/x", "bundle, .* path: /nowhere"),
+        ({"REQUESTS_CA_BUNDLE": __file__}, "https://127.0.0.1:PORT/x", "NO_CERTIFICATE"),
+        ({"http_proxy": "socks5://127.0.0.1:9"}, "http://mirror/x", "the proxy is for SOCKS"),
+        ({"http_proxy": "http://"}, "http://mirror/x", "the proxy's address is not valid"),
+        ({}, "http://me:hunter2@[/x?token=hunter2", "the address is not valid"),
+    ],
+)
+def test_what_the_user_has_to_change_for_a_download_is_named_and_not_tried_again(
+    tmp_path: Path,
+    waits: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    listener: socket.socket,
+    variables: dict[str, str],
+    url: str,
+    reason: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"does not give it \(.*{reason}") as error:
+        load(tmp_path / "data", url.replace("PORT", str(listener.getsockname()[1])))
+    assert "hunter2" not in str(error.value)
+    assert waits == []
+
+
+def test_a_download_labelled_as_compressed_is_the_archive_all_the_same(
+    tmp_path: Path, official: bytes
+) -> None:
+    archive = tmp_path / cifar10.ARCHIVE_NAME
+    for sent in (official, gzip.compress(official, 0)):
+        with answering(content(sent, Content_Encoding="gzip")) as url:
+            cifar10.download(TrainConfig(data_dir=tmp_path, cifar10_url=url), None)
+        assert archive.read_bytes() == official
+        archive.unlink()
 
 
 def test_a_download_with_the_wrong_checksum_is_not_kept(tmp_path: Path, serve: str) -> None:
     (tmp_path / "served" / cifar10.ARCHIVE_NAME).write_bytes(b"not the archive")
-    with pytest.raises(UserError, match="not the official archive: expected SHA-256 6d958be0"):
+    with pytest.raises(UserError, match=r"not the official archive: .* expected SHA-256 6d958be0"):
         load(tmp_path / "data", serve)
     assert list((tmp_path / "data").iterdir()) == []
 
 
 def test_an_address_without_the_archive_is_named_with_its_answer(
-    tmp_path: Path, serve: str
+    tmp_path: Path, serve: str, waits: list[float]
 ) -> None:
     with pytest.raises(UserError, match=r"does not give it \(HTTP 404\)"):
         load(tmp_path / "data", serve)
+    assert waits == []
 
 
 def test_no_secret_of_an_address_is_told(

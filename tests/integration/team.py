@@ -37,6 +37,7 @@ class Team:
         self.addresses = free_addresses(count)
         self._folder, self._arguments, self._module = folder, arguments, module
         self.workers: dict[int, Job] = {}
+        self._started: list[Job] = []
 
     def start(
         self,
@@ -55,9 +56,10 @@ class Team:
                 env={"TF_CONFIG": json.dumps(config), **(env or {})},
                 module=self._module,
             )
+            self._started.append(self.workers[rank])
         return self
 
-    def finish(self, timeout: float = 120) -> list[int]:
+    def finish(self, timeout: float = 300) -> list[int]:
         """Wait for the end of all; their exit codes, in the order of their ranks."""
         end = time.monotonic() + timeout
         codes = []
@@ -71,7 +73,6 @@ class Team:
         return codes
 
     def kill(self) -> None:
-        """Leave no process behind."""
-        for worker in self.workers.values():
-            worker.kill()
-            worker.communicate()
+        """Leave no process behind, also of those that are no longer among the workers."""
+        for worker in self._started:
+            worker.end()

@@ -152,7 +152,7 @@ BAD_RUNS = [
     (["--dataset", "synthetic", "--require-gpus", "99"], 3, "--require-gpus expected 99 GPU(s)"),
     (["--dataset", "synthetic", "--limit", "100"], 2, "--batch-size received 256, expected at"),
     (["--dataset", "synthetic", "--limit", "50001"], 2, "expected at most the 50000 training"),
-    (["--cifar10-url", "http://127.0.0.1:9/x"], 2, "does not give it (ConnectionError)"),
+    (["--cifar10-url", "file:///x"], 2, "expected an address that begins with https:// or"),
     (["--output-dir", "file"], 2, "is a file, expected a folder"),
 ]
 
