@@ -72,10 +72,22 @@ def naming_lost_workers(spec: ClusterSpec) -> Iterator[None]:
     """
     try:
         yield
-    except tf.errors.OpError as error:
-        if spec.count == 1 or not _tells_of_a_loss(spec, error):
+    except JobError:
+        raise
+    except Exception as error:
+        losses = (one for one in _chain(error) if _tells_of_a_loss(spec, one))
+        loss = next(losses, None) if spec.count > 1 else None
+        if loss is None:
             raise
-        raise LostWorkerError(_lost(spec, str(error))) from error
+        raise LostWorkerError(_lost(spec, str(loss))) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[tf.errors.OpError]:
+    """TensorFlow's errors among this one and those behind it: Keras raises some as its own."""
+    while error:
+        if isinstance(error, tf.errors.OpError):
+            yield error
+        error = error.__cause__ or error.__context__
 
 
 def _tells_of_a_loss(spec: ClusterSpec, error: tf.errors.OpError) -> bool:

@@ -84,6 +84,16 @@ def test_a_lost_worker_is_named_by_who_does_not_answer(
     assert three_workers.name(1) not in str(caught.value)
 
 
+def test_a_loss_that_keras_raises_as_an_error_of_its_own_is_a_loss(
+    three_workers: ClusterSpec,
+) -> None:
+    with pytest.raises(LostWorkerError), naming_lost_workers(three_workers):
+        try:
+            raise LOSSES[1]
+        except tf.errors.InternalError:
+            raise TypeError("Error when deserializing class 'Dropout'")  # noqa: B904
+
+
 def test_a_lost_worker_that_still_answers_is_named_by_what_tensorflow_says(
     listener: socket.socket,
 ) -> None:
