@@ -258,6 +258,11 @@ def run_options(config: TrainConfig) -> dict[str, Value]:
     return {name: described[name] for name in _RUN_OPTIONS}
 
 
+def encodable(text: str) -> str:
+    r"""Text as a file can hold it: in a name a byte that is no UTF-8 becomes ``\udcff``."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 REMOVED = "REMOVED"
 """Stands in an address for what was there."""
 

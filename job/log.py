@@ -16,8 +16,8 @@ _FIELDS = "job_fields"
 
 
 def on_terminal() -> bool:
-    """Whether stdout is a terminal; it may also be closed."""
-    return bool(sys.stdout and sys.stdout.isatty())
+    """Whether stdout is a terminal."""
+    return sys.stdout.isatty()
 
 
 def configure(log_format: str, worker: int | None = None) -> None:
@@ -79,7 +79,7 @@ class _StdoutHandler(logging.Handler):
 
 class _JsonEvents(JsonFormatter):
     def __init__(self, worker: int | None) -> None:
-        super().__init__(json_ensure_ascii=False)
+        super().__init__()
         self._worker = {} if worker is None else {"worker": worker}
 
     def format(self, record: logging.LogRecord) -> str:

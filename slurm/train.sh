@@ -80,10 +80,8 @@ export SLURM_RESTART_COUNT=$attempt JOB_OUTPUT_DIR=$output JOB_DATA_DIR=$data JO
 if [[ $runtime != none ]]; then
   # An image requires one GPU by itself; here the number that Slurm gives to the job is required.
   export JOB_OUTPUT_DIR=/output JOB_DATA_DIR=/data JOB_REQUIRE_GPUS=${JOB_REQUIRE_GPUS:-0}
-  # Not the user's home, which the image does not show, nor the node's /tmp, where they would stay.
-  export MPLCONFIGDIR=/output/.cache KERAS_HOME=/output/.cache
 fi
-passed='(job|slurm|slurmd|tf|nccl)_.*|cuda_visible_devices|mplconfigdir|keras_home|(https?|no|all)_proxy|tz'
+passed='(job|slurm|slurmd|tf|nccl)_.*|cuda_visible_devices|(https?|no|all)_proxy|tz'
 case $runtime in
   none)
     "$python" -c 'import job.commands.cli' || refuse "PYTHON is $python, which cannot import job/ in $PWD;" \

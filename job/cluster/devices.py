@@ -140,7 +140,7 @@ class Devices:
                 loops=compile_network and self.kind == "gpu" and self.replicas == 1,
             ),
             deterministic=deterministic,
-            threads=int(os.environ.get("TF_NUM_INTRAOP_THREADS") or len(os.sched_getaffinity(0))),
+            threads=_threads(),
         )
 
     def _automatic_precision(self, previous: Environment | None) -> Literal["float32", "bfloat16"]:
@@ -164,6 +164,16 @@ class Devices:
             local_names=names,
             workers=Workers(ALONE),
         )
+
+
+def _threads() -> int:
+    """Processors that TensorFlow computes with."""
+    text = os.environ.get("TF_NUM_INTRAOP_THREADS") or "0"
+    if not text.isdecimal():
+        raise UserError(
+            f"TF_NUM_INTRAOP_THREADS received {text!r}, expected a number; unset or correct it"
+        )
+    return int(text) or len(os.sched_getaffinity(0))
 
 
 def require_expected_gpus(config: TrainConfig) -> None:

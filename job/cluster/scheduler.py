@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from job.config import UserError
+from job.config import UserError, encodable
 
 _HOSTS = 65536  # as many as Slurm knows in one list
 _NODES = r"(?:[^\s,\[\]]|\[[0-9][0-9,-]*\])+"
@@ -273,7 +273,7 @@ def _from_indexed_job(environ: Mapping[str, str]) -> ClusterSpec:
             f"{count}; give the Job as many completions as that variable says"
         )
     # Another Job of that name has other ports, so that its last Pods meet none of these.
-    port = _port(int.from_bytes(hashlib.sha256(uid.encode()).digest()), 0)
+    port = _port(int.from_bytes(hashlib.sha256(encodable(uid).encode()).digest()), 0)
     return ClusterSpec(tuple(f"{job}-{rank}.{service}:{port}" for rank in range(count)), index)
 
 
@@ -315,7 +315,8 @@ class RunIdentity:
     """Which run an attempt belongs to.
 
     Attributes:
-        name: The same for all attempts of a run and for no other; None where nothing tells.
+        name: The same for all attempts of a run and for no other, as `encodable` gives it; None
+            where nothing tells.
         attempt: Number of the attempt, from 0, higher for later ones; None where the scheduler does
             not count them.
     """
@@ -345,16 +346,19 @@ def run_identity(environ: Mapping[str, str], run_id: str | None) -> RunIdentity:
         run_id: The user's ``--run-id``, which comes first.
     """
     if run_id:
-        return RunIdentity(f"run {run_id}")
+        return RunIdentity(encodable(f"run {run_id}"))
     slurm_job = environ.get("SLURM_JOB_ID")
     if slurm_job:
         restarts = environ.get("SLURM_RESTART_COUNT", "")
         task = environ.get("SLURM_ARRAY_TASK_ID")
         job = f"{environ.get('SLURM_ARRAY_JOB_ID', slurm_job)}_{task}" if task else slurm_job
-        return RunIdentity(f"slurm job {job}", int(restarts) if restarts.isdecimal() else 0)
+        return RunIdentity(
+            encodable(f"slurm job {job}"), int(restarts) if restarts.isdecimal() else 0
+        )
     kubernetes_job = environ.get("KUBERNETES_JOB_UID")
     if kubernetes_job:
         one_run = environ.get("KUBERNETES_JOB_COMPLETIONS")
         index = None if one_run else environ.get("JOB_COMPLETION_INDEX")
-        return RunIdentity(f"kubernetes job {kubernetes_job}" + (f"/{index}" if index else ""))
+        name = f"kubernetes job {kubernetes_job}" + (f"/{index}" if index else "")
+        return RunIdentity(encodable(name))
     return NO_RUN

@@ -5,6 +5,7 @@ TensorFlow is imported inside the commands that need it, so that ``--help`` answ
 
 import contextlib
 import faulthandler
+import importlib
 import logging
 import os
 import sys
@@ -163,12 +164,14 @@ def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) ->
             load_tensorflow()
         from job.cluster.devices import open_devices
         from job.data import load_dataset
-        from job.report.page import try_to_write_report
+        from job.report import spare_the_run
+        from job.report.page import write_report
         from job.training.saved_model import evaluate_output_dir
 
         devices, load = open_devices(config), partial(load_dataset, bar=download_bar)
         evaluate_output_dir(config, output, devices, load, watchdog)
-        try_to_write_report(output)
+        with spare_the_run("the report"):
+            write_report(output)
 
 
 @cli.command()
@@ -273,7 +276,9 @@ def main(stop: StopRequest, stderr: TextIO | None = None) -> NoReturn:
         stderr: Receives the line that tells of an error; by default what descriptor 2 is now.
     """
     # While TensorFlow is imported, descriptor 2 leads elsewhere.
-    stderr = stderr or _duplicate_stderr()
+    stderr = stderr or os.fdopen(
+        os.dup(2), "w", encoding=sys.stderr.encoding, errors="backslashreplace"
+    )
 
     def say_why(exit_code: ExitCode, reason: str) -> None:
         stopped = exit_code == ExitCode.RUN_AGAIN
@@ -305,20 +310,13 @@ def main(stop: StopRequest, stderr: TextIO | None = None) -> NoReturn:
     sys.exit(ExitCode.DONE)
 
 
-def _duplicate_stderr() -> TextIO | None:
-    try:
-        return os.fdopen(os.dup(2), "w")
-    except OSError:
-        return None  # it is closed
-
-
-def _fail(message: str, exit_code: ExitCode, stderr: TextIO | None) -> NoReturn:
+def _fail(message: str, exit_code: ExitCode, stderr: TextIO) -> NoReturn:
     """Report the end of the run in one line and end the process."""
     _report(message, exit_code, stderr)
     sys.exit(exit_code)
 
 
-def _report(message: str, exit_code: ExitCode, stderr: TextIO | None) -> None:
+def _report(message: str, exit_code: ExitCode, stderr: TextIO) -> None:
     line = printable(" ".join(message.split()))
     stopped = exit_code == ExitCode.RUN_AGAIN
     # The exit code counts, even if whoever read the message has gone.
@@ -342,10 +340,20 @@ def load_tensorflow(*, verbose: bool = False) -> list[str]:
     Returns:
         The lines that went to stderr meanwhile. Where a GPU is not found they say why.
     """
+    # Keras reads its settings once, and keras.json from a folder that the user may share with other
+    # programs. Where that is no folder, Keras takes its defaults and leaves no file behind.
+    for name in [name for name in os.environ if name.startswith("KERAS_")]:
+        del os.environ[name]
+    os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull}
+    os.environ.pop("TF_USE_LEGACY_KERAS", None)
+    # TensorFlow loads a library for tests, which would look for a temporary folder.
+    os.environ["TEST_TMPDIR"] = os.devnull
     # Native code reads the level once, when it is loaded.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "2")
     lines: list[str] = []
     with _captured_stderr(lines):
+        # Keras loads matplotlib, which this package sets up.
+        importlib.import_module("job.report")
         import tensorflow as tf
 
         tf.config.list_physical_devices()

@@ -7,17 +7,18 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 
 from job.commands.terminal import plural, printable, say, write_lines, write_table
 from job.config import TrainConfig, UserError, Value, describe_config, run_options
 from job.report.pictures import PALETTE, SCREEN_DPI, lay_out_epochs, save_png
 from job.run.folder import EVALUATION, METRICS, RUN, OutputDir
 from job.run.record import Manifest, RunRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SETTINGS = (
     *(name for name in run_options(TrainConfig()) if name != "seed"),
@@ -396,13 +397,14 @@ def save_comparison(path: Path, groups: Sequence[Group]) -> None:
         path: PNG file to write.
         groups: At least one; the runs of each have curves of one length.
     """
+    from matplotlib.figure import Figure  # not before `job.report` has set matplotlib up
+
     names = [str(number + 1) if len(groups) > 1 else "" for number in range(len(groups))]
     legend = [_legend_text(*one) for one in zip(names, groups, strict=True)]
     lines = sum(text.count("\n") + 1 for text in legend)
     height = max(3.9, 1.6 + 0.5 * len(groups)) + 0.4 + 0.19 * lines
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(12, height), width_ratios=(1.5, 1), layout="constrained"
-    )
+    figure = Figure(figsize=(12, height), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
     handles = []
     for number, group in enumerate(groups):
         colour = PALETTE[number % len(PALETTE)]
@@ -439,7 +441,6 @@ def save_comparison(path: Path, groups: Sequence[Group]) -> None:
     for text in below_both.get_texts():
         text.set_parse_math(False)
     save_png(figure, path, SCREEN_DPI)
-    plt.close(figure)
 
 
 def _legend_text(name: str, group: Group) -> str:
@@ -449,7 +450,7 @@ def _legend_text(name: str, group: Group) -> str:
     )
 
 
-def _draw_accuracies(axis: Axes, row: int, group: Group, colour: str, marker: str) -> None:
+def _draw_accuracies(axis: "Axes", row: int, group: Group, colour: str, marker: str) -> None:
     """Draw runs as points, and below them their mean with the standard deviation."""
     values = [100 * run.accuracy for run in group.runs if run.accuracy is not None]
     axis.plot(values, np.full(len(values), row - 0.12), marker, color=colour, alpha=0.6)

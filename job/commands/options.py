@@ -46,21 +46,8 @@ class _PositiveFloatType(click.FloatRange):
         return number
 
 
-class _TextType(click.ParamType[str]):
-    """Text that can be written into the run's records."""
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        try:
-            str(value).encode()
-        except UnicodeEncodeError:
-            self.fail(f"received {printable(str(value))}, expected text in UTF-8.", param, ctx)
-        return str(value)
-
-
 class _PathType(click.Path):
-    """A path whose name can be written into the run's records.
+    """A path.
 
     Whether a folder can be read is found out where it is used, with advice for that folder.
     """
@@ -70,7 +57,7 @@ class _PathType(click.Path):
         self._suffix = suffix
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path = Path(_TextType().convert(super().convert(value, param, ctx), param, ctx))
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if self._suffix and path.suffix.lower() != self._suffix:
             expected = f"expected a name that ends in {self._suffix}"
             self.fail(f"received {printable(str(path))!r}, {expected}.", param, ctx)
@@ -124,7 +111,7 @@ def _kind(annotation: Any, settings: Option) -> dict[str, Any]:
         return {"type": _PositiveFloatType(settings.minimum, settings.maximum, min_open=True)}
     if kind is Path:
         return {"type": _PathType(settings.suffix)}
-    return {"type": _DevicesType() if kind is DeviceRequest else _TextType()}
+    return {"type": _DevicesType() if kind is DeviceRequest else click.STRING}
 
 
 PNG_FILE = _PathType(".png")

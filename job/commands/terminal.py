@@ -64,12 +64,8 @@ def write_lines(lines: Iterable[str]) -> None:
         SystemExit: With exit code 0, if whoever read it has gone, as ``head`` does.
         UserError: If it cannot be written.
     """
-    if sys.stdout is None:
-        return
-    text = "".join(f"{line}\n" for line in lines)
-    encoding = sys.stdout.encoding
     try:
-        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
         sys.stdout.flush()
     except BrokenPipeError:
         raise SystemExit(ExitCode.DONE) from None
@@ -169,7 +165,7 @@ class EpochBar(Observer):
             console=console,
             get_renderable=lambda: StatusLine(self._status),
             transient=True,
-            redirect_stderr=bool(sys.stderr and sys.stderr.isatty()),
+            redirect_stderr=sys.stderr.isatty(),
         )
         self._enabled = enabled and console.is_interactive
 

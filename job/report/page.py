@@ -1,11 +1,9 @@
 """The report of a run: one HTML page that needs nothing else, and its pictures beside it."""
 
 import base64
-import logging
 import shlex
 import statistics
 import struct
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +12,7 @@ import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from job import log
-from job.config import REMOVED, JobError, TrainConfig, describe_config, option_name
+from job.config import REMOVED, TrainConfig, describe_config, option_name
 from job.report.figures import Figure, draw_figures, list_mistakes
 from job.run.folder import PICTURES, REPORT, REPORT_PICTURES, OutputDir
 from job.run.predictions import reliability
@@ -48,27 +46,6 @@ def write_report(output: OutputDir) -> None:
     output.write_text(REPORT, render(record, figures))
     path = output.path / REPORT
     log.event("report", path=str(path), message=f"report in {path}")
-
-
-def try_to_write_report(output: OutputDir) -> None:
-    """Write the report behind a training or an evaluation, which it must not spoil by a defect.
-
-    Raises:
-        UserError: If a file cannot be written.
-        LeaseLostError: If the folder is another attempt's now.
-    """
-    try:
-        write_report(output)
-    except JobError:
-        raise
-    except Exception:
-        log.event(
-            "report_failed",
-            logging.ERROR,
-            trace=traceback.format_exc(),
-            message=f"everything but the report is in {output.path}/; drawing the report failed, "
-            f"which is a defect of the job: please report the trace\n{traceback.format_exc()}",
-        )
 
 
 def render(record: RunRecord, figures: dict[str, Figure]) -> str:

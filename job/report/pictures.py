@@ -22,7 +22,6 @@ from matplotlib.ticker import MaxNLocator
 
 from job.run.predictions import Reliability
 
-mpl.use("Agg")
 mpl.rcParams["text.parse_math"] = False  # names of classes and files are no formulas
 
 # Okabe and Ito's, which colour-blind people can tell apart, less the pale yellow.
@@ -277,7 +276,7 @@ SCREEN_DPI = 110
 
 
 def save_prediction(
-    path: Path,
+    target: Path | io.BytesIO,
     image: npt.NDArray[np.uint8],
     probabilities: npt.NDArray[np.float32],
     class_names: tuple[str, ...],
@@ -286,7 +285,7 @@ def save_prediction(
     """Draw an image beside the probabilities that a model gives it.
 
     Args:
-        path: PNG file to write.
+        target: PNG file to write.
         image: [height, width, channels] uint8, grey or RGB.
         probabilities: [classes] float32, summing to 1.
         class_names: Name of each class.
@@ -313,7 +312,7 @@ def save_prediction(
     bars.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     bars.set_xlabel("Probability")
     bars.spines[["top", "right"]].set_visible(False)
-    save_png(figure, path, SCREEN_DPI)
+    save_png(figure, target, SCREEN_DPI)
 
 
 @dataclass(frozen=True)

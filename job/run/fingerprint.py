@@ -29,6 +29,9 @@ if TYPE_CHECKING:  # this module is used before TensorFlow is imported
 _VARIABLES = (
     "NVIDIA_TF32_OVERRIDE",
     "ONEDNN_MAX_CPU_ISA",
+    "TF_CUDNN_DETERMINISTIC",
+    "TF_CUDNN_USE_AUTOTUNE",
+    "TF_DETERMINISTIC_OPS",
     "TF_ENABLE_ONEDNN_OPTS",
     "TF_XLA_FLAGS",
     "XLA_FLAGS",

@@ -67,9 +67,10 @@ def warn_unless_mounted(output_dir: Path, mounts: Path = Path("/proc/self/mounti
         output_dir: The folder, which need not exist.
         mounts: The kernel's table of this process's mounts, see proc(5).
     """
-    escaped = [line.split()[4] for line in mounts.read_text().splitlines()]
+    escaped = [line.split()[4] for line in mounts.read_bytes().splitlines()]
     points = [
-        Path(re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), name)) for name in escaped
+        Path(os.fsdecode(re.sub(rb"\\(\d{3})", lambda code: bytes([int(code[1], 8)]), name)))
+        for name in escaped
     ]
     folder = output_dir.resolve()
     if not any(folder.is_relative_to(point) for point in points if point != Path("/")):

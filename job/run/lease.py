@@ -153,7 +153,7 @@ class Lease:
                     self._write()
                 renewed = running_seconds()
                 asking = asking_path(self._folder, self._generation)
-                if asking.exists() and (name := asking.read_text()):
+                if asking.exists() and (name := asking.read_text("utf-8")):
                     reason = f"{name} has asked for {self._folder.parent}"
                     self._stop.ask(reason, "it goes on with the run")
             except LeaseLostError as error:
@@ -295,7 +295,7 @@ def _outlast(
         if replaces and asked_at is None:
             before_asking()
             name = f"a newer attempt of {identity.name} on host {socket.gethostname()}"
-            asking_path(folder, generation).write_text(name)
+            asking_path(folder, generation).write_text(name, "utf-8")
             asked_at = running_seconds()
         if not announced:
             _announce(folder.parent, holder)

@@ -192,6 +192,7 @@ def git_commit() -> str | None:
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
+            errors="replace",  # its message may name a path
             timeout=10,
             check=True,
         )

@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from job.cluster import Device
-from job.config import TrainConfig, UserError, redacted, run_options
+from job.config import TrainConfig, UserError, encodable, redacted, run_options
 from job.run.folder import EVALUATION, METRICS, REPORT, RUN, refused
 from job.run.predictions import Predictions, confusion_matrix
 
@@ -301,8 +301,19 @@ class RunRecord(Struct, frozen=True):
 
 def encode(document: object, *, indent: bool = False) -> bytes:
     """One of these documents as JSON, for people with an indent."""
-    content = msgspec.json.encode(document, enc_hook=str)
+    content = msgspec.json.encode(_encodable(msgspec.to_builtins(document, enc_hook=str)))
     return msgspec.json.format(content, indent=2) + b"\n" if indent else content
+
+
+def _encodable(value: Any) -> Any:
+    match value:
+        case str():
+            return encodable(value)
+        case dict():
+            return {_encodable(key): _encodable(one) for key, one in value.items()}
+        case list() | tuple():
+            return [_encodable(one) for one in value]
+    return value
 
 
 def decode(content: bytes | str, kind: type[_Document]) -> _Document:

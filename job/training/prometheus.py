@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from job import __version__, log
-from job.config import TrainConfig, UserError
+from job.config import TrainConfig, UserError, encodable
 from job.run.attempt import Attempt, recording_end
 from job.run.record import EpochRecord
 from job.training.observer import Observer, Phase, Start, Status
@@ -61,7 +61,7 @@ class MetricsTextfile(Observer):
         self, path: Path, config: TrainConfig, run_id: str, check: Callable[[], None]
     ) -> None:
         self._path, self._config, self._check = path, config, check
-        self._run = {"run_id": run_id, "output_dir": str(config.output_dir.absolute())}
+        self._run = {"run_id": run_id, "output_dir": encodable(str(config.output_dir.absolute()))}
         self._info: dict[str, str] = {}
         self._figures: dict[str, float] = {"planned_epochs": config.epochs}
         self._state = "running"

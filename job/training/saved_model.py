@@ -19,7 +19,7 @@ from job.cluster.devices import Devices
 from job.config import JobError, TrainConfig, UserError
 from job.data import Dataset
 from job.recipes import Recipe, get_recipe, resample_by_op
-from job.report import pictures
+from job.report import pictures, spare_the_run
 from job.run.folder import EVALUATION, MODEL, PREDICTION, OutputDir, require_model, sha256_of
 from job.run.predictions import Predictions, most_confident_mistakes
 from job.run.record import encode, read_manifest, unless_damaged
@@ -173,8 +173,15 @@ def _save_prediction(
     """Draw what the model makes of one test image, picked from the seed."""
     index = int(np.random.default_rng(seed).integers(len(dataset.test_images)))
     image, label = dataset.test_images[index], int(dataset.test_labels[index])
-    with output.atomic_write(PREDICTION) as temporary:
-        pictures.save_prediction(temporary, image, probabilities[index], dataset.class_names, label)
+    png = b""
+    with spare_the_run("the prediction picture"):
+        buffer = io.BytesIO()
+        pictures.save_prediction(buffer, image, probabilities[index], dataset.class_names, label)
+        png = buffer.getvalue()
+    if png:
+        output.write_bytes(PREDICTION, png)
+    else:
+        output.remove([output.path / PREDICTION])  # one that is there may be of another model
 
 
 def _keep_for_report(

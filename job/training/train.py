@@ -24,7 +24,8 @@ from job.config import (
 )
 from job.data import Dataset
 from job.recipes import Recipe, get_recipe
-from job.report.page import try_to_write_report
+from job.report import spare_the_run
+from job.report.page import write_report
 from job.run.attempt import Attempt, open_attempt
 from job.run.checkpoint import Checkpoint, CheckpointStore, History
 from job.run.fingerprint import Fingerprint, require_same_run, take_fingerprint
@@ -206,8 +207,8 @@ def run_attempt(
         attempt.manifest.finish("done")
     # The textfile says done by now, as run.json does, whatever becomes of the report.
     if attempt.is_chief:
-        with watchdog.watch("the report"):
-            try_to_write_report(attempt.output)
+        with watchdog.watch("the report"), spare_the_run("the report"):
+            write_report(attempt.output)
 
 
 @contextlib.contextmanager

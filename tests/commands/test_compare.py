@@ -9,12 +9,12 @@ import numpy.typing as npt
 import pytest
 from click.testing import CliRunner
 from matplotlib import image as mpl_image
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from job.commands import compare
 from job.commands.cli import cli
 from job.commands.compare import (
     Group,
@@ -25,6 +25,7 @@ from job.commands.compare import (
     save_comparison,
 )
 from job.config import UserError
+from job.report.pictures import save_png
 from job.run.record import TrainingRecord
 from tests.run_folders import TRAINING, change, climb, make_sweep_run
 
@@ -327,11 +328,14 @@ def test_the_comparison_draws_each_group_in_its_colour(tmp_path: Path) -> None:
 def saved_figure(monkeypatch: pytest.MonkeyPatch, path: Path, groups: list[Group]) -> Figure:
     """Draw a comparison and keep its figure."""
     figures: list[Figure] = []
-    monkeypatch.setattr(plt, "close", figures.append)
+
+    def save(figure: Figure, target: Path, dpi: int) -> None:
+        save_png(figure, target, dpi)
+        figures.append(figure)
+
+    monkeypatch.setattr(compare, "save_png", save)
     save_comparison(path, groups)
-    monkeypatch.undo()
     (figure,) = figures
-    plt.close(figure)
     # The places are those at the resolution at which it was saved.
     figure.set_dpi(110)
     return figure

@@ -74,13 +74,6 @@ def test_wide_letters_take_two_columns() -> None:
     assert padded("longer", 3) == "longer"
 
 
-def test_lines_are_written_in_any_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    buffer = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="ascii"))
-    write_lines(["größe", "b"])
-    assert buffer.getvalue() == b"gr\\xf6\\xdfe\nb\n"
-
-
 def test_a_reader_that_has_gone_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -48,7 +48,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cifar10_dir: Path) -> Path
     # On a busy machine two epochs may take longer than the default time between two checkpoints.
     options = f"--precision bfloat16 --checkpoint-every 3600 --data-dir {cifar10_dir}".split()
     options += ["--output-dir", str(folder)]
-    environ = {**os.environ, "TMPDIR": str(temporary), "MPLCONFIGDIR": str(folder / "matplotlib")}
+    environ = {**os.environ, "TMPDIR": str(temporary), "HOME": str(temporary)}
     result = subprocess.run([*command, *options], capture_output=True, text=True, env=environ)
     assert result.returncode == 0, result.stderr
     # A node's temporary folder is everybody's, and in the image it is memory.

@@ -16,6 +16,7 @@ import pytest
 from job import log
 from job.commands.cli import evaluate, train
 from job.config import DeviceRequest, TrainConfig, UserError
+from job.report import spare_the_run
 from job.report.page import (
     attempt_table,
     class_table,
@@ -26,11 +27,10 @@ from job.report.page import (
     render,
     rerun_command,
     resume_command,
-    try_to_write_report,
     write_report,
 )
 from job.run.attempt import hold_output_dir
-from job.run.folder import REPORT_PICTURES, OutputDir
+from job.run.folder import REPORT, REPORT_PICTURES, OutputDir
 from job.run.predictions import Predictions, reliability
 from job.run.record import ClassRecord, Manifest, Outcome, RunRecord, decode, encode
 from job.run.stop import StopRequest
@@ -417,17 +417,41 @@ def test_a_defect_of_drawing_is_told_and_spoils_nothing(
 
     monkeypatch.setattr("job.report.page.draw_figures", broken)
     log.configure("json")
-    try_to_write_report(whole)
+    with spare_the_run("the report"):
+        write_report(whole)
     (event,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert (event["event"], event["level"]) == ("report_failed", "error")
+    assert (event["event"], event["level"]) == ("not_drawn", "warning")
     assert "ZeroDivisionError: a broken plot" in event["trace"]
-    assert "everything but the report is in" in event["message"]
+    assert "everything but the report is there" in event["message"]
+
+
+def test_the_users_settings_of_matplotlib_decide_no_byte(
+    whole: OutputDir, run_job: RunJob, tmp_path: Path
+) -> None:
+    def content() -> dict[str, bytes]:
+        return {name: (whole.path / name).read_bytes() for name in (REPORT, *REPORT_PICTURES)}
+
+    write_report(whole)
+    before = content()
+    # The first of several files that matplotlib reads, and it would end at the second line.
+    (tmp_path / "matplotlibrc").write_bytes(b"text.usetex: True\n# gr\xf6\xdfer\nfont.size: 30\n")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    env = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "TMPDIR": str(temporary)}
+    env |= {"HOME": "/dev/null/none", "MPLCONFIGDIR": "/dev/null/none"}
+    result = run_job("report", whole.path, env=env)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert content() == before
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_report_that_cannot_be_written_is_an_error(whole: OutputDir) -> None:
     (whole.path / "report").write_text("a file in its place")
-    with pytest.raises(UserError, match=r"cannot make the folder .*report: File exists"):
-        try_to_write_report(whole)
+    with (
+        pytest.raises(UserError, match=r"cannot make the folder .*report: File exists"),
+        spare_the_run("it"),
+    ):
+        write_report(whole)
 
 
 def test_half_a_letter_in_a_runs_files_is_told_and_nothing_is_written(

@@ -46,6 +46,7 @@ def test_an_output_folder_with_an_impossible_name_is_refused(tmp_path: Path) -> 
         ("/o", True),
         ("/a out", False),
         ("/a out/put", False),
+        ("/a out/put\udcff", True),
         ("/a out/put/below", True),
     ],
 )
@@ -53,9 +54,11 @@ def test_a_folder_on_no_volume_is_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], mount_point: str, is_lost: bool
 ) -> None:
     table, escaped = tmp_path / "mountinfo", mount_point.replace(" ", r"\040")
-    table.write_text(
-        "21 1 0:20 / / rw,relatime - overlay overlay rw\n"
-        f"22 21 8:1 /home/user/output {escaped} rw,relatime - ext4 /dev/sda1 rw\n"
+    table.write_bytes(
+        os.fsencode(
+            "21 1 0:20 / / rw,relatime - overlay overlay rw\n"
+            f"22 21 8:1 /home/user/output {escaped} rw,relatime - ext4 /dev/sda1 rw\n"
+        )
     )
     log.configure("text")
     warn_unless_mounted(Path("/a out/put"), table)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from job.cluster.scheduler import run_identity
 from job.config import DeviceRequest, TrainConfig, UserError
 from job.run.folder import OutputDir
 from job.run.predictions import Predictions
@@ -26,6 +27,14 @@ from tests.run_folders import TRAINING, change, lines, make_run
 
 TRAIN_AGAIN = "run the same train command again"
 EVALUATE = "write it anew with python -m job evaluate --output-dir"
+
+
+def test_names_with_bytes_that_are_no_utf_8_are_escaped_in_records() -> None:
+    config = TrainConfig(output_dir=Path("größe\udcff"), run_id="mine\udcff")
+    read = decode(encode(config), TrainConfig)
+    assert (read.output_dir, read.run_id) == (Path(r"größe\udcff"), r"mine\udcff")
+    identity = run_identity({"KUBERNETES_JOB_UID": "uid\udcff"}, None)
+    assert identity.name == r"kubernetes job uid\udcff"  # as the records give it back
 
 
 def test_a_whole_run_is_read(whole: OutputDir) -> None:

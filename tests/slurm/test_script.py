@@ -151,7 +151,7 @@ def test_pyxis_gets_image_mounts_and_variables(node: Node, tmp_path: Path) -> No
         *("JOB_SEED", "JOB_OUTPUT_DIR", "JOB_DATA_DIR", "JOB_LOG_FORMAT", "JOB_REQUIRE_GPUS"),
         *("SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_JOB_NODELIST", "SLURM_CPUS_PER_TASK"),
         *("SLURM_GPUS_ON_NODE", "SLURM_RESTART_COUNT", "CUDA_VISIBLE_DEVICES", "NCCL_DEBUG"),
-        *("HTTPS_PROXY", "MPLCONFIGDIR", "KERAS_HOME"),
+        "HTTPS_PROXY",
     }
     environment = node.environment()
     assert environment["JOB_OUTPUT_DIR"] == "/output"

@@ -1,6 +1,8 @@
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import keras
@@ -9,6 +11,7 @@ import pytest
 import tensorflow as tf
 from msgspec.structs import replace
 
+from job import log
 from job.cluster.scheduler import RunIdentity
 from job.config import TrainConfig, UserError
 from job.data import Dataset
@@ -122,6 +125,30 @@ def test_only_the_data_that_the_run_was_validated_on_judge_its_model(
     assert path.read_bytes() == before
     evaluate(trained, lambda config: small_dataset)
     assert path.read_bytes() != before
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_evaluation(
+    trained: TrainConfig,
+    small_dataset: Dataset,
+    make_devices: MakeDevices,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = OutputDir(trained.output_dir)
+    output.write_text("prediction.png", "of an earlier model")
+    output.remove([output.path / "evaluation.json"])
+
+    def break_off(*_arguments: Any) -> None:
+        raise OSError("no font")
+
+    monkeypatch.setattr("job.report.pictures.save_prediction", break_off)
+    log.configure("json")
+    saved_model.evaluate_saved(output, classic.RECIPE, make_devices(1), small_dataset, 0)
+    warning, evaluation = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (warning["event"], warning["level"]) == ("not_drawn", "warning")
+    assert evaluation["event"] == "evaluation"
+    names = {path.name for path in output.path.iterdir()}
+    assert names == {"cifar10_model.h5", "evaluation.json", "predictions.npz", "run.json"}
 
 
 def test_the_augmented_sample_is_drawn_as_a_training_draws_it(small_dataset: Dataset) -> None:
