@@ -1,11 +1,16 @@
 """The saved model: a stock Keras file with the optimizer's state, loaded back and evaluated."""
 
+import copy
+import inspect
 import io
+import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import h5py
 import keras
@@ -37,7 +42,36 @@ def save_model(model: keras.Model, output: OutputDir, name: str) -> None:
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         save_model_to_hdf5(model, file)
+        network = json.loads(file.attrs["model_config"], object_hook=_without_defaults)
+        file.attrs["model_config"] = json.dumps(network)
     output.write_bytes(name, buffer.getvalue())
+
+
+def _without_defaults(entry: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what one of Keras's layers, initializers and the like has by default.
+
+    Each version of Keras has options that earlier ones refuse. A network that does not use them
+    loads there too. The defaults themselves have been the same since Keras 3.3.
+
+    Args:
+        entry: An object of a network's JSON. Other ones than Keras's stay as they are.
+    """
+    # Layers come without their module.
+    module, options = entry.get("module", "keras.layers"), entry.get("config")
+    kind = getattr(sys.modules.get(module), entry.get("class_name", ""), None)
+    if not (module.startswith("keras.") and isinstance(kind, type) and isinstance(options, dict)):
+        return entry
+    defaults = {name: one.default for name, one in inspect.signature(kind).parameters.items()}
+    shorter = {
+        name: value
+        for name, value in options.items()
+        if name not in defaults or value != json.loads(json.dumps(defaults[name], default=repr))
+    }
+    try:
+        kind.from_config(copy.deepcopy(shorter))
+    except Exception:  # a few classes ask for some of their options
+        return entry
+    return {**entry, "config": shorter}
 
 
 def load_model(path: Path) -> keras.Model:
