@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import keras
 import tensorflow as tf
 
-from job.config import load_member
+from job.config import load_member, require_arguments
 
 # What other packages take from the private module.
 from job.recipes._augment import Resample as Resample
@@ -50,6 +50,19 @@ class Recipe:
     augment: Callable[[tf.Tensor, tf.Tensor, Resample], tf.Tensor]
     tta_views: tuple[Callable[[tf.Tensor], tf.Tensor], ...] = (unchanged,)
 
+    def __post_init__(self) -> None:
+        """Refuse functions with other parameters.
+
+        Raises:
+            TypeError: If there is one.
+        """
+        require_arguments(self.build_model, 2, "build_model")
+        require_arguments(self.build_optimizer, 2, "build_optimizer")
+        require_arguments(self.draw_augmentation, 4, "draw_augmentation")
+        require_arguments(self.augment, 3, "augment")
+        for view in self.tta_views:
+            require_arguments(view, 1, "a function of tta_views")
+
     def compile(self, model: keras.Model, learning_rate: float, total_steps: int) -> None:
         """Compile a network with this recipe's optimizer, its variables made, loss and accuracy."""
         optimizer = self.build_optimizer(learning_rate, total_steps)
@@ -59,5 +72,4 @@ class Recipe:
 
 def get_recipe(name: str) -> Recipe:
     """Import the recipe of this name: the ``RECIPE`` of ``job.recipes.<name>``."""
-    recipe: Recipe = load_member("recipes", name, "RECIPE")
-    return recipe
+    return load_member("recipes", name, "RECIPE", Recipe)

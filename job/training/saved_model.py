@@ -1,13 +1,13 @@
 """The saved model: a stock Keras file with the optimizer's state, loaded back and evaluated."""
 
+import contextlib
 import copy
 import inspect
 import io
 import json
 import math
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -25,11 +25,20 @@ from job.config import JobError, TrainConfig, UserError
 from job.data import Dataset
 from job.recipes import Recipe, get_recipe, resample_by_op
 from job.report import pictures
-from job.run.folder import EVALUATION, MODEL, PREDICTION, OutputDir, require_model, sha256_of
-from job.run.predictions import Predictions, most_confident_mistakes
+from job.run.folder import (
+    EVALUATION,
+    MODEL,
+    PREDICTION,
+    OutputDir,
+    read_file,
+    require_model,
+    sha256_of,
+)
+from job.run.predictions import Predictions, most_confident_mistakes, require_probabilities
 from job.run.record import encode, read_manifest, unless_damaged
 from job.run.stop import Watchdog
 from job.training.evaluate import Evaluator
+from job.training.network import require_classifier
 
 
 def save_model(model: keras.Model, output: OutputDir, name: str) -> None:
@@ -58,7 +67,7 @@ def _without_defaults(entry: dict[str, Any]) -> dict[str, Any]:
     """
     # Layers come without their module.
     module, options = entry.get("module", "keras.layers"), entry.get("config")
-    kind = getattr(sys.modules.get(module), entry.get("class_name", ""), None)
+    kind: Any = getattr(sys.modules.get(module), entry.get("class_name", ""), None)
     if not (module.startswith("keras.") and isinstance(kind, type) and isinstance(options, dict)):
         return entry
     defaults = {name: one.default for name, one in inspect.signature(kind).parameters.items()}
@@ -80,30 +89,50 @@ def load_model(path: Path) -> keras.Model:
     Keras's own `load_model` restores the weights and drops the optimizer's moments.
 
     Raises:
-        UserError: If the file is missing or is no such model.
+        UserError: If the file is missing, cannot be read or is no such model.
+    """
+    with _open_model(path) as file:
+        model = load_model_from_hdf5(file)
+        # The optimizer that Keras loads was built before the network had variables.
+        model.compile_from_config(model.get_compile_config())
+        group = file["optimizer_weights"]
+        names = [str(name) for name in group.attrs["weight_names"]]
+        for variable, name in zip(model.optimizer.variables, names, strict=True):
+            variable.assign(group[name][()])
+    return model
+
+
+def load_classifier(path: Path) -> keras.Model:
+    """Load a network from images to a value for each class, whoever compiled and saved it.
+
+    Raises:
+        UserError: If the file is missing, cannot be read or holds no such network.
+    """
+    with _open_model(path) as file:
+        model = load_model_from_hdf5(file, compile=False)
+        require_classifier(model, str(path))
+        # A single output may come in a dictionary.
+        return keras.Model(model.inputs, model.outputs)
+
+
+@contextlib.contextmanager
+def _open_model(path: Path) -> Iterator[h5py.File]:
+    """Open a model file in memory: HDF5 locks files, which some volumes refuse.
+
+    Raises:
+        UserError: If the file is missing or cannot be read, or the body finds it damaged.
     """
     require_model(path)
-    if os.access(path, os.R_OK) and not h5py.is_hdf5(path):
-        raise UserError(
-            f"received {path}, which is no HDF5 file, expected a model file as train leaves it "
-            f"({MODEL}); name such a one, or its --output-dir"
-        )
+    content = io.BytesIO(read_file(path) or b"")
     try:
-        with h5py.File(path) as file:
-            model = load_model_from_hdf5(file)
-            # The optimizer that Keras loads was built before the network had variables.
-            model.compile_from_config(model.get_compile_config())
-            group = file["optimizer_weights"]
-            names = [str(name) for name in group.attrs["weight_names"]]
-            saved = [group[name][()] for name in names]
-        for variable, value in zip(model.optimizer.variables, saved, strict=True):
-            variable.assign(value)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        with h5py.File(content) as file:
+            yield file
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"{path} is no model of this job ({shorten(str(error), 100)}); train again, or name "
-            f"another --output-dir"
+            f"received {path}, which is no intact model ({shorten(str(error), 150)}), expected an "
+            f"HDF5 file as train leaves it ({MODEL}); name such a one, or its --output-dir, or run "
+            f"the same train command again, which writes it anew from its checkpoint"
         ) from error
-    return model
 
 
 EVALUATING = "the evaluation of the saved model"
@@ -166,7 +195,7 @@ def evaluate_saved(
     # The file is float32 and so are its figures, also where GPUs round float32 to TF32 by default.
     tf.config.experimental.enable_tensor_float_32_execution(False)
     with devices.strategy.scope():
-        model = load_model(path)
+        model = load_classifier(path)
     _check_fits(model, dataset, path)
     evaluator = Evaluator(model, recipe, devices, dataset.test_images, dataset.test_labels)
     evaluation, probabilities = evaluator.predict()
@@ -175,6 +204,7 @@ def evaluate_saved(
             f"the loss of the saved model is {evaluation.loss}, expected a finite number; start "
             f"over with --fresh and a lower --learning-rate"
         )
+    require_probabilities(probabilities, str(path))
     _save_prediction(output, dataset, probabilities, seed)
     _keep_for_report(output, recipe, dataset, probabilities, seed)
     # Last, because it tells which model file everything belongs to.

@@ -3,12 +3,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import keras
 import pytest
 
 from job.cluster.scheduler import RunIdentity
 from job.commands.dry_run import Preview, preview
 from job.config import TrainConfig, UserError, describe_config
 from job.data import Dataset
+from job.recipes import classic
 from job.run.attempt import hold_output_dir
 from job.run.lease import LeaseLostError
 from job.run.stop import StopRequest
@@ -159,6 +161,34 @@ def test_a_download_is_announced_and_not_made(
     assert find(replace(config, limit=960)).report["batch"]["steps_per_epoch"] == 10
     (problem,) = find(replace(config, limit=50_001)).problems
     assert "expected at most the 50000 training images of cifar10" in str(problem)
+
+
+@pytest.mark.usefixtures("nothing_changes")
+@pytest.mark.parametrize(
+    ("size", "end", "problem"),
+    [
+        (32, "linear", "expected probabilities: none below 0, and rows that sum to 1"),
+        (24, "softmax", "has images of shape (32, 32, 3), expected (24, 24, 3), which --recipe"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_a_problem(
+    config: TrainConfig,
+    find: Find,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    end: str,
+    problem: str,
+) -> None:
+    def build(seed: int, classes: int) -> keras.Model:
+        layers = keras.layers
+        ends = [layers.Flatten(), layers.Dense(classes, end)]
+        return keras.Sequential([keras.Input((size, size, 3)), *ends])
+
+    monkeypatch.setattr(classic, "IMAGE_SIZE", size)
+    monkeypatch.setattr(classic, "RECIPE", replace(classic.RECIPE, build_model=build))
+    (found,) = find(config).problems
+    assert isinstance(found, UserError)
+    assert problem in str(found)
 
 
 @pytest.mark.parametrize("name", ["file", "file/below"])
