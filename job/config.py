@@ -177,7 +177,7 @@ def naming_own_code(path: Path | None = None) -> Iterator[None]:
             places.insert(0, (Path(error.filename), error.lineno))
         if path:
             places.append((path, None))
-        own = next((place for place in places if _is_own(place[0])), None)
+        own = next((place for place in places if is_own(place[0])), None)
         if own is None:
             raise
         path, number = own
@@ -186,7 +186,8 @@ def naming_own_code(path: Path | None = None) -> Iterator[None]:
         raise UserError(f"{_shown(path)}{line}: {reason}; mend it there") from error
 
 
-def _is_own(path: Path) -> bool:
+def is_own(path: Path) -> bool:
+    """Whether a file is a recipe or data set of the user's own, or a module that helps one."""
     package = path.parent.name
     return (
         path.parent.parent == _PACKAGE and package in SHIPPED and path.stem not in SHIPPED[package]

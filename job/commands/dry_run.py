@@ -27,6 +27,7 @@ from job.run.stop import StopRequest
 from job.training.engine import Plan
 from job.training.network import build_network
 from job.training.prometheus import require_folder
+from job.training.saved_model import require_savable
 from job.training.train import LoadDataset, OpenDevices, make_plan, require_fitting
 
 _LABEL_WIDTH = 13
@@ -110,6 +111,7 @@ def preview(
             model = build_network(
                 recipe, config.seed, classes, config.learning_rate, plan.total_steps
             )
+            require_savable(model, recipe)
             if dataset:
                 require_fitting(model, dataset, recipe)
     return found

@@ -1,7 +1,7 @@
 """What the engine asks of a recipe, so that it need not know any."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import keras
 import tensorflow as tf
@@ -72,4 +72,5 @@ class Recipe:
 
 def get_recipe(name: str) -> Recipe:
     """Import the recipe of this name: the ``RECIPE`` of ``job.recipes.<name>``."""
-    return load_member("recipes", name, "RECIPE", Recipe)
+    # A copy of another recipe may still have that one's name.
+    return replace(load_member("recipes", name, "RECIPE", Recipe), name=name)

@@ -68,23 +68,22 @@ class Predictions:
             ) from error
 
 
-# bfloat16 rounds each probability by up to 0.2%, and so their sum.
-_ROUNDING = 0.01
-
-
-def require_probabilities(rows: npt.NDArray[np.float32], what: str) -> None:
+def require_probabilities(
+    rows: npt.NDArray[np.float32], what: str, tolerance: float = 0.01
+) -> None:
     """Refuse outputs of a network that are no probabilities.
 
     Args:
         rows: [examples, classes] float32.
         what: The network, for the message.
+        tolerance: How far from 1 a row may sum; bfloat16 rounds each value by up to 0.4%.
 
     Raises:
         UserError: If one is below 0 or NaN, or a row does not sum to 1.
     """
     sums = rows.sum(axis=1)
     # NaN fails both comparisons.
-    if not ((rows >= 0).all() and (abs(sums - 1) <= _ROUNDING).all()):
+    if not ((rows >= 0).all() and (abs(sums - 1) <= tolerance).all()):
         raise UserError(
             f"{what} gives values from {rows.min():.3g} to {rows.max():.3g} in rows that sum to "
             f"{sums.min():.3g} to {sums.max():.3g}, expected probabilities: none below 0, and rows "

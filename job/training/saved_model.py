@@ -21,7 +21,7 @@ from keras.src.legacy.saving.legacy_h5_format import load_model_from_hdf5, save_
 
 from job import log
 from job.cluster.devices import Devices
-from job.config import JobError, TrainConfig, UserError
+from job.config import JobError, TrainConfig, UserError, is_own, module_path, naming_own_code
 from job.data import Dataset
 from job.recipes import Recipe, get_recipe, resample_by_op
 from job.report import pictures
@@ -47,13 +47,29 @@ def save_model(model: keras.Model, output: OutputDir, name: str) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
-    # HDF5 does not survive a disk that fills while it writes; so it writes to memory.
+    output.write_bytes(name, _encode(model).getvalue())
+
+
+def require_savable(model: keras.Model, recipe: Recipe) -> None:
+    """Refuse to train a network of the user's own that could not be saved and loaded afterwards.
+
+    Raises:
+        UserError: If it is such a one.
+    """
+    path = module_path("recipes", recipe.name)
+    if is_own(path):
+        with naming_own_code(path), h5py.File(_encode(model)) as file:
+            load_model_from_hdf5(file, compile=False)
+
+
+def _encode(model: keras.Model) -> io.BytesIO:
+    """The model file in memory: HDF5 does not survive a disk that fills while it writes."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         save_model_to_hdf5(model, file)
         network = json.loads(file.attrs["model_config"], object_hook=_without_defaults)
         file.attrs["model_config"] = json.dumps(network)
-    output.write_bytes(name, buffer.getvalue())
+    return buffer
 
 
 def _without_defaults(entry: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +84,9 @@ def _without_defaults(entry: dict[str, Any]) -> dict[str, Any]:
     # Layers come without their module.
     module, options = entry.get("module", "keras.layers"), entry.get("config")
     kind: Any = getattr(sys.modules.get(module), entry.get("class_name", ""), None)
-    if not (module.startswith("keras.") and isinstance(kind, type) and isinstance(options, dict)):
+    if not (
+        module.startswith("keras.") and hasattr(kind, "from_config") and isinstance(options, dict)
+    ):
         return entry
     defaults = {name: one.default for name, one in inspect.signature(kind).parameters.items()}
     shorter = {

@@ -1,10 +1,14 @@
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import keras
 import pytest
+import tensorflow as tf
 
 from job.cluster.scheduler import RunIdentity
 from job.commands.dry_run import Preview, preview
@@ -165,28 +169,40 @@ def test_a_download_is_announced_and_not_made(
 
 @pytest.mark.usefixtures("nothing_changes")
 @pytest.mark.parametrize(
-    ("size", "end", "problem"),
+    ("size", "layer", "problem"),
     [
-        (32, "linear", "expected probabilities: none below 0, and rows that sum to 1"),
-        (24, "softmax", "has images of shape (32, 32, 3), expected (24, 24, 3), which --recipe"),
+        (32, {"activation": "linear"}, "expected probabilities: none below 0, and rows that sum"),
+        (24, {"activation": "softmax"}, "has images of shape (32, 32, 3), expected (24, 24, 3), w"),
+        (
+            32,
+            {"activation": "softmax", "kernel_regularizer": lambda kernel: 0.1},
+            "job/recipes/mine.py: ",
+        ),
     ],
+    ids=["logits", "size", "no file"],
 )
 def test_a_network_that_cannot_be_trained_is_a_problem(
     config: TrainConfig,
     find: Find,
     monkeypatch: pytest.MonkeyPatch,
     size: int,
-    end: str,
+    layer: dict[str, Any],
     problem: str,
 ) -> None:
     def build(seed: int, classes: int) -> keras.Model:
         layers = keras.layers
-        ends = [layers.Flatten(), layers.Dense(classes, end)]
+        ends = [layers.Flatten(), layers.Dense(classes, **layer)]
         return keras.Sequential([keras.Input((size, size, 3)), *ends])
 
-    monkeypatch.setattr(classic, "IMAGE_SIZE", size)
-    monkeypatch.setattr(classic, "RECIPE", replace(classic.RECIPE, build_model=build))
-    (found,) = find(config).problems
+    module = ModuleType("job.recipes.mine")
+    module.__dict__["RECIPE"] = replace(
+        classic.RECIPE,
+        build_model=build,
+        draw_augmentation=lambda seed, epoch, steps, rows: tf.zeros([steps, rows, 1]),
+        augment=lambda images, draws, resample: images,
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    (found,) = find(replace(config, recipe="mine")).problems
     assert isinstance(found, UserError)
     assert problem in str(found)
 

@@ -54,8 +54,8 @@ def test_the_model_file_loads_in_an_older_keras(
     model_output: OutputDir, model: keras.Model, tmp_path: Path
 ) -> None:
     lock, packages = Path(__file__).with_name("old-keras.txt"), tmp_path / "packages"
-    options = ["--quiet", "--no-deps", "--require-hashes", "--target", packages]
-    pip = [sys.executable, "-m", "pip", "install", *options, "--requirement", lock]
+    options = ["--quiet", "--no-deps", "--require-hashes", "--target", str(packages)]
+    pip = [sys.executable, "-m", "pip", "install", *options, "--requirement", str(lock)]
     installed = subprocess.run(pip, capture_output=True, text=True)
     if installed.returncode:
         pytest.skip(f"no older Keras can be had: {installed.stderr}")

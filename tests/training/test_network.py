@@ -33,9 +33,18 @@ def small(seed: int, classes: int, end: str | None = "softmax") -> keras.Model:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"build_model": lambda *given: small(*given, end=None)}, "expected probabilities"),
-        ({"build_model": lambda *given: small(*given, end="sigmoid")}, "expected probabilities"),
-        ({"build_model": lambda seed, classes: small(seed, 7)}, "gives 7 classes, expected the 3"),
+        (
+            {"build_model": lambda seed, classes: small(seed, classes, None)},
+            "expected probabilities",
+        ),
+        (
+            {"build_model": lambda seed, classes: small(seed, classes, "sigmoid")},
+            "expected probabilities",
+        ),
+        (
+            {"build_model": lambda seed, classes: small(seed, 7)},
+            "the network of --recipe mine gives float32 [4, 7], expected float32 [4, 3]",
+        ),
         ({"build_model": lambda *given: None}, "takes inputs of shape None"),
         ({"build_optimizer": lambda *given: "adam"}, "job/recipes/mine.py: AttributeError"),
         ({"loss": "CategoricalCrossentropy"}, "loss of --recipe mine gives float32 []"),
