@@ -143,17 +143,18 @@ def load_member(package: str, name: str, member: str, kind: type[_Member]) -> _M
     return found
 
 
-def require_arguments(function: Callable[..., Any], count: int, name: str) -> None:
-    """Refuse a function that does not take this many arguments.
+def require_parameters(function: Callable[..., Any], name: str, *parameters: str) -> None:
+    """Refuse a function that cannot be called with values for these parameters, in this order.
 
     Raises:
-        TypeError: If it does not.
+        TypeError: If it cannot.
     """
     signature = inspect.signature(function)
     try:
-        signature.bind(*[None] * count)
+        signature.bind(*parameters)
     except TypeError as error:
-        raise TypeError(f"{name} takes {signature}, expected {count} arguments: {error}") from error
+        received = f"{name}({', '.join(signature.parameters)})"
+        raise TypeError(f"received {received}, expected {name}({', '.join(parameters)})") from error
 
 
 @contextlib.contextmanager
@@ -175,6 +176,9 @@ def naming_own_code(path: Path | None = None) -> Iterator[None]:
         places = [(Path(frame.filename), frame.lineno) for frame in reversed(frames)]
         if isinstance(error, SyntaxError) and error.filename:
             places.insert(0, (Path(error.filename), error.lineno))
+        # Where TensorFlow runs a graph, its message has the lines that the frames lack.
+        lines = re.findall(r'File "(.+?)", line (\d+)', str(error))
+        places += [(Path(name), int(number)) for name, number in reversed(lines)]
         if path:
             places.append((path, None))
         own = next((place for place in places if is_own(place[0])), None)

@@ -42,7 +42,11 @@ RECIPE = replace(CLASSIC, build_model=lambda seed: None)
         ("name", "SIZE = 3\nlayers.Dense(SIZE)", ", line 2: NameError: name 'layers' is not"),
         ("missing", "import nowhere", ", line 1: ModuleNotFoundError: No module named 'nowhere'"),
         ("zero", "\0", ": SyntaxError: source code string cannot contain null bytes"),
-        ("signature", CHANGED, ", line 3: TypeError: build_model takes (seed), expected 2 argume"),
+        (
+            "signature",
+            CHANGED,
+            ", line 3: TypeError: received build_model(seed), expected build_model(seed, classes);",
+        ),
         ("kind", "RECIPE = 5", " defines RECIPE as int, expected Recipe;"),
     ],
 )

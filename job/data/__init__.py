@@ -13,7 +13,7 @@ from job.config import (
     TrainConfig,
     UserError,
     load_member,
-    require_arguments,
+    require_parameters,
 )
 
 
@@ -163,10 +163,10 @@ class Source:
         Raises:
             TypeError: If there is one.
         """
-        require_arguments(self.load, 1, "load")
-        require_arguments(self.find, 1, "find")
+        require_parameters(self.load, "load", "config")
+        require_parameters(self.find, "find", "config")
         if self.download:
-            require_arguments(self.download, 2, "download")
+            require_parameters(self.download, "download", "config", "bar")
 
 
 def get_source(name: str) -> Source:

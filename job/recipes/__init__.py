@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import keras
 import tensorflow as tf
 
-from job.config import load_member, require_arguments
+from job.config import load_member, require_parameters
 
 # What other packages take from the private module.
 from job.recipes._augment import Resample as Resample
@@ -56,12 +56,14 @@ class Recipe:
         Raises:
             TypeError: If there is one.
         """
-        require_arguments(self.build_model, 2, "build_model")
-        require_arguments(self.build_optimizer, 2, "build_optimizer")
-        require_arguments(self.draw_augmentation, 4, "draw_augmentation")
-        require_arguments(self.augment, 3, "augment")
+        require_parameters(self.build_model, "build_model", "seed", "classes")
+        require_parameters(self.build_optimizer, "build_optimizer", "learning_rate", "total_steps")
+        require_parameters(
+            self.draw_augmentation, "draw_augmentation", "seed", "epoch", "steps", "batch_size"
+        )
+        require_parameters(self.augment, "augment", "images", "draws", "resample")
         for view in self.tta_views:
-            require_arguments(view, 1, "a function of tta_views")
+            require_parameters(view, "view", "images")
 
     def compile(self, model: keras.Model, learning_rate: float, total_steps: int) -> None:
         """Compile a network with this recipe's optimizer, its variables made, loss and accuracy."""

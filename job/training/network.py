@@ -39,6 +39,7 @@ def build_network(
 
 def _try_recipe(recipe: Recipe, model: keras.Model, seed: int, classes: int) -> None:
     """Do everything that a recipe is for with a few images."""
+    training_network(model, "bfloat16")
     images = _try_augmentation(recipe, seed, (_TRIED_IMAGES, *model.input_shape[1:]))
     probabilities = model(images, training=False)
     _require_shape(recipe, "the network", probabilities, (_TRIED_IMAGES, classes))

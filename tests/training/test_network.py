@@ -30,6 +30,12 @@ def small(seed: int, classes: int, end: str | None = "softmax") -> keras.Model:
     return keras.Sequential([keras.Input((8, 8, 3)), layers.Flatten(), dense])
 
 
+def with_lambda(seed: int, classes: int) -> keras.Model:
+    network = small(seed, classes)
+    doubling = keras.layers.Lambda(lambda images: 2 * images)
+    return keras.Sequential([keras.Input((8, 8, 3)), doubling, *network.layers])
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -47,6 +53,7 @@ def small(seed: int, classes: int, end: str | None = "softmax") -> keras.Model:
         ),
         ({"build_model": lambda *given: None}, "takes inputs of shape None"),
         ({"build_optimizer": lambda *given: "adam"}, "job/recipes/mine.py: AttributeError"),
+        ({"build_model": with_lambda}, "job/recipes/mine.py: ValueError: Requested the deserial"),
         ({"loss": "CategoricalCrossentropy"}, "loss of --recipe mine gives float32 []"),
         ({"loss": "nothing"}, "job/recipes/mine.py: ValueError"),
         (
