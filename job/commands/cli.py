@@ -29,7 +29,7 @@ from job.commands.options import (
     warn_of_misspelt_variables,
 )
 from job.commands.terminal import DownloadBar, EpochBar, printable
-from job.config import ExitCode, JobError, TrainConfig
+from job.config import ExitCode, JobError, TrainConfig, naming_own_code
 from job.run.stop import StopRequest, Watchdog
 
 
@@ -289,7 +289,8 @@ def main(stop: StopRequest, stderr: TextIO | None = None) -> NoReturn:
         # Until the command says otherwise: its options may be what is wrong.
         log.configure(os.environ.get("JOB_LOG_FORMAT", "auto"))
         try:
-            cli.main(prog_name="cifar10-job", standalone_mode=False, obj=stop)
+            with naming_own_code():
+                cli.main(prog_name="cifar10-job", standalone_mode=False, obj=stop)
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
             sys.exit(ExitCode.USER_ERROR)

@@ -16,16 +16,19 @@ from job.cluster.devices import Devices, open_devices
 from job.cluster.scheduler import cluster_spec, run_identity
 from job.cluster.workers import Workers
 from job.commands.terminal import write_lines
-from job.config import JobError, TrainConfig, describe_config
-from job.data import get_source, load_dataset, require_limit
+from job.config import JobError, TrainConfig, describe_config, naming_own_code
+from job.data import Dataset, find_dataset, load_dataset, require_limit
 from job.recipes import get_recipe
 from job.report.page import command_line
 from job.run.attempt import Attempt, inspect_output_dir
 from job.run.folder import OutputDir, prepare_output_dir
 from job.run.lease import read_holder, refusal
 from job.run.stop import StopRequest
+from job.training.engine import Plan
+from job.training.network import build_network
 from job.training.prometheus import require_folder
-from job.training.train import LoadDataset, OpenDevices, make_plan
+from job.training.saved_model import require_savable
+from job.training.train import LoadDataset, OpenDevices, make_plan, require_fitting
 
 _LABEL_WIDTH = 13
 
@@ -51,7 +54,8 @@ class Preview:
     def collecting(self) -> Iterator[None]:
         """Collect the body's problem, if it has one, so that the rest is found out too."""
         try:
-            yield
+            with naming_own_code():
+                yield
         except JobError as error:
             self.problems.append(error)
 
@@ -96,10 +100,20 @@ def preview(
             require_folder(config.metrics_textfile)
     with found.collecting():
         devices = _preview_devices(found, config, attempt, open_devices)
+    dataset, plan = None, None
     with found.collecting():
-        _preview_data(found, config, devices, load)
+        dataset, plan = _preview_data(found, config, devices, load)
     with found.collecting():
-        get_recipe(config.recipe)
+        recipe = get_recipe(config.recipe)
+        if plan:
+            # Before a download the number of classes is not known, and any will do.
+            classes = len(dataset.class_names) if dataset else 2
+            model = build_network(
+                recipe, config.seed, classes, config.learning_rate, plan.total_steps
+            )
+            require_savable(model, recipe)
+            if dataset:
+                require_fitting(model, dataset, recipe)
     return found
 
 
@@ -159,8 +173,8 @@ def _preview_devices(
 
 def _preview_data(
     found: Preview, config: TrainConfig, devices: Devices | None, load: LoadDataset
-) -> None:
-    name, location = config.dataset, get_source(config.dataset).find(config)
+) -> tuple[Dataset | None, Plan]:
+    dataset, name, location = None, config.dataset, find_dataset(config)
     if location.download:
         (train, test), shape, classes = location.download, None, None
         if config.limit is not None:
@@ -188,7 +202,7 @@ def _preview_data(
     )
     plan = make_plan(config, train)
     if devices is None:
-        return
+        return dataset, plan
     rows = devices.rows_per_replica(plan.global_batch_size)
     left_out = train - plan.steps_per_epoch * plan.global_batch_size
     found.add(
@@ -206,6 +220,7 @@ def _preview_data(
         + (f", {left_out:,} images left out, others each time" if left_out else ""),
         f"{plan.epochs:,} epochs = {plan.total_steps:,} steps",
     )
+    return dataset, plan
 
 
 def print_dry_run(config: TrainConfig, stop: StopRequest) -> None:

@@ -18,9 +18,10 @@ from job.config import UserError, list_recipes
 from job.data.image_files import MODES, ImageFile, ImageShape, decode_batches
 from job.recipes import get_recipe, unchanged
 from job.run.folder import EVALUATION, OutputDir, sha256_of
+from job.run.predictions import require_probabilities
 from job.run.record import read_evaluation, read_manifest, unless_damaged
 from job.training.evaluate import ROWS_PER_REPLICA
-from job.training.saved_model import load_model
+from job.training.saved_model import load_classifier
 
 View = Callable[[tf.Tensor], tf.Tensor]
 
@@ -66,6 +67,9 @@ class Predictor:
 
         Returns:
             [images, classes] float32.
+
+        Raises:
+            UserError: If the model gives no probabilities.
         """
         batch = np.zeros((self.batch_size, *self._shape[2:]), np.uint8)
         batch[: len(images)] = images
@@ -74,7 +78,9 @@ class Predictor:
             lambda context: tf.constant(parts[context.replica_id_in_sync_group])
         )
         results = self._strategy.experimental_local_results(self._run(pixels))
-        return np.concatenate([result.numpy() for result in results])[: len(images)]
+        rows = np.concatenate([result.numpy() for result in results])[: len(images)]
+        require_probabilities(rows, "the model")
+        return rows
 
     @graph_function
     def _run(self, pixels: tf.Tensor) -> tf.Tensor:
@@ -82,7 +88,9 @@ class Predictor:
 
     def _probabilities(self, pixels: tf.Tensor) -> tf.Tensor:
         images = tf.cast(pixels, tf.float32) * (1.0 / 255.0)
-        views = [self._model(view(images), training=False) for view in self.views]
+        views = [
+            tf.cast(self._model(view(images), training=False), tf.float32) for view in self.views
+        ]
         return tf.add_n(views) / len(views)
 
 
@@ -102,8 +110,13 @@ def load_predictor(path: Path, devices: Devices, rows: int = ROWS_PER_REPLICA) -
     # As the evaluation computes: float32, also where GPUs round it to TF32 by default.
     tf.config.experimental.enable_tensor_float_32_execution(False)
     with devices.strategy.scope():
-        model = load_model(path)
-    _require_images(model, path)
+        model = load_classifier(path)
+    channels = model.input_shape[-1]
+    if channels not in MODES:
+        raise UserError(
+            f"{path} takes images of {channels} channels, expected 1 (grey) or 3 (RGB); name a "
+            f"model of such images"
+        )
     evaluation = unless_damaged(read_evaluation, path.parent)
     classes = model.output_shape[-1]
     names = tuple(evaluation.classes) if evaluation else ()
@@ -116,21 +129,6 @@ def load_predictor(path: Path, devices: Devices, rows: int = ROWS_PER_REPLICA) -
         if run and run.config.recipe in list_recipes():
             views = get_recipe(run.config.recipe).tta_views
     return Predictor(model, names, views, devices, rows)
-
-
-def _require_images(model: keras.Model, path: Path) -> None:
-    """Refuse a model that takes something else than grey or RGB images of one size."""
-    shape = model.input_shape
-    if not isinstance(shape, tuple) or len(shape) != 4 or None in shape[1:]:
-        raise UserError(
-            f"{path} takes inputs of shape {shape}, expected (None, height, width, channels); name "
-            f"a model of images"
-        )
-    if shape[-1] not in MODES:
-        raise UserError(
-            f"{path} takes images of {shape[-1]} channels, expected 1 (grey) or 3 (RGB); name a "
-            f"model of such images"
-        )
 
 
 PICTURES = 100

@@ -9,7 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from job.config import TrainConfig, UserError, load_member
+from job.config import (
+    TrainConfig,
+    UserError,
+    load_member,
+    require_parameters,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,36 @@ class Dataset:
     train_labels: npt.NDArray[np.int32]
     test_images: npt.NDArray[np.uint8]
     test_labels: npt.NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        """Refuse arrays that do not belong together.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        classes = len(self.class_names)
+        if classes < 2 or len(set(self.class_names)) < classes:
+            raise ValueError(f"received the classes {self.class_names}, expected 2 or more names")
+        shape = self.train_images.shape[1:]
+        for part, images, labels in (
+            ("training", self.train_images, self.train_labels),
+            ("test", self.test_images, self.test_labels),
+        ):
+            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape:
+                raise ValueError(
+                    f"received {part} images {images.dtype} {images.shape}, expected uint8 "
+                    f"(examples, height, width, channels), training and test alike"
+                )
+            if not len(images) or labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+                raise ValueError(
+                    f"received {part} labels {labels.dtype} {labels.shape} for {len(images)} "
+                    f"images, expected an integer for each of one or more images"
+                )
+            if labels.min() < 0 or labels.max() >= classes:
+                raise ValueError(
+                    f"received {part} labels from {labels.min()} to {labels.max()}, expected 0 to "
+                    f"{classes - 1} for {classes} classes"
+                )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -122,11 +157,36 @@ class Source:
     )
     download: Callable[[TrainConfig, ProgressBar | None], None] | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse functions with other parameters.
+
+        Raises:
+            TypeError: If there is one.
+        """
+        require_parameters(self.load, "load", "config")
+        require_parameters(self.find, "find", "config")
+        if self.download:
+            require_parameters(self.download, "download", "config", "bar")
+
 
 def get_source(name: str) -> Source:
     """Import the data set of this name: the ``SOURCE`` of the module ``job.data.<name>``."""
-    source: Source = load_member("data", name, "SOURCE")
-    return source
+    return load_member("data", name, "SOURCE", Source)
+
+
+def find_dataset(config: TrainConfig) -> Location:
+    """Find out where the data set that the configuration names would be loaded from."""
+    location = get_source(config.dataset).find(config)
+    if not isinstance(location, Location):
+        raise _wrong_result("find", config.dataset, location, Location)
+    return location
+
+
+def _wrong_result(function: str, dataset: str, result: object, expected: type) -> UserError:
+    return UserError(
+        f"{function} of --dataset {dataset} gives a {type(result).__name__}, expected a "
+        f"{expected.__name__}; mend job/data/{dataset}.py"
+    )
 
 
 def load_dataset(config: TrainConfig, bar: ProgressBar | None = None) -> Dataset:
@@ -141,7 +201,9 @@ def load_dataset(config: TrainConfig, bar: ProgressBar | None = None) -> Dataset
         DownloadError: If they cannot be downloaded now.
     """
     source = get_source(config.dataset)
-    if source.download and source.find(config).download:
+    if source.download and find_dataset(config).download:
         source.download(config, bar)
     dataset = source.load(config)
+    if not isinstance(dataset, Dataset):
+        raise _wrong_result("load", config.dataset, dataset, Dataset)
     return dataset if config.limit is None else dataset.limited_to(config.limit)

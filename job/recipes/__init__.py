@@ -1,12 +1,12 @@
 """What the engine asks of a recipe, so that it need not know any."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import keras
 import tensorflow as tf
 
-from job.config import load_member
+from job.config import load_member, require_parameters
 
 # What other packages take from the private module.
 from job.recipes._augment import Resample as Resample
@@ -50,6 +50,21 @@ class Recipe:
     augment: Callable[[tf.Tensor, tf.Tensor, Resample], tf.Tensor]
     tta_views: tuple[Callable[[tf.Tensor], tf.Tensor], ...] = (unchanged,)
 
+    def __post_init__(self) -> None:
+        """Refuse functions with other parameters.
+
+        Raises:
+            TypeError: If there is one.
+        """
+        require_parameters(self.build_model, "build_model", "seed", "classes")
+        require_parameters(self.build_optimizer, "build_optimizer", "learning_rate", "total_steps")
+        require_parameters(
+            self.draw_augmentation, "draw_augmentation", "seed", "epoch", "steps", "batch_size"
+        )
+        require_parameters(self.augment, "augment", "images", "draws", "resample")
+        for view in self.tta_views:
+            require_parameters(view, "view", "images")
+
     def compile(self, model: keras.Model, learning_rate: float, total_steps: int) -> None:
         """Compile a network with this recipe's optimizer, its variables made, loss and accuracy."""
         optimizer = self.build_optimizer(learning_rate, total_steps)
@@ -59,5 +74,5 @@ class Recipe:
 
 def get_recipe(name: str) -> Recipe:
     """Import the recipe of this name: the ``RECIPE`` of ``job.recipes.<name>``."""
-    recipe: Recipe = load_member("recipes", name, "RECIPE")
-    return recipe
+    # A copy of another recipe may still have that one's name.
+    return replace(load_member("recipes", name, "RECIPE", Recipe), name=name)

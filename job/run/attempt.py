@@ -24,6 +24,7 @@ from job.run.folder import (
     PREDICTIONS,
     REPORT,
     OutputDir,
+    is_file,
     prepare_output_dir,
     sha256_of,
 )
@@ -205,7 +206,7 @@ def inspect_output_dir(
                 f"--epochs received {config.epochs}, expected at least {begun}, which the run in "
                 f"{output.path} has begun; ask for more, or start over with --fresh"
             )
-    if not (checkpoint or is_finished) and (output.path / MODEL).exists():
+    if not (checkpoint or is_finished) and is_file(output.path / MODEL):
         raise UserError(
             f"--output-dir {output.path} holds a model and no checkpoint to go on from; name "
             f"another folder, or replace the model with --fresh"
@@ -241,7 +242,7 @@ def _has_started_over(
 def _is_complete(folder: Path, manifest: Manifest) -> bool:
     """Whether a folder has all the artifacts of a finished run, and they belong together."""
     artifacts = (MODEL, PREDICTION, PREDICTIONS, REPORT)
-    if manifest.outcome != "done" or not all((folder / name).exists() for name in artifacts):
+    if manifest.outcome != "done" or not all(is_file(folder / name) for name in artifacts):
         return False
     evaluation = unless_damaged(read_evaluation, folder)
     return evaluation is not None and evaluation.model_sha256 == sha256_of(folder / MODEL)

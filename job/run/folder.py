@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -87,10 +88,9 @@ def require_model(path: Path) -> None:
     """Refuse to go on without a model file.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is none, or the system refuses to look.
     """
-    # Unlike `Path.is_file`, this also says no where the folder may not be looked into.
-    if not os.path.isfile(path):  # noqa: PTH113
+    if not is_file(path):
         raise UserError(f"there is no model {path}; train one first, or name its --output-dir")
 
 
@@ -238,10 +238,45 @@ class OutputDir:
             raise refused(action, path, error) from error
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file at a path.
+
+    Raises:
+        UserError: If the system refuses to look, which does not mean that there is none.
+    """
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return False
+        raise refused("read", path, error) from error
+
+
+def read_file(path: Path) -> bytes | None:
+    """A file's content; None where there is none.
+
+    Raises:
+        UserError: If there is one that cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise refused("read", path, error) from error
+
+
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file's content, in hexadecimal.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise refused("read", path, error) from error
 
 
 def refused(action: str, path: Path, error: OSError) -> UserError:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from job.config import UserError
-from job.run.folder import PREDICTIONS, OutputDir
+from job.run.folder import PREDICTIONS, OutputDir, read_file
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,40 @@ class Predictions:
             UserError: If there is one that cannot be used.
         """
         path = folder / PREDICTIONS
-        try:
-            # A file that NumPy opens by itself stays open where it is none of its archives.
-            content = io.BytesIO(path.read_bytes())
-            with np.load(content, allow_pickle=False) as file:
-                return cls(**{field.name: file[field.name] for field in fields(cls)})
-        except FileNotFoundError:
+        content = read_file(path)
+        if content is None:
             return None
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
+                return cls(**{field.name: file[field.name] for field in fields(cls)})
         except (OSError, EOFError, KeyError, ValueError, BadZipFile, zlib.error) as error:
             raise UserError(
                 f"{path} is no file of this version of the job ({error}); write it anew with "
                 f"python -m job evaluate --output-dir {folder}"
             ) from error
+
+
+def require_probabilities(
+    rows: npt.NDArray[np.float32], what: str, tolerance: float = 0.01
+) -> None:
+    """Refuse outputs of a network that are no probabilities.
+
+    Args:
+        rows: [examples, classes] float32.
+        what: The network, for the message.
+        tolerance: How far from 1 a row may sum; bfloat16 rounds each value by up to 0.4%.
+
+    Raises:
+        UserError: If one is below 0 or NaN, or a row does not sum to 1.
+    """
+    sums = rows.sum(axis=1)
+    # NaN fails both comparisons.
+    if not ((rows >= 0).all() and (abs(sums - 1) <= tolerance).all()):
+        raise UserError(
+            f"{what} gives values from {rows.min():.3g} to {rows.max():.3g} in rows that sum to "
+            f"{sums.min():.3g} to {sums.max():.3g}, expected probabilities: none below 0, and rows "
+            f"that sum to 1; let it end in a softmax over the classes, or name another one"
+        )
 
 
 def confusion_matrix(

@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 
 from job.cluster import Device
 from job.config import TrainConfig, UserError, encodable, redacted, run_options
-from job.run.folder import EVALUATION, METRICS, REPORT, RUN, refused
+from job.run.folder import EVALUATION, METRICS, REPORT, RUN, read_file
 from job.run.predictions import Predictions, confusion_matrix
 
 Count = Annotated[int, Meta(ge=0)]
@@ -349,7 +349,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         "with --fresh"
     )
     path = folder / RUN
-    content = _read(path)
+    content = read_file(path)
     if content is None:
         return None
     manifest = _parse(content, str(path), advice, Manifest)
@@ -370,7 +370,7 @@ def read_evaluation(folder: Path) -> EvaluationRecord | None:
     """
     path = folder / EVALUATION
     advice = f"write it anew with python -m job evaluate --output-dir {folder}"
-    content = _read(path)
+    content = read_file(path)
     if content is None:
         return None
     document = _parse(content, str(path), advice, EvaluationRecord)
@@ -413,7 +413,7 @@ def read_epochs(folder: Path) -> list[EpochRecord]:
         f"checkpoint, or start over with --fresh"
     )
     epochs = []
-    for number, line in enumerate((_read(path) or b"").splitlines(), 1):
+    for number, line in enumerate((read_file(path) or b"").splitlines(), 1):
         place = f"{path}, line {number}"
         epoch = _parse(line, place, advice, EpochRecord)
         if epoch.epoch != number:
@@ -423,16 +423,6 @@ def read_epochs(folder: Path) -> list[EpochRecord]:
             )
         epochs.append(epoch)
     return epochs
-
-
-def _read(path: Path) -> bytes | None:
-    """A file's content; None where there is none."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise refused("read", path, error) from error
 
 
 def _parse(content: bytes, place: str, advice: str, kind: type[_Document]) -> _Document:

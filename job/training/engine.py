@@ -21,7 +21,7 @@ from job.cluster.devices import Devices, graph_function
 from job.data import Dataset
 from job.recipes import Recipe, resample_by_gather, resample_by_op
 from job.run.checkpoint import Arrays, Progress
-from job.training.network import training_network
+from job.training.network import build_network, training_network
 
 
 class ResidentImages:
@@ -156,8 +156,9 @@ class Engine:
             graph_function(self._replica_steps, jit_compile=True) if compilation.loops else None
         )
 
-        self.original = recipe.build_model(plan.seed, self._classes)
-        recipe.compile(self.original, learning_rate, plan.total_steps)
+        self.original = build_network(
+            recipe, plan.seed, self._classes, learning_rate, plan.total_steps
+        )
         with self._strategy.scope(), tf.variable_creator_scope(_replica_local):
             self.model = training_network(self.original, devices.precision, compilation.network)
             self._optimizer = recipe.build_optimizer(learning_rate, plan.total_steps)

@@ -163,7 +163,11 @@ class Evaluator:
         self, pixels: tf.Tensor, labels: tf.Tensor, counts: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         images = self._data.decode(pixels)
-        views = [self._model(view(images), training=False) for view in self._recipe.tta_views]
+        views = [
+            # A model file may compute in another type.
+            tf.cast(self._model(view(images), training=False), tf.float32)
+            for view in self._recipe.tta_views
+        ]
         probabilities = views[0] if len(views) == 1 else tf.add_n(views) / len(views)
         truth = tf.one_hot(labels, probabilities.shape[-1])
         losses = keras.losses.get(self._recipe.loss)(truth, probabilities)

@@ -4,7 +4,105 @@ import itertools
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+
+from job.cluster.devices import graph_function
+from job.config import UserError, is_own, module_path, naming_own_code
+from job.recipes import Recipe, resample_by_op
+from job.run.predictions import require_probabilities
+
+_TRIED_IMAGES = 4
+
+
+def build_network(
+    recipe: Recipe, seed: int, classes: int, learning_rate: float, total_steps: int
+) -> keras.Model:
+    """Build and compile a recipe's network.
+
+    What would fail in the middle or at the end of a training with a recipe of the user's own fails
+    here. The tests do the same for those that come with the program.
+
+    Raises:
+        UserError: If such a recipe gives something that cannot be trained.
+    """
+    path = module_path("recipes", recipe.name)
+    with naming_own_code(path):
+        model = recipe.build_model(seed, classes)
+        if is_own(path):
+            require_classifier(model, f"the network of --recipe {recipe.name}")
+        recipe.compile(model, learning_rate, total_steps)
+        if is_own(path):
+            _try_recipe(recipe, model, seed, classes)
+    return model
+
+
+def _try_recipe(recipe: Recipe, model: keras.Model, seed: int, classes: int) -> None:
+    """Do everything that a recipe is for with a few images."""
+    training_network(model, "bfloat16")
+    images = _try_augmentation(recipe, seed, (_TRIED_IMAGES, *model.input_shape[1:]))
+    probabilities = model(images, training=False)
+    _require_shape(recipe, "the network", probabilities, (_TRIED_IMAGES, classes))
+    # As close as float32 allows: two sigmoids that are not trained yet almost sum to 1.
+    what = f"the network of --recipe {recipe.name}"
+    require_probabilities(probabilities.numpy(), what, tolerance=1e-4)
+    truth = tf.one_hot(np.arange(_TRIED_IMAGES) % classes, classes)
+    losses = keras.losses.get(recipe.loss)(truth, probabilities)
+    _require_shape(recipe, "loss", losses, (_TRIED_IMAGES,))
+
+
+def _try_augmentation(recipe: Recipe, seed: int, shape: tuple[int, ...]) -> tf.Tensor:
+    """Augment noise of this shape as a training does, and look at it as an evaluation does."""
+    noise = tf.constant(np.random.default_rng(seed).random(shape, np.float32))
+    draw, augment = graph_function(recipe.draw_augmentation), graph_function(recipe.augment)
+    draws = draw(seed, tf.constant(0), 1, _TRIED_IMAGES)
+    _require_shape(recipe, "draw_augmentation", draws, (1, _TRIED_IMAGES, *np.shape(draws)[2:]))
+    images = augment(noise, draws[0], resample_by_op)
+    _require_shape(recipe, "augment", images, shape)
+    for view in recipe.tta_views:
+        _require_shape(recipe, "a function of tta_views", graph_function(view)(noise), shape)
+    return images
+
+
+def _require_shape(recipe: Recipe, what: str, values: Any, shape: tuple[int, ...]) -> None:
+    received = type(values).__name__
+    if tf.is_tensor(values):
+        received = f"{values.dtype.name} {list(values.shape)}"
+    if received != f"float32 {list(shape)}":
+        raise UserError(
+            f"{what} of --recipe {recipe.name} gives {received}, expected float32 {list(shape)}; "
+            f"mend it"
+        )
+
+
+def require_classifier(model: keras.Model, what: str) -> None:
+    """Refuse what is no network from images to a value for each class.
+
+    Args:
+        model: The network.
+        what: Names it in the message.
+
+    Raises:
+        UserError: If it is something else.
+    """
+    received = getattr(model, "input_shape", None)
+    match received:
+        case None, int(), int(), int():
+            pass
+        case _:
+            raise UserError(
+                f"{what} takes inputs of shape {received}, expected (None, height, width, "
+                f"channels); use one of images of one size"
+            )
+    received = getattr(model, "output_shape", None)
+    match received:
+        case None, int(classes) if classes > 1:
+            pass
+        case _:
+            raise UserError(
+                f"{what} gives outputs of shape {received}, expected (None, classes) of at least "
+                f"2 classes; let it end in a softmax over the classes, or name another one"
+            )
 
 
 def training_network(model: keras.Model, precision: str, compiled: bool = False) -> keras.Model:

@@ -1,11 +1,16 @@
 """The saved model: a stock Keras file with the optimizer's state, loaded back and evaluated."""
 
+import contextlib
+import copy
+import inspect
 import io
+import json
 import math
-import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import h5py
 import keras
@@ -16,15 +21,24 @@ from keras.src.legacy.saving.legacy_h5_format import load_model_from_hdf5, save_
 
 from job import log
 from job.cluster.devices import Devices
-from job.config import JobError, TrainConfig, UserError
+from job.config import JobError, TrainConfig, UserError, is_own, module_path, naming_own_code
 from job.data import Dataset
 from job.recipes import Recipe, get_recipe, resample_by_op
 from job.report import pictures, spare_the_run
-from job.run.folder import EVALUATION, MODEL, PREDICTION, OutputDir, require_model, sha256_of
-from job.run.predictions import Predictions, most_confident_mistakes
+from job.run.folder import (
+    EVALUATION,
+    MODEL,
+    PREDICTION,
+    OutputDir,
+    read_file,
+    require_model,
+    sha256_of,
+)
+from job.run.predictions import Predictions, most_confident_mistakes, require_probabilities
 from job.run.record import encode, read_manifest, unless_damaged
 from job.run.stop import Watchdog
 from job.training.evaluate import Evaluator
+from job.training.network import require_classifier
 
 
 def save_model(model: keras.Model, output: OutputDir, name: str) -> None:
@@ -33,11 +47,58 @@ def save_model(model: keras.Model, output: OutputDir, name: str) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
-    # HDF5 does not survive a disk that fills while it writes; so it writes to memory.
+    output.write_bytes(name, _encode(model).getvalue())
+
+
+def require_savable(model: keras.Model, recipe: Recipe) -> None:
+    """Refuse to train a network of the user's own that could not be saved and loaded afterwards.
+
+    Raises:
+        UserError: If it is such a one.
+    """
+    path = module_path("recipes", recipe.name)
+    if is_own(path):
+        with naming_own_code(path), h5py.File(_encode(model)) as file:
+            load_model_from_hdf5(file, compile=False)
+
+
+def _encode(model: keras.Model) -> io.BytesIO:
+    """The model file in memory: HDF5 does not survive a disk that fills while it writes."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         save_model_to_hdf5(model, file)
-    output.write_bytes(name, buffer.getvalue())
+        network = json.loads(file.attrs["model_config"], object_hook=_without_defaults)
+        file.attrs["model_config"] = json.dumps(network)
+    return buffer
+
+
+def _without_defaults(entry: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what one of Keras's layers, initializers and the like has by default.
+
+    Each version of Keras has options that earlier ones refuse. A network that does not use them
+    loads there too. The defaults themselves have been the same since Keras 3.3.
+
+    Args:
+        entry: An object of a network's JSON. Other ones than Keras's stay as they are.
+    """
+    # Layers come without their module.
+    module, options = entry.get("module", "keras.layers"), entry.get("config")
+    kind: Any = getattr(sys.modules.get(module), entry.get("class_name", ""), None)
+    if not (
+        module.startswith("keras.") and hasattr(kind, "from_config") and isinstance(options, dict)
+    ):
+        return entry
+    defaults = {name: one.default for name, one in inspect.signature(kind).parameters.items()}
+    shorter = {
+        name: value
+        for name, value in options.items()
+        if name not in defaults or value != json.loads(json.dumps(defaults[name], default=repr))
+    }
+    try:
+        kind.from_config(copy.deepcopy(shorter))
+    except Exception:  # a few classes ask for some of their options
+        return entry
+    return {**entry, "config": shorter}
 
 
 def load_model(path: Path) -> keras.Model:
@@ -46,30 +107,50 @@ def load_model(path: Path) -> keras.Model:
     Keras's own `load_model` restores the weights and drops the optimizer's moments.
 
     Raises:
-        UserError: If the file is missing or is no such model.
+        UserError: If the file is missing, cannot be read or is no such model.
+    """
+    with _open_model(path) as file:
+        model = load_model_from_hdf5(file)
+        # The optimizer that Keras loads was built before the network had variables.
+        model.compile_from_config(model.get_compile_config())
+        group = file["optimizer_weights"]
+        names = [str(name) for name in group.attrs["weight_names"]]
+        for variable, name in zip(model.optimizer.variables, names, strict=True):
+            variable.assign(group[name][()])
+    return model
+
+
+def load_classifier(path: Path) -> keras.Model:
+    """Load a network from images to a value for each class, whoever compiled and saved it.
+
+    Raises:
+        UserError: If the file is missing, cannot be read or holds no such network.
+    """
+    with _open_model(path) as file:
+        model = load_model_from_hdf5(file, compile=False)
+        require_classifier(model, str(path))
+        # A single output may come in a dictionary.
+        return keras.Model(model.inputs, model.outputs)
+
+
+@contextlib.contextmanager
+def _open_model(path: Path) -> Iterator[h5py.File]:
+    """Open a model file in memory: HDF5 locks files, which some volumes refuse.
+
+    Raises:
+        UserError: If the file is missing or cannot be read, or the body finds it damaged.
     """
     require_model(path)
-    if os.access(path, os.R_OK) and not h5py.is_hdf5(path):
-        raise UserError(
-            f"received {path}, which is no HDF5 file, expected a model file as train leaves it "
-            f"({MODEL}); name such a one, or its --output-dir"
-        )
+    content = io.BytesIO(read_file(path) or b"")
     try:
-        with h5py.File(path) as file:
-            model = load_model_from_hdf5(file)
-            # The optimizer that Keras loads was built before the network had variables.
-            model.compile_from_config(model.get_compile_config())
-            group = file["optimizer_weights"]
-            names = [str(name) for name in group.attrs["weight_names"]]
-            saved = [group[name][()] for name in names]
-        for variable, value in zip(model.optimizer.variables, saved, strict=True):
-            variable.assign(value)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        with h5py.File(content) as file:
+            yield file
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"{path} is no model of this job ({shorten(str(error), 100)}); train again, or name "
-            f"another --output-dir"
+            f"received {path}, which is no intact model ({shorten(str(error), 150)}), expected an "
+            f"HDF5 file as train leaves it ({MODEL}); name such a one, or its --output-dir, or run "
+            f"the same train command again, which writes it anew from its checkpoint"
         ) from error
-    return model
 
 
 EVALUATING = "the evaluation of the saved model"
@@ -132,7 +213,7 @@ def evaluate_saved(
     # The file is float32 and so are its figures, also where GPUs round float32 to TF32 by default.
     tf.config.experimental.enable_tensor_float_32_execution(False)
     with devices.strategy.scope():
-        model = load_model(path)
+        model = load_classifier(path)
     _check_fits(model, dataset, path)
     evaluator = Evaluator(model, recipe, devices, dataset.test_images, dataset.test_labels)
     evaluation, probabilities = evaluator.predict()
@@ -141,6 +222,7 @@ def evaluate_saved(
             f"the loss of the saved model is {evaluation.loss}, expected a finite number; start "
             f"over with --fresh and a lower --learning-rate"
         )
+    require_probabilities(probabilities, str(path))
     _save_prediction(output, dataset, probabilities, seed)
     _keep_for_report(output, recipe, dataset, probabilities, seed)
     # Last, because it tells which model file everything belongs to.

@@ -37,7 +37,7 @@ from job.training.engine import Engine, Plan
 from job.training.evaluate import Evaluator
 from job.training.observer import Observer, Start
 from job.training.prometheus import open_textfile, write_finished
-from job.training.saved_model import EVALUATING, evaluate_saved, save_model
+from job.training.saved_model import EVALUATING, evaluate_saved, require_savable, save_model
 from job.training.tensorboard import EventFile
 from job.training.trainer import Trainer
 
@@ -266,6 +266,7 @@ def _set_up(
     plan = make_plan(config, len(dataset.train_images))
     engine = Engine(recipe, devices, dataset, plan, config.learning_rate)
     require_fitting(engine.original, dataset, recipe)
+    require_savable(engine.original, recipe)
     fingerprint = take_fingerprint(config, devices, dataset, engine.original)
     # By these each worker computes its part of the same bits.
     devices.workers.require_equal(

@@ -1,14 +1,20 @@
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import keras
 import pytest
+import tensorflow as tf
 
 from job.cluster.scheduler import RunIdentity
 from job.commands.dry_run import Preview, preview
 from job.config import TrainConfig, UserError, describe_config
 from job.data import Dataset
+from job.recipes import classic
 from job.run.attempt import hold_output_dir
 from job.run.lease import LeaseLostError
 from job.run.stop import StopRequest
@@ -159,6 +165,46 @@ def test_a_download_is_announced_and_not_made(
     assert find(replace(config, limit=960)).report["batch"]["steps_per_epoch"] == 10
     (problem,) = find(replace(config, limit=50_001)).problems
     assert "expected at most the 50000 training images of cifar10" in str(problem)
+
+
+@pytest.mark.usefixtures("nothing_changes")
+@pytest.mark.parametrize(
+    ("size", "layer", "problem"),
+    [
+        (32, {"activation": "linear"}, "expected probabilities: none below 0, and rows that sum"),
+        (24, {"activation": "softmax"}, "has images of shape (32, 32, 3), expected (24, 24, 3), w"),
+        (
+            32,
+            {"activation": "softmax", "kernel_regularizer": lambda kernel: 0.1},
+            "job/recipes/mine.py: ",
+        ),
+    ],
+    ids=["logits", "size", "no file"],
+)
+def test_a_network_that_cannot_be_trained_is_a_problem(
+    config: TrainConfig,
+    find: Find,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    layer: dict[str, Any],
+    problem: str,
+) -> None:
+    def build(seed: int, classes: int) -> keras.Model:
+        layers = keras.layers
+        ends = [layers.Flatten(), layers.Dense(classes, **layer)]
+        return keras.Sequential([keras.Input((size, size, 3)), *ends])
+
+    module = ModuleType("job.recipes.mine")
+    module.__dict__["RECIPE"] = replace(
+        classic.RECIPE,
+        build_model=build,
+        draw_augmentation=lambda seed, epoch, steps, rows: tf.zeros([steps, rows, 1]),
+        augment=lambda images, draws, resample: images,
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    (found,) = find(replace(config, recipe="mine")).problems
+    assert isinstance(found, UserError)
+    assert problem in str(found)
 
 
 @pytest.mark.parametrize("name", ["file", "file/below"])

@@ -1,5 +1,5 @@
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from job.training.saved_model import save_model
 from tests.conftest import CLASS_NAMES, MakeDevices
 from tests.run_folders import change
 
+NAN = keras.initializers.Constant(np.nan)
 STEMS = ("0", "1", "2", "345", "6")
 
 
@@ -136,7 +137,7 @@ def save_model_of(folder: Path, *shape: int | None) -> Path:
     """Save a model of inputs of this shape."""
     layers = keras.layers
     first = layers.GlobalAveragePooling2D() if len(shape) == 3 else layers.Flatten()
-    model = keras.Sequential([keras.Input(shape), first, layers.Dense(10)])
+    model = keras.Sequential([keras.Input(shape), first, layers.Dense(10, "softmax")])
     model.compile("adam", "categorical_crossentropy")
     model.optimizer.build(model.trainable_variables)
     save_model(model, OutputDir(folder), MODEL)
@@ -162,7 +163,7 @@ def test_a_model_of_grey_images_computes_them(tmp_path: Path, make_devices: Make
     ("shape", "message"),
     [
         ((24, 24, 4), r"takes images of 4 channels, expected 1 \(grey\) or 3 \(RGB\)"),
-        ((None, None, 3), r"expected \(None, height, width, channels\); name a model of images"),
+        ((None, None, 3), r"expected \(None, height, width, channels\); use one of images"),
         ((7, 3), r"takes inputs of shape \(None, 7, 3\), expected \(None, height, width, channels"),
     ],
 )
@@ -171,6 +172,56 @@ def test_a_model_of_other_inputs_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         load_predictor(save_model_of(tmp_path, *shape), make_devices(1))
+
+
+def classifier(*ends: Any) -> keras.Model:
+    """A network of 8x8 images, in several ends where several layers are given."""
+    images = keras.Input((8, 8, 3))
+    features = keras.layers.Flatten()(images)
+    return keras.Model(images, [end(features) for end in ends])
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda dense: classifier(dense(10)), "in rows that sum to"),
+        (lambda dense: classifier(dense(10, "sigmoid")), "in rows that sum to"),
+        (lambda dense: classifier(dense(10, "softmax", bias_initializer=NAN)), "from nan to nan"),
+        (lambda dense: classifier(dense(1, "sigmoid")), r"gives outputs of shape \(None, 1\)"),
+        (lambda dense: classifier(dense(2), dense(3)), r"of shape \[\(None, 2\), \(None, 3\)\]"),
+        (
+            lambda dense: keras.Sequential([keras.Input((8, 8, 3)), dense(10, "softmax")]),
+            r"gives outputs of shape \(None, 8, 8, 10\)",
+        ),
+    ],
+    ids=["logits", "sigmoids", "nan", "one", "several", "map"],
+)
+def test_a_model_without_probabilities_is_refused(
+    photos: Path,
+    make_devices: MakeDevices,
+    capsys: pytest.CaptureFixture[str],
+    make: Callable[[Any], keras.Model],
+    problem: str,
+) -> None:
+    make(keras.layers.Dense).save(photos.parent / MODEL)
+    with pytest.raises(UserError, match=problem):
+        predict_images(make_devices(1), photos.parent / MODEL, find_images([str(photos)]), 3)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_that_keras_saved_predicts(
+    tmp_path: Path, make_devices: MakeDevices, compiled: bool
+) -> None:
+    model = classifier(keras.layers.Dense(3, "softmax", dtype="mixed_bfloat16"))
+    if compiled:
+        model.compile(keras.optimizers.SGD(momentum=0.9), "mse")
+        model.train_on_batch(np.ones((2, 8, 8, 3)), np.ones((2, 3)))
+    model.save(tmp_path / MODEL)
+    images = np.full((1, 8, 8, 3), 255, np.uint8)
+    received = load_predictor(tmp_path / MODEL, make_devices(1))(images)
+    expected = model(images / np.float32(255)).numpy()
+    np.testing.assert_allclose(received, expected.astype(np.float32), atol=0.01)
 
 
 def test_every_batch_is_one_traced_function(

@@ -1,8 +1,10 @@
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,6 +74,24 @@ def test_a_data_set_is_downloaded_if_it_is_not_there_and_limited(
     assert downloads == [bar]
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"test_labels": np.arange(1, 301) % 11}, "test labels from 0 to 10, expected 0 to 9"),
+        ({"train_labels": np.zeros(511, np.int32)}, "training labels int32 (511,) for 512 images"),
+        ({"train_images": np.zeros((512, 32, 32, 3))}, "training images float64 (512, 32, 32, 3)"),
+        ({"test_images": np.zeros((300, 8, 8, 3), np.uint8)}, "test images uint8 (300, 8, 8, 3)"),
+        ({"class_names": ("one",) * 10}, "expected 2 or more names"),
+    ],
+    ids=["label", "count", "type", "shape", "names"],
+)
+def test_arrays_that_do_not_belong_together_are_no_data_set(
+    small_dataset: Dataset, changes: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        replace(small_dataset, **changes)
+
+
 def test_a_data_set_without_a_search_of_its_own_is_described_by_its_module() -> None:
     source = Source(get_source("synthetic").load)
     config = TrainConfig(dataset="synthetic", data_dir=Path("nowhere"))
@@ -84,7 +104,11 @@ def test_a_module_that_is_no_data_set_is_named(
 ) -> None:
     (tmp_path / "broken.py").write_text("SOURCE = (")
     monkeypatch.setattr(job.data, "__path__", [*job.data.__path__, str(tmp_path)])
-    with pytest.raises(UserError, match=r"cannot use job/data/broken.py: .*\(broken.py, line 1\)"):
+    with pytest.raises(
+        UserError, match=r"job/data/broken.py: SyntaxError: .*\(broken.py, line 1\)"
+    ):
         get_source("broken")
-    with pytest.raises(UserError, match=r"job/data/image_files.py defines no SOURCE, expected one"):
+    with pytest.raises(
+        UserError, match=r"job/data/image_files.py defines no SOURCE, expected Source"
+    ):
         get_source("image_files")

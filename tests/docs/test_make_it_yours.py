@@ -130,6 +130,23 @@ def test_both_names_are_choices_of_the_command_line(copy: Path) -> None:
     assert "[classic|leafnet]" in help_text
 
 
+def test_an_error_in_ones_own_file_is_one_line_with_its_place(copy: Path) -> None:
+    recipe = copy / "job" / "recipes" / "leafnet.py"
+    code = recipe.read_text()
+    control_flow = "    return images if tf.reduce_sum(draws) > 0 else resample(images, draws)"
+    broken = code.replace("    return resample(images, draws)", control_flow)
+    (number,) = (n for n, line in enumerate(broken.splitlines(), 1) if line == control_flow)
+    recipe.write_text(broken)
+    try:
+        result = job(copy, *commands()[0])
+    finally:
+        recipe.write_text(code)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    place = f"job/recipes/leafnet.py, line {number}: OperatorNotAllowedInGraphError: "
+    assert line.startswith(f"cifar10-job: error: {place}")
+
+
 def test_a_network_for_other_images_is_refused_before_training(copy: Path) -> None:
     result = job(
         copy,

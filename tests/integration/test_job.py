@@ -9,8 +9,11 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import keras
+import numpy as np
 import pytest
 
+from job.run.folder import MODEL, OutputDir
 from tests.conftest import Job, RunJob
 from tests.integration.conftest import MakeVolume
 
@@ -34,6 +37,39 @@ print(json.dumps({
     "sums": model.predict(images[:100], verbose=0).sum(axis=1).tolist(),
 }))
 """
+
+
+# The same with the oldest Keras that can load the model; the arrays come from the newest.
+OLD_KERAS = """
+import sys
+import keras, numpy as np
+assert keras.__version__ == "3.3.3"
+images, expected = np.load(sys.argv[2]), np.load(sys.argv[3])
+received = keras.models.load_model(sys.argv[1]).predict(images, verbose=0)
+np.testing.assert_allclose(received, expected, rtol=0, atol=1e-6)
+"""
+
+
+def test_the_model_file_loads_in_an_older_keras(
+    model_output: OutputDir, model: keras.Model, tmp_path: Path
+) -> None:
+    lock, packages = Path(__file__).with_name("old-keras.txt"), tmp_path / "packages"
+    options = ["--quiet", "--no-deps", "--require-hashes", "--target", str(packages)]
+    pip = [sys.executable, "-m", "pip", "install", *options, "--requirement", str(lock)]
+    installed = subprocess.run(pip, capture_output=True, text=True)
+    if installed.returncode:
+        pytest.skip(f"no older Keras can be had: {installed.stderr}")
+    images = np.random.default_rng(1).random((4, 32, 32, 3), np.float32)
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "expected.npy", model.predict(images, verbose=0))
+    subprocess.run(
+        [
+            *(sys.executable, "-c", OLD_KERAS, model_output.path / MODEL),
+            *(tmp_path / "images.npy", tmp_path / "expected.npy"),
+        ],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(packages)},
+    )
 
 
 def read(path: Path) -> Any:

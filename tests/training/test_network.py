@@ -1,3 +1,5 @@
+import dataclasses
+import re
 from typing import Any
 
 import keras
@@ -5,10 +7,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from job.config import UserError
 from job.recipes import classic
 from job.training.network import (
     FusedBatchNormalization,
     TrainingMaxPooling,
+    build_network,
     max_pool_2x2,
     training_network,
 )
@@ -18,6 +22,69 @@ from job.training.network import (
 def images() -> np.ndarray:
     """Noise: flat images would give BatchNormalization variances near zero to divide by."""
     return np.random.default_rng(0).random((128, 32, 32, 3), np.float32)
+
+
+def small(seed: int, classes: int, end: str | None = "softmax") -> keras.Model:
+    layers = keras.layers
+    dense = layers.Dense(classes, end)
+    return keras.Sequential([keras.Input((8, 8, 3)), layers.Flatten(), dense])
+
+
+def with_lambda(seed: int, classes: int) -> keras.Model:
+    network = small(seed, classes)
+    doubling = keras.layers.Lambda(lambda images: 2 * images)
+    return keras.Sequential([keras.Input((8, 8, 3)), doubling, *network.layers])
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"build_model": lambda seed, classes: small(seed, classes, None)},
+            "expected probabilities",
+        ),
+        (
+            {"build_model": lambda seed, classes: small(seed, classes, "sigmoid")},
+            "expected probabilities",
+        ),
+        (
+            {"build_model": lambda seed, classes: small(seed, 7)},
+            "the network of --recipe mine gives float32 [4, 7], expected float32 [4, 3]",
+        ),
+        ({"build_model": lambda *given: None}, "takes inputs of shape None"),
+        ({"build_optimizer": lambda *given: "adam"}, "job/recipes/mine.py: AttributeError"),
+        ({"build_model": with_lambda}, "job/recipes/mine.py: ValueError: Requested the deserial"),
+        ({"loss": "CategoricalCrossentropy"}, "loss of --recipe mine gives float32 []"),
+        ({"loss": "nothing"}, "job/recipes/mine.py: ValueError"),
+        (
+            {"draw_augmentation": lambda *given: tf.zeros([8, 1])},
+            "draw_augmentation of --recipe mine gives float32 [8, 1], expected float32 [1, 4]",
+        ),
+        (
+            {"augment": lambda images, *_: images[:, 1:]},
+            "augment of --recipe mine gives float32 [4",
+        ),
+        (
+            {"augment": lambda images, *_: images if tf.reduce_sum(images) > 0 else -images},
+            "job/recipes/mine.py: OperatorNotAllowedInGraphError",
+        ),
+        (
+            {"tta_views": (lambda images: images.shape,)},
+            "tta_views of --recipe mine gives int32 [4]",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_trained_is_refused(changes: dict[str, Any], problem: str) -> None:
+    recipe = dataclasses.replace(
+        classic.RECIPE,
+        name="mine",
+        build_model=small,
+        draw_augmentation=lambda seed, epoch, steps, rows: tf.zeros([steps, rows, 1]),
+        augment=lambda images, draws, resample: images,
+    )
+    build_network(recipe, 1, 3, 0.1, 10)
+    with pytest.raises(UserError, match=re.escape(problem)):
+        build_network(dataclasses.replace(recipe, **changes), 1, 3, 0.1, 10)
 
 
 def with_statistics(model: keras.Model) -> keras.Model:
