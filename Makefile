@@ -50,8 +50,8 @@ doctor: install ## Examine this machine's GPUs, libraries and folders
 BUILD_IMAGE = --file docker/Dockerfile --tag $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
   --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) .
 
-# With -dirty where the checkout is not what the commit says.
-REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude '*')
+# Of this checkout alone, with -dirty where it is not what the commit says.
+REVISION = $(shell unset $$(git rev-parse --local-env-vars); git --git-dir=.git --work-tree=. describe --always --dirty --abbrev=40 --exclude '*')
 
 .PHONY: image
 image: ## Build the image IMAGE on BASE_IMAGE
