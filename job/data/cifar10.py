@@ -3,6 +3,7 @@
 The data set and its format are described at https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
+import contextlib
 import gzip
 import io
 import logging
@@ -118,8 +119,10 @@ def download(config: TrainConfig, bar: ProgressBar | None) -> None:
             path=data_dir,
             downloader=pooch.HTTPDownloader(progressbar=bar or False, timeout=30),
         )
-        # pooch's temporary file is for its owner alone; a data folder may be shared.
-        (data_dir / ARCHIVE_NAME).chmod(0o644)
+        # pooch's temporary file is for its owner alone; a data folder may be shared. On volumes
+        # without modes of their own the mount decides.
+        with contextlib.suppress(OSError):
+            (data_dir / ARCHIVE_NAME).chmod(0o644)
     except requests.RequestException as error:
         response = error.response
         reason = type(error).__name__ if response is None else f"HTTP {response.status_code}"

@@ -26,7 +26,7 @@ import msgspec
 from job import log
 from job.cluster.scheduler import RunIdentity
 from job.config import ExitCode, JobError, UserError
-from job.run.folder import refused
+from job.run.folder import flush, refused
 from job.run.stop import StopRequest
 
 FOLDER = ".lease"
@@ -169,7 +169,7 @@ class Lease:
         # In place and of one size: network file systems show that to others without a delay, and a
         # name that comes to mean another file only once their directory cache has expired.
         os.pwrite(self._descriptor, msgspec.json.encode(self._holder).ljust(self._size), 0)
-        os.fsync(self._descriptor)
+        flush(self._descriptor)
 
 
 def lease_path(folder: Path, generation: int) -> Path:
