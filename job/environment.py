@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import textwrap
 import traceback
+from importlib.machinery import PathFinder
 from itertools import takewhile
 from pathlib import Path
 
@@ -130,18 +131,19 @@ def _comes_from_an_import(error: BaseException) -> bool:
 
 
 def _intruder(error: BaseException) -> Path | None:
-    """A library in use from the current folder or PYTHONPATH that is also installed."""
-    installed = sysconfig.get_paths()
-    early = [*takewhile(lambda folder: folder != installed["stdlib"], sys.path)]
+    """A module in use from the current folder or PYTHONPATH that is also installed."""
+    early = [*takewhile(lambda folder: folder != sysconfig.get_path("stdlib"), sys.path)]
+    late = sys.path[len(early) :]
     frames = traceback.walk_tb(error.__traceback__)
     files = [frame.f_code.co_filename for frame, _ in frames]
     files += [getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]]
-    for file in map(Path, files):
-        for folder in early:
-            if not file.is_relative_to(folder):
+    for folder in early:
+        for file in files:
+            if not file.startswith(f"{folder}/"):
                 continue
-            name = file.relative_to(folder).parts[0]
-            homes = [Path(installed[kind], name) for kind in ("stdlib", "purelib", "platlib")]
-            if name != "job" and any(home.exists() for home in homes):
-                return Path(folder, name)
+            top = file.removeprefix(f"{folder}/").partition("/")[0]
+            name = top.partition(".")[0]
+            own = PathFinder.find_spec(name, late) if name not in ("", "job") else None
+            if own and own.origin and not own.origin.startswith(f"{folder}/{name}"):
+                return Path(folder, top)
     return None

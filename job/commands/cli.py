@@ -29,6 +29,7 @@ from job.commands.options import (
 )
 from job.commands.terminal import DownloadBar, EpochBar, printable
 from job.config import ExitCode, JobError, TrainConfig
+from job.environment import explain, require_capable_machine
 from job.run.stop import StopRequest, Watchdog
 
 
@@ -285,7 +286,9 @@ def main(stop: StopRequest, stderr: TextIO | None = None) -> NoReturn:
             _fail(error.format_message(), ExitCode.USER_ERROR, stderr)
         except JobError as error:
             _fail(str(error), error.exit_code, stderr)
-        except Exception:
+        except Exception as error:
+            if explained := explain(error):
+                _fail(str(explained), explained.exit_code, stderr)
             trace = traceback.format_exc()
             with contextlib.suppress(OSError):
                 print(trace, end="", file=stderr, flush=True)
@@ -330,7 +333,11 @@ def load_tensorflow(*, verbose: bool = False) -> list[str]:
 
     Returns:
         The lines that went to stderr meanwhile. Where a GPU is not found they say why.
+
+    Raises:
+        UserError: If TensorFlow cannot run on this machine.
     """
+    require_capable_machine()
     # Native code reads the level once, when it is loaded.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "2")
     lines: list[str] = []
@@ -358,9 +365,9 @@ def _captured_stderr(lines: list[str]) -> Iterator[None]:
         os.dup2(sink.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             sink.seek(0)
-            os.write(original, sink.read())
+            error.add_note(sink.read().decode(errors="replace"))  # which its trace ends with
             raise
         finally:
             sys.stderr.flush()

@@ -164,7 +164,7 @@ def _describe_folder(option: str, folder: Path) -> dict[str, Any]:
     try:
         candidates = (folder, *folder.absolute().parents)
         existing = next(candidate for candidate in candidates if candidate.exists())
-        with tempfile.NamedTemporaryFile(dir=existing):
+        with tempfile.TemporaryFile(dir=existing):
             free = free_bytes(existing)
         free_gib = None if free is None else round(free / 2**30, 1)
     except OSError as error:

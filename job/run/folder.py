@@ -41,8 +41,7 @@ def prepare_output_dir(output_dir: Path, *, make: bool = True) -> None:
         else:
             above = (output_dir, *output_dir.absolute().parents)
             folder = next(path for path in above if path.exists())
-        # Not one without a name: some volumes cannot remove a file that is open.
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as probe:
+        with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"probe")
             probe.flush()
     except OSError as error:
@@ -273,8 +272,8 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-# They refuse the call itself, as shared folders, FUSE and folders that may not be read do. Any other
-# error may mean that content was lost.
+# They refuse the call itself, as shared folders, FUSE and folders that may not be read do. Any
+# other error may mean that content was lost.
 _CANNOT_FLUSH = (
     *(errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR),
     *(errno.EACCES, errno.EPERM),

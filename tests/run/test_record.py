@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from job.config import DeviceRequest, TrainConfig, UserError
+from job.environment import program
 from job.run.folder import OutputDir
 from job.run.predictions import Predictions
 from job.run.record import (
@@ -25,7 +26,7 @@ from tests.conftest import RunJob
 from tests.run_folders import TRAINING, change, lines, make_run
 
 TRAIN_AGAIN = "run the same train command again"
-EVALUATE = "write it anew with python -m job evaluate --output-dir"
+EVALUATE = f"write it anew with {program()} evaluate --output-dir"
 
 
 def test_a_whole_run_is_read(whole: OutputDir) -> None:
