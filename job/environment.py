@@ -12,6 +12,7 @@ import shlex
 import sys
 import sysconfig
 import textwrap
+import threading
 import traceback
 from importlib.machinery import PathFinder
 from itertools import takewhile
@@ -46,8 +47,10 @@ _SIGNS = {
     r"bad_alloc|out of memory|cannot allocate memory|failed to map segment|Status: 1,": _MEMORY,
 }
 
+# What a training takes, as measured on one and two processors. Where that ends, native code aborts
+# or, as OpenBLAS does, interrupts the process.
 _LEAST_ADDRESS_SPACE = 4 * 2**30
-"""What a training on two processors takes, in bytes; where it ends, native code just aborts."""
+_THREADS_PER_PROCESSOR, _OTHER_THREADS = 5, 18
 
 
 def program() -> str:
@@ -89,10 +92,28 @@ def explain(error: BaseException) -> UserError | None:
         )
     if _comes_from_an_import(error):
         return UserError(
-            f"cannot load the libraries: {what}; start {program()} where they are installed, or "
-            f"install them again with make install"
+            f"cannot load the libraries: {what}; unset PYTHONPATH, start {program()} where they "
+            f"are installed, or install them again with make install"
         )
     return None
+
+
+def require_threads(per_processor: int = 1, others: int = 0) -> None:
+    """Prove that this process can have so many more threads: libraries do not report the lack.
+
+    Raises:
+        RuntimeError: If not, as Python itself does; `explain` adds what to do.
+    """
+    end, threads = threading.Event(), []
+    try:
+        for _ in range(per_processor * len(os.sched_getaffinity(0)) + others):
+            thread = threading.Thread(target=end.wait, daemon=True)
+            thread.start()
+            threads.append(thread)
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join()
 
 
 def require_capable_machine(processor: Path = Path("/proc/cpuinfo")) -> None:
@@ -103,7 +124,9 @@ def require_capable_machine(processor: Path = Path("/proc/cpuinfo")) -> None:
 
     Raises:
         UserError: If the processor or the limit on address space is not enough.
+        RuntimeError: If there are too few threads.
     """
+    require_threads(_THREADS_PER_PROCESSOR, _OTHER_THREADS)
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY and limit < _LEAST_ADDRESS_SPACE:
         raise UserError(

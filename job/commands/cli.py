@@ -29,7 +29,7 @@ from job.commands.options import (
 )
 from job.commands.terminal import DownloadBar, EpochBar, printable
 from job.config import ExitCode, JobError, TrainConfig
-from job.environment import explain, require_capable_machine
+from job.environment import explain, require_capable_machine, require_threads
 from job.run.stop import StopRequest, Watchdog
 
 
@@ -41,6 +41,7 @@ def cli() -> None:
     Every option is also an environment variable. Exit codes: 0 done, 1 a defect, 2 you must change
     something, 3 a GPU is missing, 75 stopped: the same command resumes.
     """
+    require_threads()  # of NumPy
 
 
 @cli.command()
@@ -336,6 +337,7 @@ def load_tensorflow(*, verbose: bool = False) -> list[str]:
 
     Raises:
         UserError: If TensorFlow cannot run on this machine.
+        RuntimeError: If it would get too few threads.
     """
     require_capable_machine()
     # Native code reads the level once, when it is loaded.
