@@ -22,8 +22,8 @@ from job.config import UserError
 
 _VOLUME = "mend the volume"
 _ACCESS = (
-    f"give user {os.getuid()} access, or run as the owner (docker run --user, in Kubernetes "
-    f"securityContext.fsGroup)"
+    "give user {user} access, or run as the owner (docker run --user, in Kubernetes "
+    "securityContext.fsGroup)"
 )
 _MEMORY = "give the job more memory, or raise its limit (ulimit -v)"
 _THREADS = "let the job start more threads (ulimit -u, or the limit of its container on pids)"
@@ -65,7 +65,8 @@ def program() -> str:
 
 def remedy(error: OSError) -> str:
     """What a person can do about an error of the system."""
-    return _REMEDIES.get(error.errno or 0, f"{_VOLUME}, or name another path")
+    advice = _REMEDIES.get(error.errno or 0, f"{_VOLUME}, or name another path")
+    return advice.format(user=os.getuid())
 
 
 def explain(error: BaseException) -> UserError | None:
