@@ -35,23 +35,23 @@ install: $(VENV)/.$(LOCK) ## Install into .venv, with the GPU libraries on a mac
 
 .PHONY: demo
 demo: install ## Train on the embedded synthetic set for a few epochs: no data, no GPU needed
-	$(BIN)/python -m job train --dataset synthetic --limit 9600 --batch-size 32 --epochs 3 \
+	$(BIN)/cifar10-job train --dataset synthetic --limit 9600 --batch-size 32 --epochs 3 \
 	  --learning-rate 1e-3 --output-dir $(DEMO_DIR)
 	@ls -l $(DEMO_DIR)
 
 .PHONY: train
 train: install ## The real job: CIFAR-10, recipe classic, 50 epochs
-	$(BIN)/python -m job train --data-dir $(DATA_DIR) --output-dir $(OUTPUT_DIR)
+	$(BIN)/cifar10-job train --data-dir $(DATA_DIR) --output-dir $(OUTPUT_DIR)
 
 .PHONY: doctor
 doctor: install ## Examine this machine's GPUs, libraries and folders
-	$(BIN)/python -m job doctor --data-dir $(DATA_DIR) --output-dir $(OUTPUT_DIR)
+	$(BIN)/cifar10-job doctor --data-dir $(DATA_DIR) --output-dir $(OUTPUT_DIR)
 
 BUILD_IMAGE = --file docker/Dockerfile --tag $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
   --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) .
 
-# With -dirty where the checkout is not what the commit says.
-REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude '*')
+# Of this checkout alone, with -dirty where it is not what the commit says.
+REVISION = $(shell unset $$(git rev-parse --local-env-vars); git --git-dir=.git --work-tree=. describe --always --dirty --abbrev=40 --exclude '*')
 
 .PHONY: image
 image: ## Build the image IMAGE on BASE_IMAGE

@@ -1,29 +1,43 @@
-"""``python -m job``: the same program as the installed ``cifar10-job`` command."""
+"""The installed ``cifar10-job`` command.
 
-import contextlib
+``python -m job`` is the same program, unless the current folder has a ``job.py``.
+"""
+
 import io
 import os
 import sys
-
-from job.run.stop import listen_to_signals
 
 
 def run() -> None:
     """Run the program; signals first, so that none finds it unprepared while it loads."""
     open_standard_streams()
-    stop = listen_to_signals()
-    from job.commands.cli import main
+    import contextlib
+
+    from job.environment import explain
 
     try:
+        from job.run.stop import listen_to_signals
+
+        stop = listen_to_signals()
+        from job.commands.cli import main
+
         main(stop)
     except SystemExit as end:
-        for stream in (sys.stdout, sys.stderr):
-            # Whoever read it has gone.
-            with contextlib.suppress(OSError):
-                stream.flush()
-        # The interpreter's own end takes a while, in which a signal would kill it by default and
-        # so replace the exit code.
-        os._exit(int(end.code or 0))
+        code = int(end.code or 0)
+    except Exception as error:  # before the command line can report it
+        explained = explain(error)
+        if explained is None:
+            raise
+        with contextlib.suppress(OSError):
+            print(f"cifar10-job: error: {explained}", file=sys.stderr)
+        code = int(explained.exit_code)
+    for stream in (sys.stdout, sys.stderr):
+        # Whoever read it has gone.
+        with contextlib.suppress(OSError):
+            stream.flush()
+    # The interpreter's own end takes a while, in which a signal would kill it by default and so
+    # replace the exit code.
+    os._exit(code)
 
 
 def open_standard_streams() -> None:
@@ -46,4 +60,6 @@ def open_standard_streams() -> None:
 
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        del sys.path[0]  # the current folder: its files are no libraries of this program
     run()

@@ -84,9 +84,9 @@ fi
 passed='(job|slurm|slurmd|tf|nccl)_.*|cuda_visible_devices|(https?|no|all)_proxy|tz'
 case $runtime in
   none)
-    "$python" -c 'import job.commands.cli' || refuse "PYTHON is $python, which cannot import job/ in $PWD;" \
+    PYTHONSAFEPATH=1 "$python" -c 'import job.commands.cli' || refuse "PYTHON is $python, which has no job installed;" \
       "submit at the top of the checkout after make install LOCK=gpu, or set CONTAINER_IMAGE"
-    command=("$python" -m job train)
+    command=(env PYTHONSAFEPATH=1 "$python" -m job train) # the files of this folder are no libraries
     ;;
   apptainer)
     # It passes a variable NAME as APPTAINERENV_NAME, and each task has its own values. By exec it gets signals.

@@ -30,6 +30,7 @@ from job.commands.options import (
 )
 from job.commands.terminal import DownloadBar, EpochBar, printable
 from job.config import ExitCode, JobError, TrainConfig, naming_own_code
+from job.environment import explain, require_capable_machine, require_threads
 from job.run.stop import StopRequest, Watchdog
 
 
@@ -53,6 +54,7 @@ def cli() -> None:
     Every option is also an environment variable. Exit codes: 0 done, 1 a defect, 2 you must change
     something, 3 a GPU is missing, 75 stopped: the same command resumes.
     """
+    require_threads()  # of NumPy
 
 
 @cli.command()
@@ -302,7 +304,9 @@ def main(stop: StopRequest, stderr: TextIO | None = None) -> NoReturn:
             _fail(error.format_message(), ExitCode.USER_ERROR, stderr)
         except JobError as error:
             _fail(str(error), error.exit_code, stderr)
-        except Exception:
+        except Exception as error:
+            if explained := explain(error):
+                _fail(str(explained), explained.exit_code, stderr)
             trace = traceback.format_exc()
             with contextlib.suppress(OSError):
                 print(trace, end="", file=stderr, flush=True)
@@ -340,7 +344,12 @@ def load_tensorflow(*, verbose: bool = False) -> list[str]:
 
     Returns:
         The lines that went to stderr meanwhile. Where a GPU is not found they say why.
+
+    Raises:
+        UserError: If TensorFlow cannot run on this machine.
+        RuntimeError: If it would get too few threads.
     """
+    require_capable_machine()
     # Keras reads its settings once, and keras.json from a folder that the user may share with other
     # programs. Where that is no folder, Keras takes its defaults and leaves no file behind.
     for name in [name for name in os.environ if name.startswith("KERAS_")]:
@@ -378,9 +387,9 @@ def _captured_stderr(lines: list[str]) -> Iterator[None]:
         os.dup2(sink.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             sink.seek(0)
-            os.write(original, sink.read())
+            error.add_note(sink.read().decode(errors="replace"))  # which its trace ends with
             raise
         finally:
             sys.stderr.flush()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +23,8 @@ from job.cluster.gpus import (
 )
 from job.commands.terminal import write_lines
 from job.config import ExitCode, JobError, TrainConfig
+from job.environment import remedy
+from job.run.folder import free_bytes
 from job.run.manifest import versions
 from job.run.stop import Watchdog
 
@@ -164,7 +165,8 @@ def _describe_folder(option: str, folder: Path) -> dict[str, Any]:
         candidates = (folder, *folder.absolute().parents)
         existing = next(candidate for candidate in candidates if candidate.exists())
         with tempfile.TemporaryFile(dir=existing):
-            free_gib = round(shutil.disk_usage(existing).free / 2**30, 1)
+            free = free_bytes(existing)
+        free_gib = None if free is None else round(free / 2**30, 1)
     except OSError as error:
-        problem = f"cannot be written: {error.strerror or error}; name another or change its owner"
+        problem = f"cannot be written: {error.strerror or error}; {remedy(error)}"
     return {"option": option, "path": str(folder), "free_gib": free_gib, "problem": problem}

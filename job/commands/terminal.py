@@ -23,6 +23,7 @@ from rich.text import Text
 
 from job import log
 from job.config import ExitCode, UserError
+from job.environment import remedy
 from job.training.observer import Observer, Start, Status
 
 
@@ -71,7 +72,7 @@ def write_lines(lines: Iterable[str]) -> None:
         raise SystemExit(ExitCode.DONE) from None
     except OSError as error:
         raise UserError(
-            f"cannot write to standard output: {error.strerror}; free some space, or send it "
+            f"cannot write to standard output: {error.strerror}; {remedy(error)}, or send it "
             f"elsewhere"
         ) from error
 

@@ -240,8 +240,10 @@ def _retrieve(config: TrainConfig, bar: ProgressBar | None) -> None:
             path=data_dir,
             downloader=fetch,
         )
-        # pooch's temporary file is for its owner alone; a data folder may be shared.
-        (data_dir / ARCHIVE_NAME).chmod(0o644)
+        # pooch's temporary file is for its owner alone; a data folder may be shared. On volumes
+        # without modes of their own the mount decides.
+        with contextlib.suppress(OSError):
+            (data_dir / ARCHIVE_NAME).chmod(0o644)
     except requests.RequestException:
         raise
     except ValueError as error:

@@ -1,6 +1,6 @@
 """The recipe ``classic``: the CNN, optimizer and augmentation of the conventional Keras script.
 
-    python -m job train --recipe classic
+    cifar10-job train --recipe classic
 
 Batch 256, Adam at 1e-4, 50 epochs. See the README for measured times and accuracies.
 """

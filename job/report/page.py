@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from job import log
 from job.config import REMOVED, TrainConfig, describe_config, option_name
+from job.environment import program
 from job.report.figures import Figure, draw_figures, list_mistakes
 from job.run.folder import PICTURES, REPORT, REPORT_PICTURES, OutputDir
 from job.run.predictions import reliability
@@ -101,12 +102,12 @@ def command_line(command: str, config: TrainConfig, *names: str) -> str:
         The output folder and every option whose value is not the default.
     """
     values, usual = describe_config(config), describe_config(TrainConfig())
-    words = ["python", "-m", "job", command]
+    words = [command]
     for name in names or values:
         value = values[name]
         if value != usual[name] or name == "output_dir":
             words += [option_name(name)] if value is True else [option_name(name), str(value)]
-    return shlex.join(words)
+    return f"{program()} {shlex.join(words)}"
 
 
 def resume_command(config: TrainConfig) -> str:

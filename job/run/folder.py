@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import logging
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from job import log
 from job.config import UserError
+from job.environment import remedy
 
 _FREE_BYTES = 64 * 2**20
 
@@ -43,22 +45,26 @@ def prepare_output_dir(output_dir: Path, *, make: bool = True) -> None:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"probe")
             probe.flush()
-        free = shutil.disk_usage(folder).free
     except OSError as error:
-        advice = "name another folder, or mend the volume"
-        if isinstance(error, PermissionError):
-            advice = (
-                f"name a folder that user {os.getuid()} can write, change its owner, or run as its "
-                f"owner (docker run --user, in Kubernetes securityContext.fsGroup)"
-            )
         raise UserError(
-            f"cannot write to --output-dir {output_dir}: {error.strerror or error}; {advice}"
+            f"cannot write to --output-dir {output_dir}: {error.strerror or error}; "
+            f"{remedy(error)}, or name another folder"
         ) from error
-    if free < _FREE_BYTES:
+    free = free_bytes(folder)
+    if free is not None and free < _FREE_BYTES:
         raise UserError(
             f"--output-dir {output_dir} has {free // 2**20} MiB free, expected at least "
             f"{_FREE_BYTES // 2**20} MiB; free some space or name another folder"
         )
+
+
+def free_bytes(folder: Path) -> int | None:
+    """The free space of a folder's volume; None where the volume does not report any."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return None
+    return usage.free if usage.total else None
 
 
 def warn_unless_mounted(output_dir: Path, mounts: Path = Path("/proc/self/mountinfo")) -> None:
@@ -164,7 +170,7 @@ class OutputDir:
             try:
                 yield temporary
                 with temporary.open("rb+") as file:
-                    os.fsync(file.fileno())
+                    flush(file.fileno())
                 self.check()
                 temporary.replace(path)
                 _flush_folder(path.parent)
@@ -189,7 +195,7 @@ class OutputDir:
             file.seek(0, os.SEEK_END)
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
 
     def make_folder(self, name: str) -> None:
         """Make a folder in this one, if it is not there."""
@@ -281,16 +287,51 @@ def sha256_of(path: Path) -> str:
 
 def refused(action: str, path: Path, error: OSError) -> UserError:
     """The error about a file that the system refuses; ``action`` is what was tried."""
-    advice = f"mend the volume or give user {os.getuid()} access"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        advice = "free some space"
-    return UserError(f"cannot {action} {path}: {error.strerror or error}; {advice}, then run again")
+    return UserError(
+        f"cannot {action} {path}: {error.strerror or error}; {remedy(error)}, then run again"
+    )
+
+
+def flush(descriptor: int) -> None:
+    """Put an open file's content on the disk, as far as its volume can do that."""
+    with _as_far_as_possible():
+        os.fsync(descriptor)
 
 
 def _flush_folder(folder: Path) -> None:
-    """Put a folder's entries on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Put a folder's entries on the disk, as far as its volume can do that."""
+    with _as_far_as_possible():
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# They refuse the call itself, as shared folders, FUSE and folders that may not be read do. Any
+# other error may mean that content was lost.
+_CANNOT_FLUSH = (
+    *(errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR),
+    *(errno.EACCES, errno.EPERM),
+)
+
+
+@contextlib.contextmanager
+def _as_far_as_possible() -> Iterator[None]:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.errno not in _CANNOT_FLUSH:
+            raise
+        _warn_of_cache()
+
+
+@functools.cache  # once
+def _warn_of_cache() -> None:
+    log.event(
+        "not_flushed",
+        logging.WARNING,
+        message="the volume of --output-dir cannot be told to write its cache to the disk: if its "
+        "machine crashes, the last checkpoint may be lost or damaged, and the run resumes from an "
+        "earlier one",
+    )

@@ -27,7 +27,7 @@ from job import log
 from job.clock import running_seconds
 from job.cluster.scheduler import RunIdentity
 from job.config import ExitCode, JobError, UserError
-from job.run.folder import refused
+from job.run.folder import flush, refused
 from job.run.stop import StopRequest
 
 FOLDER = ".lease"
@@ -170,7 +170,7 @@ class Lease:
         # In place and of one size: network file systems show that to others without a delay, and a
         # name that comes to mean another file only once their directory cache has expired.
         os.pwrite(self._descriptor, msgspec.json.encode(self._holder).ljust(self._size), 0)
-        os.fsync(self._descriptor)
+        flush(self._descriptor)
 
 
 def lease_path(folder: Path, generation: int) -> Path:

@@ -182,14 +182,19 @@ def versions() -> dict[str, str]:
 def git_commit() -> str | None:
     """The commit of the image or checkout that this program runs from; None where nothing tells.
 
-    An image holds no checkout; its build sets ``JOB_GIT_COMMIT``.
+    An image holds no checkout; its build sets ``JOB_GIT_COMMIT``. Of a checkout it is the commit
+    that has this file: not that of a repository somewhere above, or that a variable names.
     """
     if "JOB_GIT_COMMIT" in os.environ:
         return os.environ["JOB_GIT_COMMIT"] or None
+    file = Path(__file__).resolve()
+    top = file.parents[2]
+    command = ["git", f"--git-dir={top / '.git'}", "rev-parse", "HEAD"]
     try:
         result = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
+            [*command, f"HEAD:{file.relative_to(top)}"],
+            cwd=top,
+            env={name: value for name, value in os.environ.items() if name[:4] != "GIT_"},
             capture_output=True,
             text=True,
             errors="replace",  # its message may name a path
@@ -198,4 +203,4 @@ def git_commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip()
+    return result.stdout.split()[0]

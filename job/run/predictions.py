@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from job.config import UserError
+from job.environment import program
 from job.run.folder import PREDICTIONS, OutputDir, read_file
 
 
@@ -64,7 +65,7 @@ class Predictions:
         except (OSError, EOFError, KeyError, ValueError, BadZipFile, zlib.error) as error:
             raise UserError(
                 f"{path} is no file of this version of the job ({error}); write it anew with "
-                f"python -m job evaluate --output-dir {folder}"
+                f"{program()} evaluate --output-dir {folder}"
             ) from error
 
 

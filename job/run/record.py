@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 
 from job.cluster import Device
 from job.config import TrainConfig, UserError, encodable, redacted, run_options
+from job.environment import program
 from job.run.folder import EVALUATION, METRICS, REPORT, RUN, read_file
 from job.run.predictions import Predictions, confusion_matrix
 
@@ -237,7 +238,7 @@ class RunRecord(Struct, frozen=True):
             if counted.tolist() != evaluation.confusion_matrix:
                 raise UserError(
                     f"the predictions in {folder} are of another model than its {EVALUATION}; "
-                    f"write both anew with python -m job evaluate --output-dir {folder}"
+                    f"write both anew with {program()} evaluate --output-dir {folder}"
                 )
         return record
 
@@ -369,7 +370,7 @@ def read_evaluation(folder: Path) -> EvaluationRecord | None:
         DamagedError: If it is damaged.
     """
     path = folder / EVALUATION
-    advice = f"write it anew with python -m job evaluate --output-dir {folder}"
+    advice = f"write it anew with {program()} evaluate --output-dir {folder}"
     content = read_file(path)
     if content is None:
         return None

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 from job import __version__, log
 from job.config import TrainConfig, UserError, encodable
 from job.run.attempt import Attempt, recording_end
+from job.run.folder import refused
 from job.run.record import EpochRecord
 from job.training.observer import Observer, Phase, Start, Status
 
@@ -71,7 +72,7 @@ class MetricsTextfile(Observer):
         try:
             self._write()
         except OSError as error:
-            raise _cannot_write(path, error.strerror or str(error)) from error
+            raise refused("write --metrics-textfile", path, error) from error
 
     def begin(self, start: Start) -> None:
         self._info = {
@@ -157,8 +158,10 @@ class MetricsTextfile(Observer):
         temporary.unlink(missing_ok=True)
         try:
             with temporary.open("xb") as file:
-                # The node exporter is another user, whatever this one's umask.
-                os.fchmod(file.fileno(), 0o644)
+                # The node exporter is another user, whatever this one's umask. On volumes without
+                # modes of their own the mount decides.
+                with contextlib.suppress(OSError):
+                    os.fchmod(file.fileno(), 0o644)
                 file.write(content)
             temporary.replace(self._path)
         except OSError:

@@ -14,6 +14,7 @@ from job.cluster.scheduler import RunIdentity
 from job.commands.dry_run import Preview, preview
 from job.config import TrainConfig, UserError, describe_config
 from job.data import Dataset
+from job.environment import program
 from job.recipes import classic
 from job.run.attempt import hold_output_dir
 from job.run.lease import LeaseLostError
@@ -96,7 +97,7 @@ def test_a_new_run(config: TrainConfig, find: Find) -> None:
     assert "5 steps an epoch, 32 images left out" in text
     first, second, *_ = text.splitlines()
     assert first == "Dry run      nothing stands in the way; nothing was written"
-    assert second.startswith("Config       python -m job train --output-dir ")
+    assert second.startswith(f"Config       {program()} train --output-dir ")
     assert " --epochs 2 " in second
     labels = [line.split()[0] for line in text.splitlines() if line[0] != " "]
     assert list(dict.fromkeys(labels)) == [*("Dry", "Config", "Output", "Devices", "Data", "Batch")]
@@ -263,7 +264,7 @@ def test_the_command_line_ends_as_the_training_would_and_writes_nothing(
     assert first == "Dry run      nothing stands in the way; nothing was written"
     assert sum(line.startswith("Devices      CPU:") for line in lines) == 2
     assert "Batch        195 steps an epoch, 80 images left out, others each time" in lines
-    assert "Config       python -m job train --output-dir output --devices cpu:2" in lines
+    assert f"Config       {program()} train --output-dir output --devices cpu:2" in lines
     missing = run_job("train", "--dry-run", env={"SLURM_GPUS_ON_NODE": "99"})
     assert missing.returncode == 3
     dry_run, error = map(json.loads, missing.stdout.splitlines())

@@ -71,7 +71,7 @@ def job(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def commands() -> list[list[str]]:
     (block,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
     lines = block.replace("\\\n", " ").splitlines()
-    return [shlex.split(line)[3:] for line in lines]
+    return [shlex.split(line)[1:] for line in lines]
 
 
 def test_the_pages_commands_train_its_example_to_the_end(copy: Path) -> None:

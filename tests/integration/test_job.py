@@ -252,7 +252,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
             text=True,
             check=True,
         )
-        assert "Permission denied; name a folder that user 65534 can write" in result.stdout
+        assert "Permission denied; give user 65534 access" in result.stdout
 
 
 def test_a_volume_that_cannot_be_written_is_refused(run_job: RunJob, small_volume: Path) -> None:

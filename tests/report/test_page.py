@@ -16,6 +16,7 @@ import pytest
 from job import log
 from job.commands.cli import evaluate, train
 from job.config import DeviceRequest, TrainConfig, UserError
+from job.environment import program
 from job.report import spare_the_run
 from job.report.page import (
     attempt_table,
@@ -102,7 +103,7 @@ def test_the_page_has_every_section_and_needs_nothing_else(reported: Path) -> No
         *("How to run it again", "Configuration", "Devices", "Data", "Versions"),
     ):
         assert heading in page.text
-    assert "python -m job train --output-dir out-again --epochs 3\n" in f"{page.text}\n"
+    assert f"{program()} train --output-dir out-again --epochs 3\n" in f"{page.text}\n"
     assert "model a processor, memory 23.5 GiB" in page.text
     assert not page.all("script")
     links = [*page.all("a"), *page.all("link"), *page.all("img")]
@@ -195,7 +196,7 @@ def test_a_folder_of_an_earlier_version_gets_a_report_without_predictions(
     (whole.path / "predictions.npz").unlink()
     page = without_pictures(whole.path)
     assert "There is no predictions.npz in the folder" in page.text
-    assert "python -m job evaluate --output-dir out" in page.text
+    assert f"{program()} evaluate --output-dir out" in page.text
     assert "Calibration" not in page.text
 
 
@@ -319,8 +320,8 @@ ATTEMPT = replace(
 def parse(command: str) -> TrainConfig:
     """The configuration that the program makes of a command line."""
     words = shlex.split(command)
-    assert words[:4] == ["python", "-m", "job", "train"]
-    options = train.make_context("train", words[4:]).params
+    assert words[:2] == [program(), "train"]
+    options = train.make_context("train", words[2:]).params
     del options["log_format"], options["expect_mount"], options["dry_run"]
     return TrainConfig(**options)
 
@@ -351,7 +352,7 @@ def test_only_the_folder_and_options_that_differ_from_the_defaults_are_named() -
         (TrainConfig(dataset="synthetic"), "--output-dir output-again --dataset synthetic"),
         (TrainConfig(output_dir=Path()), "--output-dir .-again"),
     ):
-        assert rerun_command(as_recorded(config)) == f"python -m job train {options}"
+        assert rerun_command(as_recorded(config)) == f"{program()} train {options}"
 
 
 def test_the_command_of_another_version_leaves_out_what_this_one_does_not_know(
@@ -360,8 +361,8 @@ def test_the_command_of_another_version_leaves_out_what_this_one_does_not_know(
     document = json.loads((whole.path / "run.json").read_text())
     document["config"] |= {"colour": "red", "limit": 77}
     (whole.path / "run.json").write_text(json.dumps(document))
-    (command,) = re.findall("python -m job train.*", without_pictures(whole.path).text)
-    assert command == "python -m job train --output-dir out-again --epochs 3 --limit 77"
+    (command,) = re.findall("cifar10-job train.*", without_pictures(whole.path).text)
+    assert command == "cifar10-job train --output-dir out-again --epochs 3 --limit 77"
 
 
 def test_a_stopped_run_tells_first_how_to_resume_it(tmp_path: Path, whole: OutputDir) -> None:
@@ -380,8 +381,8 @@ def test_the_evaluation_is_of_the_runs_folder_and_data(tmp_path: Path) -> None:
     output = make_run(tmp_path / "run", config)
     add_evaluation(output)
     (output.path / "predictions.npz").unlink()
-    (command,) = re.findall("python -m job evaluate.*", without_pictures(output.path).text)
-    options = evaluate.make_context("evaluate", shlex.split(command)[4:]).params
+    (command,) = re.findall("cifar10-job evaluate.*", without_pictures(output.path).text)
+    options = evaluate.make_context("evaluate", shlex.split(command)[2:]).params
     names = ("output_dir", "data_dir", "dataset", "seed", "recipe")
     assert [options[name] for name in names] == [getattr(config, name) for name in names]
 

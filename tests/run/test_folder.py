@@ -93,10 +93,53 @@ def test_a_write_that_the_system_refuses_names_the_file(tmp_path: Path) -> None:
         OutputDir(tmp_path).append_bytes("gone/file.txt", b"text")
 
 
-def test_a_full_volume_and_a_broken_one_are_told_with_their_own_advice(tmp_path: Path) -> None:
-    for number, advice in ((errno.ENOSPC, "free some space"), (errno.EIO, "mend the volume or")):
+def test_each_refusal_of_the_system_has_its_own_advice(tmp_path: Path) -> None:
+    for number, advice in (
+        (errno.ENOSPC, "free some space, then"),
+        (errno.EDQUOT, "free some space, or ask for a larger quota, then"),
+        (errno.EFBIG, "raise the limit of a file's size (ulimit -f), then"),
+        (errno.EROFS, "mount the volume writable, then"),
+        (errno.EACCES, f"give user {os.getuid()} access, or run as"),
+        (errno.EIO, "mend the volume, then"),
+        (errno.EINVAL, "mend the volume, or name another path, then"),
+    ):
         error = refused("write", tmp_path, OSError(number, os.strerror(number)))
         assert str(error).startswith(f"cannot write {tmp_path}: {os.strerror(number)}; {advice}")
+
+
+def test_a_volume_that_cannot_flush_is_warned_of_once_and_a_broken_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def writing_while(name: str, number: int) -> None:
+        def refuse(*_arguments: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, refuse)
+            OutputDir(tmp_path).write_text("file.txt", "text")
+            OutputDir(tmp_path).append_bytes("file.txt", b"more")
+
+    log.configure("text")
+    for name, number in (
+        *(("fsync", number) for number in (errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF)),
+        *(("open", number) for number in (errno.EACCES, errno.EISDIR)),
+    ):
+        writing_while(name, number)
+        assert (tmp_path / "file.txt").read_text() == "textmore"
+    assert capsys.readouterr().out.count("cannot be told to write its cache to the disk") == 1
+    for number in (errno.EIO, errno.ENOSPC):
+        with pytest.raises(UserError, match=os.strerror(number)):
+            writing_while("fsync", number)
+
+
+def test_a_volume_that_reports_no_free_space_is_no_full_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_path: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "statvfs", refuse)
+    prepare_output_dir(tmp_path)
 
 
 def test_what_a_killed_process_left_is_tidied_away(tmp_path: Path) -> None:

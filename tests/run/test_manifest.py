@@ -1,4 +1,7 @@
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,3 +126,27 @@ def test_git_commit_is_the_checkouts_and_an_images_its_builds(
     for value, expected in (("0123abcd", "0123abcd"), ("", None)):
         monkeypatch.setenv("JOB_GIT_COMMIT", value)
         assert git_commit() == expected
+
+
+def test_git_commit_is_never_that_of_another_repository(tmp_path: Path) -> None:
+    git = ["git", "-c", "user.name=somebody", "-c", "user.email=somebody@example.com"]
+    for command in (
+        ["init", "--quiet"],
+        ["commit", "--quiet", "--allow-empty", "--message=theirs"],
+    ):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    # As pip install --target and a virtual environment put the program into other projects.
+    for folder in (tmp_path, tmp_path / "libraries"):
+        shutil.copytree(REPOSITORY / "job", folder / "job")
+
+    def commit(folder: Path, **env: str) -> str:
+        command = [sys.executable, "-c", "from job.run import manifest as m; print(m.git_commit())"]
+        env |= {"PATH": os.environ["PATH"]}
+        return subprocess.run(
+            command, cwd=folder, env=env, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    assert commit(tmp_path) == commit(tmp_path / "libraries") == "None"
+    # As in a git hook.
+    hook = {"GIT_DIR": str(tmp_path / ".git"), "GIT_INDEX_FILE": "index", "GIT_PREFIX": ""}
+    assert commit(REPOSITORY, **hook) == str(git_commit())

@@ -63,7 +63,7 @@ def test_the_file_gives_back_what_was_saved_and_has_always_the_same_bytes(tmp_pa
         assert vars(loaded)[name].dtype == array.dtype
 
 
-REFUSED = r"predictions\.npz is no file of this version.*python -m job evaluate --output-dir"
+REFUSED = r"predictions\.npz is no file of this version.*cifar10-job evaluate --output-dir"
 
 
 def test_no_file_is_no_error_and_a_damaged_one_is(tmp_path: Path) -> None:

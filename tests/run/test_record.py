@@ -7,6 +7,7 @@ import pytest
 
 from job.cluster.scheduler import run_identity
 from job.config import DeviceRequest, TrainConfig, UserError
+from job.environment import program
 from job.run.folder import OutputDir
 from job.run.predictions import Predictions
 from job.run.record import (
@@ -26,7 +27,7 @@ from tests.conftest import RunJob
 from tests.run_folders import TRAINING, change, lines, make_run
 
 TRAIN_AGAIN = "run the same train command again"
-EVALUATE = "write it anew with python -m job evaluate --output-dir"
+EVALUATE = f"write it anew with {program()} evaluate --output-dir"
 
 
 def test_names_with_bytes_that_are_no_utf_8_are_escaped_in_records() -> None:
