@@ -1,4 +1,4 @@
-"""Log events: JSON lines for machines, short readable lines for people, both on stdout."""
+"""Log events: JSON lines for machines, short readable lines for people, mostly on stdout."""
 
 import contextlib
 import logging
@@ -20,15 +20,18 @@ def on_terminal() -> bool:
     return bool(sys.stdout and sys.stdout.isatty())
 
 
-def configure(log_format: str, worker: int | None = None) -> None:
-    """Send this program's events to stdout in the given format, replacing an earlier setting.
+def configure(
+    log_format: str, worker: int | None = None, stream: Literal["stdout", "stderr"] = "stdout"
+) -> None:
+    """Send this program's events to a stream in the given format, replacing an earlier setting.
 
     Args:
         log_format: "json", "text", or else text on a terminal and JSON lines elsewhere.
         worker: The rank of this worker, which its events tell, because several workers' logs are
             often one; None where there is only one.
+        stream: "stderr" where stdout is for results.
     """
-    handler = _StdoutHandler()
+    handler = _StreamHandler(stream)
     is_json = log_format == "json" or (log_format != "text" and not on_terminal())
     handler.setFormatter(_JsonEvents(worker) if is_json else _TextEvents(worker))
     _logger.handlers = [handler]
@@ -68,13 +71,17 @@ def _utc(timestamp: float) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-class _StdoutHandler(logging.Handler):
-    """Looks stdout up at each event: a progress bar replaces it while the bar is on the screen."""
+class _StreamHandler(logging.Handler):
+    """Looks the stream up at each event: a progress bar replaces it while it is on the screen."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__()
+        self._stream = stream
 
     def emit(self, record: logging.LogRecord) -> None:
         # A reader that went away, or a full disk behind a redirection, is no reason to stop.
         with contextlib.suppress(OSError):
-            print(self.format(record), file=sys.stdout, flush=True)
+            print(self.format(record), file=getattr(sys, self._stream), flush=True)
 
 
 class _JsonEvents(JsonFormatter):

@@ -21,6 +21,7 @@ from job.commands.options import (
     MODEL_FILE,
     PNG_FILE,
     config_options,
+    describe_unknown_option,
     log_format_option,
     option,
     output_dir_argument,
@@ -30,6 +31,14 @@ from job.commands.options import (
 from job.commands.terminal import DownloadBar, EpochBar, printable
 from job.config import ExitCode, JobError, TrainConfig
 from job.run.stop import StopRequest, Watchdog
+
+
+class _ResultsCommand(click.Command):
+    """A command whose stdout has its results alone, also where its options are wrong."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        log.configure("text", stream="stderr")
+        return super().make_context(*args, **kwargs)
 
 
 @click.group(context_settings={"max_content_width": 100})
@@ -180,7 +189,7 @@ def report(stop: StopRequest, /, log_format: log.LogFormat, output_dir: Path) ->
         write_report(output)
 
 
-@cli.command()
+@cli.command(cls=_ResultsCommand)
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @config_options(
     *("output_dir", "devices", "require_gpus"),
@@ -205,7 +214,6 @@ def predict(
 
     Images that cannot be read are named and counted, and the exit code is then 2.
     """
-    log.configure("text")  # stdout is for the predictions
     stop.advice = "run the same command again"
     config = TrainConfig(**options)
     from job.data.image_files import find_images, require_no_image
@@ -224,7 +232,7 @@ def predict(
     predict_images(open_devices(config), path, files, top, as_json=json, png=png)
 
 
-@cli.command()
+@cli.command(cls=_ResultsCommand)
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True)
 @option("--json", is_flag=True, help="Write one JSON object instead of tables.")
 @option("--png", type=PNG_FILE, help="Also draw the runs' curves and accuracies.")
@@ -233,7 +241,6 @@ def compare(folders: tuple[str, ...], json: bool, png: Path | None) -> None:
 
     Runs that are not finished are told and left out of the means.
     """
-    log.configure("text")  # stdout is for the comparison
     if png:
         require_writable_folder(png)
     from job.commands.compare import print_comparison
@@ -280,7 +287,7 @@ def main(stop: StopRequest, stderr: TextIO | None = None) -> NoReturn:
         except click.NoSuchOption as error:
             of_a_command = error.ctx is not None and error.ctx.command is not cli
             advice = "" if of_a_command else " Options come after a command: train --epochs 3."
-            _fail(error.format_message() + advice, ExitCode.USER_ERROR, stderr)
+            _fail(describe_unknown_option(error) + advice, ExitCode.USER_ERROR, stderr)
         except click.ClickException as error:
             _fail(error.format_message(), ExitCode.USER_ERROR, stderr)
         except JobError as error:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -274,7 +274,7 @@ def _pixels(image: PillowFile.ImageFile, shape: ImageShape) -> npt.NDArray[np.ui
 
 def _scale_transparent_value(image: PillowFile.ImageFile) -> None:
     """Bring the transparent value of a PNG file to the 8 bits that Pillow makes of its samples."""
-    value = image.info.get("transparency")
+    value: Any = image.info.get("transparency")
     match image.tile[0].args if value is not None else None:
         case "L;2":
             image.info["transparency"] = value * 85
