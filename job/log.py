@@ -61,6 +61,11 @@ def event(name: str, level: int = logging.INFO, **fields: Any) -> None:
     _logger.log(level, name, extra={_FIELDS: fields})
 
 
+def plural(number: int, noun: str) -> str:
+    """A number of things: ``1 image``, ``10,000 images``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def utc_now() -> str:
     """The current time in UTC, ISO 8601 with milliseconds: ``2026-01-31T12:00:00.000Z``."""
     return _utc(datetime.now(UTC).timestamp())

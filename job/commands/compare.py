@@ -13,8 +13,9 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from job.commands.terminal import plural, printable, say, write_lines, write_table
+from job.commands.terminal import printable, say, write_lines, write_table
 from job.config import TrainConfig, UserError, Value, describe_config, run_options
+from job.log import plural
 from job.report.pictures import PALETTE, SCREEN_DPI, lay_out_epochs, save_png
 from job.run.folder import EVALUATION, METRICS, RUN, OutputDir
 from job.run.record import Manifest, RunRecord
@@ -146,9 +147,9 @@ def _problem(record: RunRecord, manifest: Manifest) -> str | None:
     """Why a run cannot be compared; None where it can."""
     epochs, expected = len(record.epochs), manifest.config.epochs
     if manifest.outcome != "done":
-        return f"{manifest.outcome} after {epochs} of {expected} epochs"
+        return f"{manifest.outcome} after {epochs} of {plural(expected, 'epoch')}"
     if epochs != expected:
-        return f"its {METRICS} has {epochs} lines, expected {expected}"
+        return f"its {METRICS} has {plural(epochs, 'line')}, expected {expected}"
     return None if record.evaluation else f"it holds no {EVALUATION}"
 
 
@@ -360,7 +361,9 @@ def _run_row(run: Run, varying: Sequence[str]) -> list[str]:
         _percent(run.accuracy),
         "" if run.loss is None else f"{run.loss:.4f}",
         f"{run.elapsed_seconds:,.0f} s",
-        run.outcome if run.outcome == "done" else f"{run.outcome}, {len(run.curve)} epochs",
+        run.outcome
+        if run.outcome == "done"
+        else f"{run.outcome}, {plural(len(run.curve), 'epoch')}",
     ]
 
 
@@ -429,6 +432,9 @@ def save_comparison(path: Path, groups: Sequence[Group]) -> None:
     right.set_yticks(range(len(groups)) if len(groups) > 1 else [])
     right.set_yticklabels(names if len(groups) > 1 else [], weight="bold")
     right.margins(x=0.15)  # for the text below a mean
+    # No axis goes beyond what an accuracy can be.
+    low, high = right.get_xlim()
+    right.set_xlim(max(low, 0), min(high, 100))
     right.set_ylim(len(groups) - 0.4, -0.6)
     right.grid(axis="x", alpha=0.3)
     for axis in (left, right):

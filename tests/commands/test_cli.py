@@ -263,8 +263,8 @@ def test_stdout_of_results_has_no_error(
     exit_code, errors = run_main(command, *arguments.split())
     assert (exit_code, len(errors)) == (2, 1)
     log.event("warning")  # as devices have some
-    output, errors = capsys.readouterr()
-    assert (output, errors.split()[1:]) == ("", ["warning"])
+    output, events = capsys.readouterr()
+    assert (output, events.split()[1:]) == ("", ["warning"])
 
 
 @pytest.fixture

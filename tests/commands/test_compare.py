@@ -77,7 +77,7 @@ DAMAGE = [
     ("run.json", None, "it holds no run.json"),
     ("metrics.jsonl", "nonsense\n", "metrics.jsonl, line 1 is damaged"),
     ("metrics.jsonl", None, "its metrics.jsonl has 0 lines, expected 7"),
-    ("metrics.jsonl", 1, "its metrics.jsonl has 1 lines, expected 7"),
+    ("metrics.jsonl", 1, "its metrics.jsonl has 1 line, expected 7"),
     ("evaluation.json", None, "it holds no evaluation.json"),
     ("evaluation.json", '{"loss": 1, "accuracy": []}', "got `array` - at `$.accuracy`"),
 ]
