@@ -418,7 +418,7 @@ def save_comparison(path: Path, groups: Sequence[Group]) -> None:
             left.plot(epochs, 100 * curve, color=colour, linewidth=0.8, alpha=0.45)
         # A curve of a single epoch is nothing but its marker.
         style: dict[str, Any] = {"linestyle": line, "linewidth": 2.2, "marker": marker}
-        style |= {"markevery": max(1, len(mean) // 8)}
+        style |= {"markevery": max(1, len(mean) // 8), "clip_on": False}
         handles += left.plot(epochs, 100 * mean, color=colour, **style)
         _draw_accuracies(right, number, group, colour, marker)
     left.set_title("Validation accuracy of each run, and the mean")
@@ -432,9 +432,9 @@ def save_comparison(path: Path, groups: Sequence[Group]) -> None:
     right.set_yticks(range(len(groups)) if len(groups) > 1 else [])
     right.set_yticklabels(names if len(groups) > 1 else [], weight="bold")
     right.margins(x=0.15)  # for the text below a mean
-    # No axis goes beyond what an accuracy can be.
-    low, high = right.get_xlim()
-    right.set_xlim(max(low, 0), min(high, 100))
+    # Margins go beyond what an accuracy can be.
+    right.set_xlim(*np.clip(right.get_xlim(), 0, 100))
+    left.set_ylim(*np.clip(left.get_ylim(), 0, 100))
     right.set_ylim(len(groups) - 0.4, -0.6)
     right.grid(axis="x", alpha=0.3)
     for axis in (left, right):
@@ -458,7 +458,9 @@ def _legend_text(name: str, group: Group) -> str:
 def _draw_accuracies(axis: Axes, row: int, group: Group, colour: str, marker: str) -> None:
     """Draw runs as points, and below them their mean with the standard deviation."""
     values = [100 * run.accuracy for run in group.runs if run.accuracy is not None]
-    axis.plot(values, np.full(len(values), row - 0.12), marker, color=colour, alpha=0.6)
+    axis.plot(
+        values, np.full(len(values), row - 0.12), marker, color=colour, alpha=0.6, clip_on=False
+    )
     if group.accuracy.standard_deviation is not None:
         mean, deviation = 100 * group.accuracy.mean, 100 * group.accuracy.standard_deviation
         axis.errorbar(mean, row + 0.12, xerr=deviation, fmt="|", color="black", capsize=4, ms=14)

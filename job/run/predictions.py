@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from job.config import UserError
-from job.run.folder import PREDICTIONS, OutputDir
+from job.run.folder import PREDICTIONS, OutputDir, refused
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,36 @@ class Predictions:
             # A file that NumPy opens by itself stays open where it is none of its archives.
             content = io.BytesIO(path.read_bytes())
             with np.load(content, allow_pickle=False) as file:
-                return cls(**{field.name: file[field.name] for field in fields(cls)})
+                predictions = cls(**{field.name: file[field.name] for field in fields(cls)})
+            predictions._require_consistent()
+            return predictions
         except FileNotFoundError:
             return None
-        except (OSError, EOFError, KeyError, ValueError, BadZipFile, zlib.error) as error:
+        except OSError as error:
+            raise refused("read", path, error) from error
+        except (EOFError, KeyError, TypeError, ValueError, BadZipFile, zlib.error) as error:
             raise UserError(
-                f"{path} is no file of this version of the job ({error}); write it anew with "
+                f"{path} is no file of this version of the job, or damaged; write it anew with "
                 f"python -m job evaluate --output-dir {folder}"
             ) from error
+
+    def _require_consistent(self) -> None:
+        """Make sure that the arrays belong together.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        examples, classes = self.probabilities.shape
+        one_each = (
+            (self.labels, examples, classes),
+            (self.mistakes, len(self.mistake_images), examples),
+            (self.original_labels, len(self.originals), classes),
+        )
+        for indices, length, end in one_each:
+            if indices.shape != (length,) or not ((indices >= 0) & (indices < end)).all():
+                raise ValueError("arrays of different sizes")
+        if self.augmented.shape[:1] != self.originals.shape[:1]:
+            raise ValueError("arrays of different sizes")
 
 
 def confusion_matrix(

@@ -337,6 +337,18 @@ def saved_figure(monkeypatch: pytest.MonkeyPatch, path: Path, groups: list[Group
     return figure
 
 
+@pytest.mark.parametrize("accuracies", [[0.0], [1.0], [1.0, 0.999]])
+def test_no_axis_goes_beyond_what_an_accuracy_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracies: list[float]
+) -> None:
+    runs = tuple(
+        Run("a", 1, {}, (value, value), value, 1.0, 1.0, "done", None) for value in accuracies
+    )
+    figure = saved_figure(monkeypatch, tmp_path / "runs.png", [Group("a", runs)])
+    for low, high in (figure.axes[0].get_ylim(), figure.axes[1].get_xlim()):
+        assert 0 <= low < high <= 100
+
+
 def visible_texts(axis: Axes) -> list[Text]:
     """All texts of a plot, less the labels of ticks beyond its ends."""
     (left, right), (low, high) = sorted(axis.get_xlim()), sorted(axis.get_ylim())
