@@ -9,6 +9,8 @@ BENCH_ROUNDS ?= 3
 CHAOS_DIR ?= build/chaos
 CHAOS_ROUNDS ?= 100
 PYTEST_ARGS ?=
+# Options for the program, as in make train ARGS="--epochs 3".
+ARGS ?=
 DOCKER ?= docker
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' job/__init__.py)
 IMAGE ?= cifar10-job:$(VERSION)
@@ -23,6 +25,16 @@ FETCH_DIR ?= output/k8s
 LOCK := $(if $(wildcard /dev/nvidia[0-9]*),gpu,cpu)
 BIN := $(VENV)/bin
 
+# A variable of a name that this file does not have would be ignored, and 50 epochs begin.
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+$(foreach name,$(GIVEN),$(if $(shell grep -E '^$(name) +[?:]?=' $(firstword $(MAKEFILE_LIST))),,\
+  $(error received $(name), which is no variable of this Makefile; options of the program go into \
+  ARGS, as in make train ARGS="--epochs 3")))
+
+# make calls each exit code but 0 an error; 75 is none.
+EXPLAIN = || { code=$$?; test $$code -ne 75 || \
+  echo "make: the training stopped and is saved; the same command goes on with it" >&2; exit $$code; }
+
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
 
@@ -36,16 +48,17 @@ install: $(VENV)/.$(LOCK) ## Install into .venv, with the GPU libraries on a mac
 .PHONY: demo
 demo: install ## Train on the embedded synthetic set for a few epochs: no data, no GPU needed
 	$(BIN)/cifar10-job train --dataset synthetic --limit 9600 --batch-size 32 --epochs 3 \
-	  --learning-rate 1e-3 --output-dir $(DEMO_DIR)
+	  --learning-rate 1e-3 --output-dir $(DEMO_DIR) $(ARGS) $(EXPLAIN)
+	@$(BIN)/python -c 'from job.data.synthetic import save_examples as save; save("$(DEMO_DIR)/test-images")'
 	@ls -l $(DEMO_DIR)
 
 .PHONY: train
-train: install ## The real job: CIFAR-10, recipe classic, 50 epochs
-	$(BIN)/cifar10-job train --data-dir $(DATA_DIR) --output-dir $(OUTPUT_DIR)
+train: install ## The real job: CIFAR-10, recipe classic, 50 epochs; ARGS="--epochs 3" adds options
+	$(BIN)/cifar10-job train --data-dir $(DATA_DIR) --output-dir $(OUTPUT_DIR) $(ARGS) $(EXPLAIN)
 
 .PHONY: doctor
 doctor: install ## Examine this machine's GPUs, libraries and folders
-	$(BIN)/cifar10-job doctor --data-dir $(DATA_DIR) --output-dir $(OUTPUT_DIR)
+	$(BIN)/cifar10-job doctor --data-dir $(DATA_DIR) --output-dir $(OUTPUT_DIR) $(ARGS)
 
 BUILD_IMAGE = --file docker/Dockerfile --tag $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
   --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) .
@@ -53,8 +66,16 @@ BUILD_IMAGE = --file docker/Dockerfile --tag $(IMAGE) --build-arg BASE_IMAGE=$(B
 # Of this checkout alone, with -dirty where it is not what the commit says.
 REVISION = $(shell unset $$(git rev-parse --local-env-vars); git --git-dir=.git --work-tree=. describe --always --dirty --abbrev=40 --exclude '*')
 
+# That a program is there; called with its command, which may have options.
+NEEDS = @command -v $(firstword $(1)) > /dev/null || \
+  { echo "$(firstword $(1)) is not there, which make $@ needs; install it, or name another:" \
+    "make $@ $(2)" >&2; exit 2; }
+NEEDS_DOCKER = $(call NEEDS,$(DOCKER),DOCKER=podman)
+NEEDS_KUBECTL = $(call NEEDS,$(KUBECTL),KUBECTL=/path/to/kubectl)
+
 .PHONY: image
 image: ## Build the image IMAGE on BASE_IMAGE
+	$(NEEDS_DOCKER)
 	$(DOCKER) build $(BUILD_IMAGE)
 
 .PHONY: image-test
@@ -65,14 +86,16 @@ image-test: image ## Train in the image for a moment: any user, nothing writable
 
 .PHONY: docker-run
 docker-run: ## Train in the image on every GPU, into ./output
+	$(NEEDS_DOCKER)
 	mkdir -p output data
 	$(DOCKER) run --rm --gpus all --user "$$(id -u):$$(id -g)" \
-	  --volume "$$PWD/output:/output" --volume "$$PWD/data:/data" $(IMAGE)
+	  --volume "$$PWD/output:/output" --volume "$$PWD/data:/data" $(IMAGE) $(EXPLAIN)
 
 .PHONY: push
 push: ## Build and push IMAGE=registry/name:tag with its SBOM and provenance
 	@case "$(IMAGE)" in */*:*) ;; *) echo "IMAGE is $(IMAGE), expected registry/name:tag;" \
 	  "say make push IMAGE=registry.example.com/team/cifar10-job:$(VERSION)" >&2; exit 2;; esac
+	$(NEEDS_DOCKER)
 	@$(DOCKER) buildx version > /dev/null || \
 	  { echo "$(DOCKER) has no buildx; install docker-buildx" >&2; exit 2; }
 	$(DOCKER) buildx build --push --sbom=true --provenance=mode=max $(BUILD_IMAGE)
@@ -136,12 +159,14 @@ UV_COMPILE := --quiet --upgrade --universal --python-version 3.11 --generate-has
 # write a checkpoint: two Jobs would be two runs in one folder. What kubectl refuses deletes nothing.
 .PHONY: k8s-run
 k8s-run: ## Start the Job of K8S on Kubernetes, in place of the one that is there
+	$(NEEDS_KUBECTL)
 	names=$$($(KUBECTL) create -k $(K8S) --dry-run=client --validate=strict --output=name) && \
 	$(KUBECTL) delete --ignore-not-found --cascade=foreground $$(echo "$$names" | grep ^job) && \
 	$(KUBECTL) apply -k $(K8S)
 
 .PHONY: k8s-fetch
 k8s-fetch: ## Copy the artifacts of the Job of K8S from its volume to FETCH_DIR
+	$(NEEDS_KUBECTL)
 	@KUBECTL="$(KUBECTL)" k8s/fetch.sh $(K8S) $(FETCH_DIR)
 
 .PHONY: clean

@@ -1,4 +1,4 @@
-"""Log events: JSON lines for machines, short readable lines for people, both on stdout."""
+"""Log events: JSON lines for machines, short readable lines for people, mostly on stdout."""
 
 import contextlib
 import logging
@@ -20,15 +20,18 @@ def on_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-def configure(log_format: str, worker: int | None = None) -> None:
-    """Send this program's events to stdout in the given format, replacing an earlier setting.
+def configure(
+    log_format: str, worker: int | None = None, stream: Literal["stdout", "stderr"] = "stdout"
+) -> None:
+    """Send this program's events to a stream in the given format, replacing an earlier setting.
 
     Args:
         log_format: "json", "text", or else text on a terminal and JSON lines elsewhere.
         worker: The rank of this worker, which its events tell, because several workers' logs are
             often one; None where there is only one.
+        stream: "stderr" where stdout is for results.
     """
-    handler = _StdoutHandler()
+    handler = _StreamHandler(stream)
     is_json = log_format == "json" or (log_format != "text" and not on_terminal())
     handler.setFormatter(_JsonEvents(worker) if is_json else _TextEvents(worker))
     _logger.handlers = [handler]
@@ -58,6 +61,11 @@ def event(name: str, level: int = logging.INFO, **fields: Any) -> None:
     _logger.log(level, name, extra={_FIELDS: fields})
 
 
+def plural(number: int, noun: str) -> str:
+    """A number of things: ``1 image``, ``10,000 images``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def utc_now() -> str:
     """The current time in UTC, ISO 8601 with milliseconds: ``2026-01-31T12:00:00.000Z``."""
     return _utc(datetime.now(UTC).timestamp())
@@ -68,13 +76,17 @@ def _utc(timestamp: float) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-class _StdoutHandler(logging.Handler):
-    """Looks stdout up at each event: a progress bar replaces it while the bar is on the screen."""
+class _StreamHandler(logging.Handler):
+    """Looks the stream up at each event: a progress bar replaces it while it is on the screen."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__()
+        self._stream = stream
 
     def emit(self, record: logging.LogRecord) -> None:
         # A reader that went away, or a full disk behind a redirection, is no reason to stop.
         with contextlib.suppress(OSError):
-            print(self.format(record), file=sys.stdout, flush=True)
+            print(self.format(record), file=getattr(sys, self._stream), flush=True)
 
 
 class _JsonEvents(JsonFormatter):

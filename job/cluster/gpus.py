@@ -15,6 +15,7 @@ import tensorflow as tf
 from job.cluster import Device
 from job.cluster.scheduler import gpus_on_node
 from job.config import GpuMissingError
+from job.log import plural
 
 DRIVER_LIBRARY = "libcuda.so.1"
 """Comes with the driver of the host; a container has it if it was given a GPU."""
@@ -84,15 +85,15 @@ def check_expected_gpus(expected: ExpectedGpus, visible: int, required: int) -> 
     """
     if visible < required:
         raise GpuMissingError(
-            f"--require-gpus expected {required} GPU(s), TensorFlow sees {visible}{_why()}; give "
-            f"the job its GPUs, or lower --require-gpus, which an image sets by JOB_REQUIRE_GPUS "
-            f"(0 permits the CPU)"
+            f"--require-gpus expected {plural(required, 'GPU')}, TensorFlow sees {visible}"
+            f"{_why()}; give the job its GPUs, or lower --require-gpus, which an image sets by "
+            f"JOB_REQUIRE_GPUS (0 permits the CPU)"
         )
     if visible < expected.count:
         raise GpuMissingError(
-            f"{expected.source} promises {expected.count} GPUs, TensorFlow sees {visible}{_why()}; "
-            f"run '{sys.executable} -m job doctor' there, or ask for --devices cpu:1 to train "
-            f"without a GPU"
+            f"{expected.source} promises {plural(expected.count, 'GPU')}, TensorFlow sees "
+            f"{visible}{_why()}; run '{sys.executable} -m job doctor' there, or ask for --devices "
+            f"cpu:1 to train without a GPU"
         )
 
 

@@ -22,6 +22,7 @@ from job.commands.options import (
     MODEL_FILE,
     PNG_FILE,
     config_options,
+    describe_unknown_option,
     log_format_option,
     option,
     output_dir_argument,
@@ -40,6 +41,14 @@ class _Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         warn_of_misspelt_variables(self, os.environ)
         return super().invoke(ctx)
+
+
+class _ResultsCommand(_Command):
+    """A command whose stdout has its results alone, also where its options are wrong."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        log.configure("text", stream="stderr")
+        return super().make_context(*args, **kwargs)
 
 
 class _Group(click.Group):
@@ -196,7 +205,7 @@ def report(stop: StopRequest, /, log_format: log.LogFormat, output_dir: Path) ->
         write_report(output)
 
 
-@cli.command()
+@cli.command(cls=_ResultsCommand)
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @config_options(
     *("output_dir", "devices", "require_gpus"),
@@ -221,7 +230,6 @@ def predict(
 
     Images that cannot be read are named and counted, and the exit code is then 2.
     """
-    log.configure("text")  # stdout is for the predictions
     stop.advice = "run the same command again"
     config = TrainConfig(**options)
     from job.data.image_files import find_images, require_no_image
@@ -240,7 +248,7 @@ def predict(
     predict_images(open_devices(config), path, files, top, as_json=json, png=png)
 
 
-@cli.command()
+@cli.command(cls=_ResultsCommand)
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True)
 @option("--json", is_flag=True, help="Write one JSON object instead of tables.")
 @option("--png", type=PNG_FILE, help="Also draw the runs' curves and accuracies.")
@@ -249,7 +257,6 @@ def compare(folders: tuple[str, ...], json: bool, png: Path | None) -> None:
 
     Runs that are not finished are told and left out of the means.
     """
-    log.configure("text")  # stdout is for the comparison
     if png:
         require_writable_folder(png)
     from job.commands.compare import print_comparison
@@ -299,7 +306,7 @@ def main(stop: StopRequest, stderr: TextIO | None = None) -> NoReturn:
         except click.NoSuchOption as error:
             of_a_command = error.ctx is not None and error.ctx.command is not cli
             advice = "" if of_a_command else " Options come after a command: train --epochs 3."
-            _fail(error.format_message() + advice, ExitCode.USER_ERROR, stderr)
+            _fail(describe_unknown_option(error) + advice, ExitCode.USER_ERROR, stderr)
         except click.ClickException as error:
             _fail(error.format_message(), ExitCode.USER_ERROR, stderr)
         except JobError as error:

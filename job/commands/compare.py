@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from job.commands.terminal import plural, printable, say, write_lines, write_table
+from job.commands.terminal import printable, say, write_lines, write_table
 from job.config import TrainConfig, UserError, Value, describe_config, run_options
+from job.log import plural
 from job.report.pictures import PALETTE, SCREEN_DPI, lay_out_epochs, save_png
 from job.run.folder import EVALUATION, METRICS, RUN, OutputDir
 from job.run.record import Manifest, RunRecord
@@ -147,9 +148,9 @@ def _problem(record: RunRecord, manifest: Manifest) -> str | None:
     """Why a run cannot be compared; None where it can."""
     epochs, expected = len(record.epochs), manifest.config.epochs
     if manifest.outcome != "done":
-        return f"{manifest.outcome} after {epochs} of {expected} epochs"
+        return f"{manifest.outcome} after {epochs} of {plural(expected, 'epoch')}"
     if epochs != expected:
-        return f"its {METRICS} has {epochs} lines, expected {expected}"
+        return f"its {METRICS} has {plural(epochs, 'line')}, expected {expected}"
     return None if record.evaluation else f"it holds no {EVALUATION}"
 
 
@@ -361,7 +362,9 @@ def _run_row(run: Run, varying: Sequence[str]) -> list[str]:
         _percent(run.accuracy),
         "" if run.loss is None else f"{run.loss:.4f}",
         f"{run.elapsed_seconds:,.0f} s",
-        run.outcome if run.outcome == "done" else f"{run.outcome}, {len(run.curve)} epochs",
+        run.outcome
+        if run.outcome == "done"
+        else f"{run.outcome}, {plural(len(run.curve), 'epoch')}",
     ]
 
 
@@ -417,7 +420,7 @@ def save_comparison(path: Path, groups: Sequence[Group]) -> None:
             left.plot(epochs, 100 * curve, color=colour, linewidth=0.8, alpha=0.45)
         # A curve of a single epoch is nothing but its marker.
         style: dict[str, Any] = {"linestyle": line, "linewidth": 2.2, "marker": marker}
-        style |= {"markevery": max(1, len(mean) // 8)}
+        style |= {"markevery": max(1, len(mean) // 8), "clip_on": False}
         handles += left.plot(epochs, 100 * mean, color=colour, **style)
         _draw_accuracies(right, number, group, colour, marker)
     left.set_title("Validation accuracy of each run, and the mean")
@@ -431,6 +434,9 @@ def save_comparison(path: Path, groups: Sequence[Group]) -> None:
     right.set_yticks(range(len(groups)) if len(groups) > 1 else [])
     right.set_yticklabels(names if len(groups) > 1 else [], weight="bold")
     right.margins(x=0.15)  # for the text below a mean
+    # Margins go beyond what an accuracy can be.
+    right.set_xlim(*np.clip(right.get_xlim(), 0, 100))
+    left.set_ylim(*np.clip(left.get_ylim(), 0, 100))
     right.set_ylim(len(groups) - 0.4, -0.6)
     right.grid(axis="x", alpha=0.3)
     for axis in (left, right):
@@ -453,7 +459,9 @@ def _legend_text(name: str, group: Group) -> str:
 def _draw_accuracies(axis: "Axes", row: int, group: Group, colour: str, marker: str) -> None:
     """Draw runs as points, and below them their mean with the standard deviation."""
     values = [100 * run.accuracy for run in group.runs if run.accuracy is not None]
-    axis.plot(values, np.full(len(values), row - 0.12), marker, color=colour, alpha=0.6)
+    axis.plot(
+        values, np.full(len(values), row - 0.12), marker, color=colour, alpha=0.6, clip_on=False
+    )
     if group.accuracy.standard_deviation is not None:
         mean, deviation = 100 * group.accuracy.mean, 100 * group.accuracy.standard_deviation
         axis.errorbar(mean, row + 0.12, xerr=deviation, fmt="|", color="black", capsize=4, ms=14)

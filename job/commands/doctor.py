@@ -24,6 +24,7 @@ from job.cluster.gpus import (
 from job.commands.terminal import write_lines
 from job.config import ExitCode, JobError, TrainConfig
 from job.environment import remedy
+from job.log import plural
 from job.run.folder import free_bytes
 from job.run.manifest import versions
 from job.run.stop import Watchdog
@@ -155,7 +156,7 @@ def _all_reduce(devices: Devices) -> dict[str, Any]:
         problem = None if received == expected else f"all-reduce gave {received}, not {expected}"
     except tf.errors.OpError as error:
         problem = f"the devices cannot all-reduce: {error.message}"
-    return {"what": f"all-reduce over {devices.replicas} replica(s)", "problem": problem}
+    return {"what": f"all-reduce over {plural(devices.replicas, 'replica')}", "problem": problem}
 
 
 def _describe_folder(option: str, folder: Path) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def _preview_data(
             "classes": classes,
         },
         f"{name}: {location.description}",
-        f"{train:,} training and {test:,} test images{text}",
+        f"{train:,} training and {log.plural(test, 'test image')}{text}",
     )
     plan = make_plan(config, train)
     if devices is None:
@@ -215,10 +215,11 @@ def _preview_data(
             "epochs": plan.epochs,
             "total_steps": plan.total_steps,
         },
-        f"{plan.global_batch_size} images a step = {devices.replicas} replica(s) x {rows}",
-        f"{plan.steps_per_epoch:,} steps an epoch"
-        + (f", {left_out:,} images left out, others each time" if left_out else ""),
-        f"{plan.epochs:,} epochs = {plan.total_steps:,} steps",
+        f"{log.plural(plan.global_batch_size, 'image')} a step = "
+        f"{log.plural(devices.replicas, 'replica')} x {rows}",
+        f"{log.plural(plan.steps_per_epoch, 'step')} an epoch"
+        + (f", {log.plural(left_out, 'image')} left out, others each time" if left_out else ""),
+        f"{log.plural(plan.epochs, 'epoch')} = {log.plural(plan.total_steps, 'step')}",
     )
     return dataset, plan
 

@@ -8,7 +8,7 @@ import difflib
 import math
 import os
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ class _PositiveFloatType(click.FloatRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
-            self.fail(f"{value!r} is not a finite number.", param, ctx)
+            self.fail("not finite", param, ctx)
         return number
 
 
@@ -64,11 +64,48 @@ class _PathType(click.Path):
         return path
 
 
+class _Option(click.Option):
+    """An option whose errors name what was received and what was expected, whatever its type."""
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        try:
+            return super().type_cast_value(ctx, value)
+        except click.BadParameter as error:
+            expected = _expected(self.type)
+            if expected is None or error.message.startswith("received"):
+                raise
+            message = f"received {printable(str(value))!r}, expected {expected}."
+            raise click.BadParameter(message, ctx, self) from error
+
+
+def _expected(kind: click.ParamType[Any]) -> str | None:
+    """The values of a type of click in words; None where the type's own message has them."""
+    match kind:
+        case click.Choice(choices=choices):
+            *others, last = map(str, choices)
+            return f"{', '.join(others)} or {last}" if others else last
+        case click.FloatRange(min=low, max=high):
+            return f"a number above {low:g}" + ("" if high is None else f", at most {high:,}")
+        case click.IntRange(min=low, max=high):
+            return f"a whole number from {low}" + ("" if high is None else f" to {high:,}")
+        case click.types.BoolParamType():
+            return "true or false"
+        case click.Path(dir_okay=False, readable=readable):
+            return "a file that can be read" if readable else "a file, and no folder"
+    return None
+
+
 def option(name: str, *, help: str, **settings: Any) -> Callable[[Any], Any]:  # noqa: A002
     """An option that is also the environment variable ``JOB_<NAME>``."""
     variable = f"JOB_{name.removeprefix('--').replace('-', '_').upper()}"
     return click.option(
-        name, envvar=variable, show_envvar=True, show_default=True, help=help, **settings
+        name,
+        cls=_Option,
+        envvar=variable,
+        show_envvar=True,
+        show_default=True,
+        help=help,
+        **settings,
     )
 
 
@@ -137,14 +174,31 @@ def warn_of_misspelt_variables(command: click.Command, environ: Mapping[str, str
     known = [str(parameter.envvar) for parameter in command.params if parameter.envvar]
     for name in sorted(environ.keys() - {*known}):
         short = name.removeprefix("JOB_")
-        options = [one.removeprefix("JOB_") for one in known]
-        close = difflib.get_close_matches(short, options, n=1, cutoff=_ALIKE)
-        close = close or [option for option in options if option.startswith(f"{short}_")]
+        close = _closest(short, [one.removeprefix("JOB_") for one in known])
         if name != short and close:
             say(
                 f"warning: the environment variable {printable(name)} is no option and is ignored; "
-                f"did you mean JOB_{close[0]}?"
+                f"did you mean JOB_{close}?"
             )
+
+
+def describe_unknown_option(error: click.NoSuchOption) -> str:
+    """The error in words, with the option that was probably meant."""
+    context = error.ctx
+    known = [one.opts[0] for one in context.command.get_params(context)] if context else []
+    names = {name.removeprefix("--").replace("-", "_"): name for name in known}
+    close = _closest(error.option_name.lstrip("-").replace("-", "_"), names)
+    return error.message + (f" Did you mean {names[close]}?" if close else "")
+
+
+def _closest(name: str, options: Collection[str]) -> str | None:
+    """The option that a name is misspelt for, begins with words of, or is the initials of."""
+    close = difflib.get_close_matches(name, options, n=1, cutoff=_ALIKE)
+    for option in options:
+        initials = "".join(word[0] for word in option.split("_"))
+        if option.startswith(f"{name}_") or initials == name != option[0]:
+            close.append(option)
+    return close[0] if close else None
 
 
 def require_writable_folder(png: Path) -> None:

@@ -13,9 +13,10 @@ import tensorflow as tf
 from rich.cells import cell_len
 
 from job.cluster.devices import Devices, graph_function
-from job.commands.terminal import padded, plural, printable, say, write_lines
+from job.commands.terminal import padded, printable, say, write_lines
 from job.config import UserError, list_recipes
 from job.data.image_files import MODES, ImageFile, ImageShape, decode_batches
+from job.log import plural
 from job.recipes import get_recipe, unchanged
 from job.run.folder import EVALUATION, OutputDir, sha256_of
 from job.run.predictions import require_probabilities

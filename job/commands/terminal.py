@@ -47,11 +47,6 @@ def padded(text: str, width: int) -> str:
     return text + " " * (width - cell_len(text))
 
 
-def plural(number: int, noun: str) -> str:
-    """A number of things: ``1 image``, ``10,000 images``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def say(message: str) -> None:
     """Write a line of the program's own to stderr, if anybody reads it."""
     with contextlib.suppress(OSError):

@@ -5,17 +5,21 @@ import functools
 import io
 import itertools
 import os
+import re
+import struct
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ImageFile as PillowFile
 
 from job.config import UserError
 
@@ -37,9 +41,19 @@ MODES = {1: "L", 3: "RGB"}
 # Formats that an external program draws, or that may have such a one inside.
 _REFUSED_FORMATS = {*UNREAD_FORMATS, "EPS", "IPTC"}
 _POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
+_PNG = b"\x89PNG\r\n\x1a\n"
+# Suffixes of photographs and drawings in formats that Pillow does not read, those of cameras last.
+_FOREIGN_SUFFIX = re.compile(
+    r"\.(bpg|emf|exr|hei[cf]s?|hif|jxl|jxr|svgz?|wdp|wmf|xcf"
+    r"|3fr|arw|cr[23w]|dcr|dng|erf|kdc|mef|mrw|nef|nrw|orf|pef|raf|rw[2l]|sr[2fw]|x3f)"
+)
 # JPEGs are decoded at an eighth, a quarter or half of their size where that leaves this many times
 # the pixels asked for in each direction: a photograph is decoded three times as fast.
 _DRAFT_FACTOR = 4
+# Above these pixels an image is converted in strips of about so many, and takes little more memory
+# than its decoded pixels.
+_LARGE_PIXELS = 2**24
+_STRIP_PIXELS = 2**20
 _IMAGES_A_TASK = 25
 _BATCHES_AHEAD = 2
 
@@ -62,8 +76,9 @@ class ImageFile:
 def find_images(names: Sequence[str]) -> list[ImageFile]:
     """List files as given, and in place of each folder the images in it and in its subfolders.
 
-    In folders an image is what has the suffix of a format that Pillow reads. Hidden files and
-    folders are passed over, links to folders are not followed, and names go up.
+    In folders an image is what has the suffix of an image format, also of one that cannot be read:
+    no photograph is left out without a word. Hidden files and folders are passed over, links to
+    folders are not followed, and names go up.
 
     Args:
         names: Paths of files and folders, and `STDIN`.
@@ -112,9 +127,15 @@ def _walk(folder: str) -> Iterator[ImageFile]:
 
 
 def _has_suffix(name: str) -> bool:
-    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 (`Path.suffix` makes a path first)
+    suffix = _suffix(name)
     kind = Image.registered_extensions().get(suffix)
-    return kind is not None and kind not in UNREAD_FORMATS
+    return bool(_FOREIGN_SUFFIX.fullmatch(suffix)) or (
+        kind is not None and kind not in UNREAD_FORMATS
+    )
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 (`Path.suffix` makes a path first)
 
 
 def decode_batches(
@@ -188,11 +209,21 @@ def read_image(name: str, shape: ImageShape) -> npt.NDArray[np.uint8]:
             if start.startswith(_POSTSCRIPT):
                 raise UserError("PostScript, which this program does not draw; convert it to PNG")
             content: IO[bytes] = file if file.seekable() else io.BytesIO(file.read())
-            return _pixels(Image.open(content, formats=_formats()), shape)
+            if content.read(len(_PNG)) == _PNG:
+                with contextlib.suppress(Exception):
+                    return _pixels(Image.open(content, formats=_formats()), shape)
+                content = _bare_png(content)
+            image = Image.open(content, formats=_formats())
+            # Cameras' files look like TIFF, with anything from a small preview to bare sensor data.
+            if image.format == "TIFF" and _FOREIGN_SUFFIX.fullmatch(_suffix(name)):
+                raise UnidentifiedImageError
+            return _pixels(image, shape)
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        raise UserError("no image of a known format") from error
+        is_foreign = _FOREIGN_SUFFIX.fullmatch(_suffix(name))
+        advice = "; convert it to JPEG or PNG" if is_foreign else ""
+        raise UserError(f"no image of a known format{advice}") from error
     # Pillow's readers meet damaged files with exceptions of every kind.
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -207,21 +238,82 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name not in _REFUSED_FORMATS)
 
 
-def _pixels(image: Image.Image, shape: ImageShape) -> npt.NDArray[np.uint8]:
+def _bare_png(file: IO[bytes]) -> IO[bytes]:
+    """What decides the pixels of a PNG file, and which of its sides is up.
+
+    Pillow refuses a file for a damaged or large text, colour profile or animation, which browsers
+    pass over. They also pass over a damaged optional chunk.
+    """
+    bare = io.BytesIO()
+    bare.write(_PNG)
+    file.seek(len(_PNG))
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        body = kind + file.read(length)
+        checksum = file.read(4)
+        is_whole = checksum == zlib.crc32(body).to_bytes(4, "big")
+        # The names of optional chunks begin with a small letter.
+        if kind[:1].isupper() or (kind in (b"tRNS", b"eXIf") and is_whole):
+            bare.write(head[:4] + body + checksum)
+    bare.seek(0)
+    return bare
+
+
+def _pixels(image: PillowFile.ImageFile, shape: ImageShape) -> npt.NDArray[np.uint8]:
     height, width, channels = shape
     image.draft(None, (_DRAFT_FACTOR * width, _DRAFT_FACTOR * height))
+    if image.format == "PNG":
+        _scale_transparent_value(image)
     image.load()
-    # Looking for an orientation takes a sixth of a small image's time.
+    # Looking for an orientation takes a sixth of a small image's time. Broken metadata has none.
     if image.info:
-        ImageOps.exif_transpose(image, in_place=True)
-    image = _in_mode(image, MODES[channels])
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image).reshape(shape)
+        with contextlib.suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+    return np.asarray(_fit(image, MODES[channels], (width, height))).reshape(shape)
+
+
+def _scale_transparent_value(image: PillowFile.ImageFile) -> None:
+    """Bring the transparent value of a PNG file to the 8 bits that Pillow makes of its samples."""
+    value: Any = image.info.get("transparency")
+    match image.tile[0].args if value is not None else None:
+        case "L;2":
+            image.info["transparency"] = value * 85
+        case "L;4":
+            image.info["transparency"] = value * 17
+        case "RGB;16B":
+            image.info["transparency"] = tuple(part >> 8 for part in value)
+
+
+def _fit(image: Image.Image, mode: str, size: tuple[int, int]) -> Image.Image:
+    """Bring an image to a mode, and its largest centred part of these proportions to a size."""
+    if not _is_in_mode(image, mode) and image.width * image.height > _LARGE_PIXELS:
+        return _fit_in_strips(image, mode, size)
+    image = _in_mode(image, mode)
+    return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+
+
+def _fit_in_strips(image: Image.Image, mode: str, size: tuple[int, int]) -> Image.Image:
+    """The same within rounding, without ever having the whole image in the mode."""
+    (columns, rows), (width, height) = image.size, size
+    part_columns = min(columns, rows * width / height)
+    part_rows = min(rows, columns * height / width)
+    left, top = (columns - part_columns) / 2, (rows - part_rows) / 2
+    narrow = Image.new(mode, (width, rows))
+    strip_rows = max(1, _STRIP_PIXELS // columns)
+    for start in range(0, rows, strip_rows):
+        strip = image.crop((0, start, columns, min(rows, start + strip_rows)))
+        box = (left, 0, left + part_columns, strip.height)
+        part = _in_mode(strip, mode).resize((width, strip.height), Image.Resampling.BICUBIC, box)
+        narrow.paste(part, (0, start))
+    return narrow.resize(size, Image.Resampling.BICUBIC, (0, top, width, top + part_rows))
+
+
+def _is_in_mode(image: Image.Image, mode: str) -> bool:
+    return image.mode == mode and "transparency" not in image.info
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == mode and "transparency" not in image.info:
+    if _is_in_mode(image, mode):
         return image
     if image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bits(image)
@@ -239,4 +331,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     low, high = values.min(), values.max()
     if not 0 <= low <= high <= white:
         raise UserError(f"its grey values go from {low:g} to {high:g}, expected 0 to {white}")
-    return Image.fromarray(np.rint(values * np.float32(255 / white)).astype(np.uint8))
+    grey = Image.fromarray(np.rint(values * np.float32(255 / white)).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(values != image.info["transparency"]).convert("L"))
+    return grey

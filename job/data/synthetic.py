@@ -5,11 +5,14 @@ has its own position, size, tilt, colours and noise. The classes stay themselves
 shifts and small rotations of the training augmentation.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
+from job.config import TrainConfig
 from job.data import Dataset, Location, Source
 
 CLASS_NAMES = (
@@ -48,6 +51,19 @@ def make_dataset(seed: int) -> Dataset:
     train_images, train_labels = draw(TRAIN_EXAMPLES, seed, stream=0)
     test_images, test_labels = draw(TEST_EXAMPLES, seed, stream=1)
     return Dataset("synthetic", CLASS_NAMES, train_images, train_labels, test_images, test_labels)
+
+
+def save_examples(folder: str) -> None:
+    """Save a test image of each class under the class's name, for somebody to predict.
+
+    Args:
+        folder: Where to; it is made where there is none. The seed is the default one.
+    """
+    images, labels = draw(TEST_EXAMPLES, TrainConfig().seed, stream=1)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for label, name in enumerate(CLASS_NAMES):
+        image = Image.fromarray(images[np.argmax(labels == label)])
+        image.save(Path(folder, f"{name.replace(' ', '-')}.png"))
 
 
 def draw(

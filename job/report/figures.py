@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from job.log import plural
 from job.report import pictures
 from job.run.predictions import BINS, Predictions, Reliability, reliability
 from job.run.record import EvaluationRecord, RunRecord
@@ -58,8 +59,8 @@ def _curves(record: RunRecord) -> Iterator[Figure]:
         yield Figure(
             name,
             pictures.curves(name.capitalize(), unit, training, validation),
-            f"Line chart of {name} over {len(training)} epochs: in training it goes {trained}, in "
-            f"validation {validated}.",
+            f"Line chart of {name} over {plural(len(training), 'epoch')}: in training it goes "
+            f"{trained}, in validation {validated}.",
             caption,
         )
 
@@ -90,7 +91,8 @@ def _confusion(evaluation: EvaluationRecord) -> Figure:
     wrong = matrix - np.diag(np.diag(matrix))
     true, predicted = np.unravel_index(wrong.argmax(), wrong.shape)
     most = (
-        f"most often {names[true]} is taken for {names[predicted]}, {wrong[true, predicted]} times"
+        f"most often {names[true]} is taken for {names[predicted]}, "
+        f"{plural(int(wrong[true, predicted]), 'time')}"
         if wrong.any()
         else "there is none"
     )
@@ -145,7 +147,7 @@ def _predictions(predictions: Predictions, names: list[str]) -> Iterator[Figure]
     yield Figure(
         "augmentation",
         pictures.augmentation(predictions.originals, predictions.augmented, classes),
-        f"{len(classes)} training images ({', '.join(classes)}), each beside "
+        f"{plural(len(classes), 'training image')} ({', '.join(classes)}), each beside "
         f"{predictions.augmented.shape[1]} augmented forms of it.",
         "Drawn by the recipe from the run's seed, as in its first epochs.",
         is_chart=False,

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from job import log
 from job.config import REMOVED, TrainConfig, describe_config, option_name
 from job.environment import program
+from job.log import plural
 from job.report.figures import Figure, draw_figures, list_mistakes
 from job.run.folder import PICTURES, REPORT, REPORT_PICTURES, OutputDir
 from job.run.predictions import reliability
@@ -257,7 +258,7 @@ def _embedded(figure: Figure) -> dict[str, object]:
 def _key_figures(record: RunRecord, calibration_error: float | None) -> list[tuple[str, str, str]]:
     figures = []
     if record.evaluation:
-        examples = f"of {record.evaluation.examples:,} test images"
+        examples = f"of {plural(record.evaluation.examples, 'test image')}"
         figures.append(("Test accuracy", f"{record.evaluation.accuracy:.2%}", examples))
         figures.append(("Test loss", f"{record.evaluation.loss:.4f}", "nats a test image"))
     if calibration_error is not None:
@@ -289,8 +290,8 @@ def _progress(record: RunRecord) -> tuple[str, str, str]:
     """How far the run is: "epoch 1 of 20", "402 of 6,240 steps"."""
     per_epoch, steps = record.steps_per_epoch, record.steps
     if record.manifest is None or record.is_done or per_epoch is None:
-        return ("Epochs", f"{len(record.epochs):,}", f"{steps:,} steps")
+        return ("Epochs", f"{len(record.epochs):,}", plural(steps, "step"))
     epochs = record.manifest.config.epochs
     epoch = min(steps // per_epoch + 1, epochs)
-    done = f"{steps:,} of {epochs * per_epoch:,} steps"
+    done = f"{steps:,} of {plural(epochs * per_epoch, 'step')}"
     return ("Progress", f"epoch {epoch:,} of {epochs:,}", done)

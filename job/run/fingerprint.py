@@ -17,7 +17,7 @@ from job.config import TrainConfig, UserError, option_name, run_options
 from job.run.manifest import git_commit, versions
 
 if TYPE_CHECKING:  # this module is used before TensorFlow is imported
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import keras
@@ -62,11 +62,13 @@ class Fingerprint(msgspec.Struct, frozen=True):
 
     def changes_since(self, earlier: Environment) -> list[str]:
         """What is computed differently than in an earlier environment, a phrase each."""
-        before = msgspec.structs.asdict(earlier)
+        current, before = (
+            {name.replace("_", " "): value for name, value in msgspec.structs.asdict(one).items()}
+            for one in (self.environment, earlier)
+        )
         return [
-            f"{name.replace('_', ' ')}: {before[name]} -> {value}"
-            for name, value in msgspec.structs.asdict(self.environment).items()
-            if value != before[name]
+            f"{name}: {_shown(old)} -> {_shown(new)}"
+            for name, new, old in _differing(current, before)
         ]
 
 
@@ -152,7 +154,25 @@ def _code(source: str) -> str:
     return ast.unparse(tree)
 
 
+def _differing(
+    received: Mapping[str, Json], expected: Mapping[str, Json], name: str = ""
+) -> Iterator[tuple[str, Json, Json]]:
+    """Names and both values of what differs, down to the single settings of what has some."""
+    for key in {**expected, **received}:
+        new, old = received.get(key), expected.get(key)
+        # Keras keeps the settings of a schedule in an entry of this name.
+        path = name if key == "config" else f"{name} {key}".lstrip()
+        if isinstance(new, dict) and isinstance(old, dict):
+            yield from _differing(new, old, path)
+        elif new != old:
+            yield path, new, old
+
+
 def _shown(value: Json) -> Json:
+    if isinstance(value, dict):
+        return str(value.get("class_name", "other settings"))
+    if isinstance(value, list):
+        return ", ".join(str(_shown(one)) for one in value)
     return "none" if value is None else value
 
 
@@ -170,10 +190,9 @@ def require_same_run(
         UserError: If they differ, naming each difference.
     """
     differences = []
-    for name, received in current.items():
-        expected = saved.get(name, received)
-        if received == expected:
-            continue
+    expected_values = {name: saved[name] for name in current if name in saved}
+    received_values = {name: current[name] for name in expected_values}
+    for name, received, expected in _differing(received_values, expected_values):
         option = option_name(name)
         if name.startswith(_OPTIMIZER):
             key = name.removeprefix(_OPTIMIZER)

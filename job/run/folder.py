@@ -97,7 +97,19 @@ def require_model(path: Path) -> None:
         UserError: If there is none, or the system refuses to look.
     """
     if not is_file(path):
-        raise UserError(f"there is no model {path}; train one first, or name its --output-dir")
+        below = folders_with(MODEL, path.parent)
+        advice = (
+            f"use --output-dir {below}" if below else "train one first, or name its --output-dir"
+        )
+        raise UserError(f"there is no model {path}; {advice}")
+
+
+def folders_with(name: str, folder: Path) -> str:
+    """The folders in a folder that have a file of this name, three at most, in words."""
+    found: list[str] = []
+    with contextlib.suppress(OSError):  # where it may not be looked into
+        found += sorted(str(path.parent) for path in folder.glob(f"*/{name}"))
+    return " or ".join(found[:3])
 
 
 MODEL = "cifar10_model.h5"

@@ -76,8 +76,8 @@ class Holder(msgspec.Struct, frozen=True):
     released: bool = False
 
     def __str__(self) -> str:
-        run = self.run or "a run without --run-id"
-        return f"{run}, process {self.pid} on host {self.host} since {self.start}"
+        run = f"{self.run}, " if self.run else ""
+        return f"{run}process {self.pid} on host {self.host} since {self.start}"
 
 
 class Lease:

@@ -61,12 +61,40 @@ class Predictions:
             return None
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
-                return cls(**{field.name: file[field.name] for field in fields(cls)})
-        except (OSError, EOFError, KeyError, ValueError, BadZipFile, zlib.error) as error:
+                predictions = cls(**{field.name: file[field.name] for field in fields(cls)})
+            predictions._require_consistent()
+            return predictions
+        except (
+            OSError,
+            EOFError,
+            KeyError,
+            TypeError,
+            ValueError,
+            BadZipFile,
+            zlib.error,
+        ) as error:
             raise UserError(
-                f"{path} is no file of this version of the job ({error}); write it anew with "
+                f"{path} is no file of this version of the job, or damaged; write it anew with "
                 f"{program()} evaluate --output-dir {folder}"
             ) from error
+
+    def _require_consistent(self) -> None:
+        """Make sure that the arrays belong together.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        examples, classes = self.probabilities.shape
+        one_each = (
+            (self.labels, examples, classes),
+            (self.mistakes, len(self.mistake_images), examples),
+            (self.original_labels, len(self.originals), classes),
+        )
+        for indices, length, end in one_each:
+            if indices.shape != (length,) or not ((indices >= 0) & (indices < end)).all():
+                raise ValueError("arrays of different sizes")
+        if self.augmented.shape[:1] != self.originals.shape[:1]:
+            raise ValueError("arrays of different sizes")
 
 
 def require_probabilities(

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 from job.cluster import Device
 from job.config import TrainConfig, UserError, encodable, redacted, run_options
 from job.environment import program
-from job.run.folder import EVALUATION, METRICS, REPORT, RUN, read_file
+from job.run.folder import EVALUATION, METRICS, REPORT, RUN, folders_with, read_file
 from job.run.predictions import Predictions, confusion_matrix
 
 Count = Annotated[int, Meta(ge=0)]
@@ -228,9 +228,10 @@ class RunRecord(Struct, frozen=True):
             predictions=Predictions.load(folder) if wanted else None,
         )
         if not (record.manifest or record.epochs or record.evaluation):
+            below = folders_with(RUN, folder)
             raise UserError(
                 f"{folder} holds no run: it has neither {RUN} nor {METRICS} nor {EVALUATION}; name "
-                f"the --output-dir of a training"
+                + (below or "the --output-dir of a training")
             )
         if record.predictions and evaluation:
             predicted = record.predictions

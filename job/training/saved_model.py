@@ -235,7 +235,7 @@ def evaluate_saved(
         examples=evaluation.examples,
         output_dir=str(output.path),
         message=f"saved model: test loss {evaluation.loss:.4f}, accuracy {evaluation.accuracy:.2%} "
-        f"of {evaluation.examples} images; artifacts in {output.path}/",
+        f"of {log.plural(evaluation.examples, 'image')}; artifacts in {output.path}/",
     )
 
 

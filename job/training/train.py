@@ -325,7 +325,7 @@ def _naming_batch_size(global_batch_size: int, replicas: int) -> Iterator[None]:
             raise
         raise UserError(
             f"out of memory on the devices with --batch-size {global_batch_size} "
-            f"({global_batch_size // replicas} images a replica); lower --batch-size"
+            f"({log.plural(global_batch_size // replicas, 'image')} a replica); lower --batch-size"
         ) from error
 
 
@@ -414,8 +414,9 @@ def _log_start(plan: Plan, devices: Devices, dataset: Dataset, step: int) -> Non
         epochs=plan.epochs,
         step=step,
         message=f"{dataset.name}: {len(dataset.train_images):,} training and "
-        f"{len(dataset.test_images):,} test images; {devices.replicas} {devices.kind.upper()} "
-        f"replica(s) in {devices.precision}; batch {plan.global_batch_size} = "
-        f"{devices.replicas} x {rows}; {plan.epochs} epochs of {plan.steps_per_epoch} steps"
+        f"{log.plural(len(dataset.test_images), 'test image')}; "
+        f"{log.plural(devices.replicas, f'{devices.kind.upper()} replica')} in "
+        f"{devices.precision}; batch {plan.global_batch_size} = {devices.replicas} x {rows}; "
+        f"{log.plural(plan.epochs, 'epoch')} of {log.plural(plan.steps_per_epoch, 'step')}"
         + (f"; going on after step {step}" if step else ""),
     )

@@ -52,7 +52,9 @@ def test_missing_gpus_are_named_with_their_source() -> None:
     check_expected_gpus(promise, visible=2, required=2)
     with pytest.raises(GpuMissingError, match=r"SLURM_GPUS_ON_NODE=2 promises 2 GPUs.* sees 1"):
         check_expected_gpus(promise, visible=1, required=0)
-    with pytest.raises(GpuMissingError, match=r"--require-gpus expected 4 GPU\(s\), .* sees 2"):
+    with pytest.raises(GpuMissingError, match=r"--require-gpus expected 1 GPU, .* sees 0"):
+        check_expected_gpus(promise, visible=0, required=1)
+    with pytest.raises(GpuMissingError, match=r"--require-gpus expected 4 GPUs, .* sees 2"):
         check_expected_gpus(promise, visible=2, required=4)
 
 

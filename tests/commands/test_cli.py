@@ -12,7 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from job import __version__
+from job import __version__, log
 from job.commands.cli import cli, main, train
 from job.config import (
     DeviceRequest,
@@ -171,29 +171,32 @@ def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunMain:
 
 
 BAD_OPTIONS = [
-    ("--epochs 0", "'--epochs'"),
+    ("--epochs 0", "'--epochs' (env var: 'JOB_EPOCHS'): received '0', expected a whole number fro"),
     ("--epochs -3", "'--epochs'"),
-    ("--epochs many", "'many' is not a valid integer"),
+    ("--epochs many", "received 'many', expected a whole number from 1."),
     ("--batch-size -256", "'--batch-size'"),
     ("--learning-rate -0.1", "'--learning-rate'"),
-    ("--learning-rate nan", "'--learning-rate'"),
+    ("--learning-rate nan", "received 'nan', expected a number above 0."),
     ("--learning-rate inf", "'--learning-rate'"),
-    ("--learning-rate fast", "'fast' is not a valid float"),
-    ("--seed -1", "'--seed'"),
+    ("--learning-rate fast", "received 'fast', expected a number above 0."),
+    ("--seed -1", "received '-1', expected a whole number from 0 to 2,147,483,647."),
     ("--limit 0", "'--limit'"),
     ("--stall-timeout 0", "'--stall-timeout'"),
-    ("--join-timeout 604801", "'--join-timeout'"),
+    ("--join-timeout 604801", "'604801', expected a number above 0, at most 604,800."),
     ("--checkpoint-every 0", "'--checkpoint-every'"),
-    ("--stop-after soon", "'soon' is not a valid float"),
-    ("--deterministic yes", "'yes' is not one of 'auto', 'on', 'off'"),
-    ("--recipe modern", "'modern' is not 'classic'"),
-    ("--dataset mnist", "'mnist' is not one of 'cifar10', 'synthetic'"),
-    ("--precision float16", "'float16' is not one of"),
+    ("--stop-after soon", "received 'soon', expected a number above 0."),
+    ("--deterministic yes", "received 'yes', expected auto, on or off."),
+    ("--recipe modern", "received 'modern', expected classic."),
+    ("--dataset mnist", "received 'mnist', expected cifar10 or synthetic."),
+    ("--precision float16", "received 'float16', expected auto, float32 or bfloat16."),
     ("--devices tpu:1", "expected auto, cpu:N or gpu:N"),
     ("--require-gpus -1", "'--require-gpus'"),
     ("--metrics-textfile job.txt", "received 'job.txt', expected a name that ends in .prom"),
-    ("--metrics-textfile /", "'--metrics-textfile'"),
-    ("--epoch 3", "No such option"),
+    ("--metrics-textfile /", "received '/', expected a file"),
+    ("--epoch 3", "No such option '--epoch'. Did you mean --epochs?"),
+    ("--lr 3", "No such option '--lr'. Did you mean --learning-rate?"),
+    ("--batch 3", "No such option '--batch'. Did you mean --batch-size?"),
+    ("--hidden 3", "No such option '--hidden'."),
 ]
 
 
@@ -203,6 +206,7 @@ def test_a_bad_option_is_one_line_and_exit_code_2(run_main: RunMain, tmp_path: P
         assert (exit_code, len(lines)) == (2, 1), arguments
         assert lines[0].startswith("cifar10-job: error: ")
         assert message in lines[0]
+        assert "Did you mean" not in lines[0].removesuffix(message)
         assert "after a command" not in lines[0]
     assert list(tmp_path.iterdir()) == []
 
@@ -234,12 +238,16 @@ def test_a_bad_environment_variable_is_named(
     exit_code, (line,) = run_main("train")
     assert exit_code == 2
     assert "JOB_EPOCHS" in line
+    monkeypatch.delenv("JOB_EPOCHS")
+    monkeypatch.setenv("JOB_FRESH", "perhaps")
+    _, (line,) = run_main("train")
+    assert line.endswith("(env var: 'JOB_FRESH'): received 'perhaps', expected true or false.")
 
 
 @pytest.mark.parametrize(
     ("command", "misspelt"),
     [
-        ("train --log-format text", {"JOB_DATA": "JOB_DATA_DIR", "JOB_SEEDS": "JOB_SEED"}),
+        ("train --log-format text", {"JOB_DATA": "JOB_DATA_DIR", "JOB_OD": "JOB_OUTPUT_DIR"}),
         ("predict a.png", {"JOB_MODELS": "JOB_MODEL"}),
         ("compare a", {"JOB_JSN": "JOB_JSON"}),
     ],
@@ -276,6 +284,23 @@ def test_a_usage_error_keeps_to_the_variable_of_the_log_format(
     exit_code, errors = run_main("train", "--epoch", "3")
     assert (exit_code, len(errors)) == (2, 1)
     assert len(capsys.readouterr().out.splitlines()) == lines
+
+
+@pytest.mark.parametrize("arguments", ["", "--lr 3", "/dev/null/a", "a --png /dev/null/a.png"])
+@pytest.mark.parametrize("command", ["predict", "compare"])
+def test_stdout_of_results_has_no_error(
+    run_main: RunMain,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    arguments: str,
+) -> None:
+    monkeypatch.setenv("JOB_LOG_FORMAT", "json")
+    exit_code, errors = run_main(command, *arguments.split())
+    assert (exit_code, len(errors)) == (2, 1)
+    log.event("warning")  # as devices have some
+    output, events = capsys.readouterr()
+    assert (output, events.split()[1:]) == ("", ["warning"])
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ DAMAGE = [
     ("run.json", None, "it holds no run.json"),
     ("metrics.jsonl", "nonsense\n", "metrics.jsonl, line 1 is damaged"),
     ("metrics.jsonl", None, "its metrics.jsonl has 0 lines, expected 7"),
-    ("metrics.jsonl", 1, "its metrics.jsonl has 1 lines, expected 7"),
+    ("metrics.jsonl", 1, "its metrics.jsonl has 1 line, expected 7"),
     ("evaluation.json", None, "it holds no evaluation.json"),
     ("evaluation.json", '{"loss": 1, "accuracy": []}', "got `array` - at `$.accuracy`"),
 ]
@@ -339,6 +339,18 @@ def saved_figure(monkeypatch: pytest.MonkeyPatch, path: Path, groups: list[Group
     # The places are those at the resolution at which it was saved.
     figure.set_dpi(110)
     return figure
+
+
+@pytest.mark.parametrize("accuracies", [[0.0], [1.0], [1.0, 0.999]])
+def test_no_axis_goes_beyond_what_an_accuracy_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracies: list[float]
+) -> None:
+    runs = tuple(
+        Run("a", 1, {}, (value, value), value, 1.0, 1.0, "done", None) for value in accuracies
+    )
+    figure = saved_figure(monkeypatch, tmp_path / "runs.png", [Group("a", runs)])
+    for low, high in (figure.axes[0].get_ylim(), figure.axes[1].get_xlim()):
+        assert 0 <= low < high <= 100
 
 
 def visible_texts(axis: Axes) -> list[Text]:

@@ -93,7 +93,7 @@ def test_a_new_run(config: TrainConfig, find: Find) -> None:
     assert report["data"]["train_examples"] == 512
     assert report["data"]["found"] == "drawn from seed 42"
     text = found.as_text()
-    assert "96 images a step = 2 replica(s) x 48" in text
+    assert "96 images a step = 2 replicas x 48" in text
     assert "5 steps an epoch, 32 images left out" in text
     first, second, *_ = text.splitlines()
     assert first == "Dry run      nothing stands in the way; nothing was written"

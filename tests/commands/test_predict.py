@@ -326,7 +326,7 @@ def test_what_cannot_be_drawn_or_done_is_refused_before_anything_is_computed(
         ("", "Missing argument 'IMAGE...'"),
         ("photos --top 0", "'--top'"),
         ("photos --model nowhere.h5", "there is no model nowhere.h5"),
-        ("photos --model .", "is a directory"),
+        ("photos --model .", "received '.', expected a file that can be read"),
         ("photos --png grid.jpg", "expected a name that ends in .png"),
         ("photos --png no/grid.png", "make no, or name another"),
         ("photos --png photos/0.png", "received --png photos/0.png, which is one of the images"),

@@ -1,6 +1,9 @@
 import io
+import json
 import os
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from dataclasses import replace
@@ -21,6 +24,7 @@ from job.data.image_files import (
     read_image,
     require_no_image,
 )
+from tests.conftest import REPOSITORY
 
 SHAPE = (32, 32, 3)
 RED, GREEN, BLUE = (255, 0, 0), (0, 128, 0), (0, 0, 255)
@@ -60,6 +64,22 @@ def test_folders_are_walked_in_order_past_what_is_hidden_or_no_image(tmp_path: P
         *(f"{root}/b/{name}" for name in ("10.jpg", "2.png", "c/1.webp")),
         "-",
     ]
+
+
+@pytest.mark.parametrize("suffix", ["heic", "HEIF", "jxl", "svg", "cr2", "dng"])
+def test_photographs_of_other_formats_are_named(tmp_path: Path, suffix: str) -> None:
+    for name in ("Thumbs.db", ".DS_Store", "notes.txt"):
+        (tmp_path / name).touch()
+    path = tmp_path / f"a.{suffix}"
+    # Cameras' files begin as TIFF files, mostly with a small preview.
+    halves(8, 8).save(path, "TIFF")
+    (file,) = find_images([str(tmp_path)])
+    assert file == ImageFile(str(path))
+    with pytest.raises(UserError, match=r"^no image of a known format; convert it to JPEG or PNG$"):
+        read_image(str(path), SHAPE)
+    # As phones and programs name what they have converted.
+    halves(32, 32).save(path, "JPEG")
+    assert is_near(read_image(str(path), SHAPE)[4, 16], RED, 20)
 
 
 def test_a_folder_without_images_is_a_problem(tmp_path: Path) -> None:
@@ -231,15 +251,111 @@ def test_the_first_frame_of_an_animation_counts(tmp_path: Path) -> None:
         assert is_near(read_image(str(tmp_path / name), SHAPE), RED), name
 
 
+def chunk(kind: bytes, content: bytes, *, damage: int = 0) -> bytes:
+    checksum = struct.pack(">I", zlib.crc32(kind + content) ^ damage)
+    return struct.pack(">I", len(content)) + kind + content + checksum
+
+
+def png(size: tuple[int, int], bits: int, colours: int, rows: bytes, *chunks: bytes) -> bytes:
+    """A PNG file, whose rows begin with their filter's number."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colours, 0, 0, 0))
+    end = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + end
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG file of which nothing but the size is there."""
+    return png((width, height), 8, 2, b"")
 
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + checksum
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+METADATA = {
+    "text over 1 MiB": chunk(b"zTXt", b"notes\0\0" + zlib.compress(bytes(2**21))),
+    "international text": chunk(b"iTXt", b"notes\0\1\0\0\0" + zlib.compress(bytes(2**21))),
+    "text over 64 MiB in all": chunk(b"tEXt", b"notes\0" + b"." * 2**23) * 9,
+    "colour profile": chunk(b"iCCP", b"name\0\0" + zlib.compress(bytes(2**21))),
+    "wrong checksum": chunk(b"gAMA", struct.pack(">I", 45_455), damage=1),
+    "wrong checksum of a transparent value": chunk(b"tRNS", bytes((0, 9) * 3), damage=1),
+    "broken orientation": chunk(b"eXIf", b"neither II nor MM"),
+    "short chunk": chunk(b"cHRM", b""),
+    "text with a name of Pillow's": chunk(b"tEXt", b"transparency\0no"),
+    "broken animation": chunk(b"acTL", struct.pack(">II", 2, 0)) + chunk(b"fcTL", bytes(26)) * 2,
+}
+
+
+def test_no_metadata_costs_a_readable_image(tmp_path: Path) -> None:
+    for name, chunks in METADATA.items():
+        rows = b"\0" + bytes((9, 9, 9) * 2)
+        (tmp_path / name).write_bytes(png((2, 2), 8, 2, rows * 2, chunks))
+        read = read_image(str(tmp_path / name), SHAPE)
+        np.testing.assert_array_equal(read, np.full(SHAPE, 9), name)
+    halves(64, 64).save(tmp_path / "a.webp", exif=b"Exif\0\0broken")
+    assert is_near(read_image(str(tmp_path / "a.webp"), SHAPE)[4, 16], RED, 8)
+    # What is up is still known beside such metadata.
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    (tmp_path / "a.png").write_bytes(
+        png(
+            (1, 2),
+            8,
+            0,
+            b"\0\0\0\xff",
+            METADATA["text over 1 MiB"],
+            chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")),
+        )
+    )
+    read = read_image(str(tmp_path / "a.png"), (2, 1, 1))
+    np.testing.assert_array_equal(read.ravel(), [255, 0])
+
+
+@pytest.mark.parametrize(
+    ("bits", "colours", "row", "value", "right"),
+    [
+        (1, 0, b"\x40", b"\0\0", 255),
+        (2, 0, b"\x10", b"\0\0", 85),
+        (2, 0, b"\x40", b"\0\1", 0),
+        (4, 0, b"\x12", b"\0\1", 34),
+        (8, 0, b"\x12\x13", b"\0\x12", 0x13),
+        (16, 0, b"\x12\x34\x80\x80", b"\x12\x34", 0x80),
+        (16, 2, b"\x12\x34" * 3 + b"\x80\x80" * 3, b"\x12\x34" * 3, 0x80),
+        (2, 3, b"\x10", b"\0", 0x66),
+    ],
+)
+def test_a_transparent_value_counts_in_every_depth(
+    tmp_path: Path, bits: int, colours: int, row: bytes, value: bytes, right: int
+) -> None:
+    """Two pixels, of which the left one has the transparent value."""
+    palette = chunk(b"PLTE", bytes((1, 1, 1, 0x66, 0x66, 0x66)))
+    chunks = (palette,) * (colours == 3) + (chunk(b"tRNS", value),)
+    (tmp_path / "a.png").write_bytes(png((2, 1), bits, colours, b"\0" + row, *chunks))
+    read = read_image(str(tmp_path / "a.png"), (1, 2, 3))
+    np.testing.assert_array_equal(read[0], [[255] * 3, [right] * 3])
+
+
+def test_a_large_image_takes_little_more_memory_than_its_pixels(tmp_path: Path) -> None:
+    side = 3800
+    path = tmp_path / "a.png"
+    image = Image.new("RGBA", (side + 800, side), (*RED, 0))
+    image.paste((*RED, 51), (400, side // 4, 400 + side, side))
+    image.save(path, compress_level=1)
+    script = f"""if True:
+        from pathlib import Path
+        from job.data.image_files import read_image
+
+        def peak():
+            return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+        before = peak()
+        print(read_image({str(path)!r}, (4, 4, 3)).tolist())
+        print(peak() - before)
+    """
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    pixels, kib = map(json.loads, result.stdout.splitlines())
+    assert kib * 1024 < 1.5 * 4 * image.width * image.height
+    assert is_near(
+        np.array(pixels[0]), (255, 255, 255), 12
+    )  # no red comes from what is transparent
+    assert is_near(np.array(pixels[2:]), (255, 204, 204), 12)
 
 
 def broken_files(folder: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -207,24 +208,78 @@ def test_make_train_is_the_real_job(tmp_path: Path) -> None:
     assert not (tmp_path / "output").exists()
 
 
-def demo() -> str:
-    """The command of ``make demo``, which the gate runs in full."""
+def run_make(folder: Path, *arguments: str, script: str = "") -> subprocess.CompletedProcess[str]:
+    """Run make with a stand-in for the installed program and no other programs than a shell's."""
+    for name in ("venv/bin", "bin"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for lock in ("cpu", "gpu"):
+        (folder / "venv" / f".{lock}").touch()
+    for name in ("python", "cifar10-job"):
+        program = folder / "venv" / "bin" / name
+        program.write_text(f"#!/bin/sh\n{script}")
+        program.chmod(0o755)
+    for name in ("make", "sh", "sed", "grep", "git"):
+        found = shutil.which(name)
+        assert found
+        (folder / "bin" / name).unlink(missing_ok=True)
+        (folder / "bin" / name).symlink_to(found)
+    command = [
+        str(folder / "bin" / "make"),
+        *arguments,
+        f"VENV={folder}/venv",
+        f"DATA_DIR={folder}",
+    ]
+    environ = {"PATH": str(folder / "bin")}
+    return subprocess.run(command, cwd=REPOSITORY, env=environ, capture_output=True, text=True)
+
+
+def test_make_passes_options_on_and_refuses_variables_that_it_does_not_have(tmp_path: Path) -> None:
+    passed = run_make(tmp_path, "train", "ARGS=--epochs 3 --seed 7", script='echo "given $*"')
+    assert passed.returncode == 0, passed.stderr
+    assert re.search("^given train .* --epochs 3 --seed 7$", passed.stdout, re.MULTILINE)
+    refused = run_make(tmp_path, "train", "EPOCHS=3", script="echo started")
+    assert refused.returncode == 2
+    assert "received EPOCHS, which is no variable of this Makefile" in refused.stderr
+    assert 'make train ARGS="--epochs 3"' in refused.stderr
+    assert "started" not in refused.stdout
+
+
+def test_make_explains_a_stop_and_a_missing_program(tmp_path: Path) -> None:
+    stopped = run_make(tmp_path, "train", script="exit 75")
+    assert "the training stopped and is saved; the same command goes on with it" in stopped.stderr
+    failed = run_make(tmp_path, "train", script="exit 2")
+    assert "stopped" not in failed.stderr
+    for target, program in (
+        *((target, "docker") for target in ("image", "docker-run", "push")),
+        *((target, "kubectl") for target in ("k8s-run", "k8s-fetch")),
+    ):
+        result = run_make(tmp_path, target, "IMAGE=registry/image:1")
+        assert result.returncode == 2
+        first = result.stderr.splitlines()[0]
+        assert first.startswith(f"{program} is not there, which make {target} needs; install it")
+
+
+def demo() -> list[str]:
+    """The commands of ``make demo``, which the gate runs in full."""
     makefile = (REPOSITORY / "Makefile").read_text().replace("\\\n", "")
-    command: str
-    (command,) = re.findall(r"^demo:.*\n\t\$\(BIN\)/(cifar10-job .*)$", makefile, re.MULTILINE)
-    return command.replace("$(DEMO_DIR)", "output/demo")
+    recipe = re.split(r"^demo:.*\n", makefile, flags=re.MULTILINE)[1].partition("\n\n")[0]
+    commands = re.findall(r"\$\(BIN\)/((?:python|cifar10-job) .*)$", recipe, re.MULTILINE)
+    return [
+        command.replace("$(DEMO_DIR)", "output/demo").removesuffix(" $(ARGS) $(EXPLAIN)")
+        for command in commands
+    ]
 
 
 @pytest.mark.slow
 def test_commands_run_and_the_model_loads_as_shown(tmp_path: Path) -> None:
     # `make train` is the real job's 50 epochs.
     assert len(commands()) == 11
-    for command in (demo(), *commands()):
+    for command in (*demo(), *commands()):
         words = shlex.split(command)
         if words[-1].startswith("output/demo") and "train" in words:
             words += ["--limit", "2560", "--epochs", "1"]  # the demo takes longer
         result = subprocess.run(
-            [Path(sys.executable).with_name("cifar10-job"), *words[1:]],
+            [Path(sys.executable).with_name(Path(words[0]).name), *words[1:]],
             cwd=tmp_path,
             env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
             capture_output=True,

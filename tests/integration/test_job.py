@@ -185,7 +185,7 @@ def test_an_archive_trains_like_the_folder(
 BAD_RUNS = [
     (["--dataset", "synthetic", "--devices", "gpu:99"], 2, "received gpu:99, expected at most"),
     (["--dataset", "synthetic", "--devices", "cpu:3"], 2, "expected a multiple of the 3 replicas"),
-    (["--dataset", "synthetic", "--require-gpus", "99"], 3, "--require-gpus expected 99 GPU(s)"),
+    (["--dataset", "synthetic", "--require-gpus", "99"], 3, "--require-gpus expected 99 GPUs"),
     (["--dataset", "synthetic", "--limit", "100"], 2, "--batch-size received 256, expected at"),
     (["--dataset", "synthetic", "--limit", "50001"], 2, "expected at most the 50000 training"),
     (["--cifar10-url", "file:///x"], 2, "expected an address that begins with https:// or"),

@@ -195,7 +195,7 @@ def test_devices_that_are_not_there_are_told_in_one_line(run_job: RunJob, traine
     folder, promised = {"JOB_OUTPUT_DIR": str(trained)}, {"SLURM_GPUS_ON_NODE": "99"}
     cases: list[tuple[list[str], dict[str, str], int, str]] = [
         (["--devices", "gpu:99"], {}, 2, "received gpu:99, expected at most"),
-        (["--require-gpus", "99"], {}, 3, "--require-gpus expected 99 GPU(s)"),
+        (["--require-gpus", "99"], {}, 3, "--require-gpus expected 99 GPUs"),
         ([], promised, 3, "promises 99 GPUs"),
     ]
     for arguments, env, exit_code, message in cases:

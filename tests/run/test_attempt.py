@@ -324,7 +324,7 @@ def test_the_folder_is_free_after_an_attempt(config: TrainConfig) -> None:
 
 def test_a_folder_that_is_held_is_refused(config: TrainConfig) -> None:
     def second(attempt: Attempt) -> None:
-        with pytest.raises(UserError, match="is in use by a run without --run-id, process"):
+        with pytest.raises(UserError, match=r"is in use by process \d+ on host"):
             run(config)
 
     run(config, second)

@@ -117,6 +117,22 @@ def test_the_recipes_code_counts_and_its_words_and_layout_do_not(
     assert digest_of(source.replace("rotation_range=20", "rotation_range=30")) != digest
 
 
+def test_a_schedule_of_other_epochs_is_named_by_the_settings_that_differ(take: Any) -> None:
+    def run_of(steps: int) -> Any:
+        schedule: Any = keras.optimizers.schedules.CosineDecay(0.1, steps)
+        return take(model=compiled(rate=schedule)).run
+
+    with pytest.raises(UserError) as error:
+        require_same_run(run_of(100), run_of(300), Path("out"))
+    assert str(error.value).startswith(
+        "out holds another run: the optimizer's learning_rate decay_steps (--epochs may set its "
+        "schedule) received 300, expected 100; go on"
+    )
+    constant = {**run_of(100), "optimizer.learning_rate": 0.1}
+    with pytest.raises(UserError, match=r"received CosineDecay, expected 0\.1; go on"):
+        require_same_run(constant, run_of(100), Path("out"))
+
+
 def test_other_epochs_are_the_same_run() -> None:
     assert run_options(CONFIG) == run_options(replace(CONFIG, epochs=99))
 
@@ -126,6 +142,6 @@ def test_another_environment_is_told(take: Any) -> None:
     assert current.changes_since(current.environment) == []
     change = msgspec.structs.replace
     other_variables = change(current.environment, variables={"ONEDNN_MAX_CPU_ISA": "AVX2"})
-    assert len(current.changes_since(other_variables)) == 1
+    assert current.changes_since(other_variables) == ["variables ONEDNN_MAX_CPU_ISA: AVX2 -> none"]
     earlier = change(current.environment, replicas=4, threads=16)
     assert current.changes_since(earlier) == ["replicas: 4 -> 1", "threads: 16 -> 2"]

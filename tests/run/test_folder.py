@@ -7,6 +7,7 @@ import pytest
 from job import log
 from job.config import UserError
 from job.run.folder import (
+    MODEL,
     OutputDir,
     prepare_output_dir,
     refused,
@@ -71,6 +72,12 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
         require_model(tmp_path / "model.h5")
     (tmp_path / "model.h5").write_text("model")
     require_model(tmp_path / "model.h5")
+    for name in ("demo", "train"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MODEL).touch()
+    advice = f"use --output-dir {tmp_path}/demo or {tmp_path}/train$"
+    with pytest.raises(UserError, match=advice):
+        require_model(tmp_path / MODEL)
 
 
 def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path: Path) -> None:

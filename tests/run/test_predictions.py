@@ -1,4 +1,6 @@
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,11 +74,20 @@ def test_no_file_is_no_error_and_a_damaged_one_is(tmp_path: Path) -> None:
     make_predictions().save(OutputDir(tmp_path))
     content = path.read_bytes()
     np.savez(tmp_path / "other.npz", labels=LABELS)
-    other = (tmp_path / "other.npz").read_bytes()
-    for damaged in (b"", b"no zip", content[:-500], content[:200] + content[300:], other):
+    others = [(tmp_path / "other.npz").read_bytes()]
+    changed: list[dict[str, Any]] = [
+        {"labels": LABELS[:-1]},
+        {"labels": LABELS + 9},
+        {"probabilities": LABELS},
+    ]
+    for changes in changed:
+        replace(make_predictions(), **changes).save(OutputDir(tmp_path))
+        others.append(path.read_bytes())
+    for damaged in (b"", b"no zip", content[:-500], content[:200] + content[300:], *others):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=REFUSED):
+        with pytest.raises(UserError, match=REFUSED) as error:
             Predictions.load(tmp_path)
+        assert "pickle" not in str(error.value)
 
 
 def rows(*confidences: float) -> np.ndarray:
