@@ -25,7 +25,7 @@ def shell(script: str, folder: Path) -> tuple[int, str]:
         ("ulimit -v 1500000; $JOB doctor", "received an address space of 1464 MiB (ulimit -v)"),
         ("ulimit -v 2000000 -s 8000000; $JOB --version", "can't start new thread"),
         ("ulimit -v 5000000 -s 500000; $JOB doctor", "can't start new thread"),
-        ("ulimit -n 8; $JOB doctor", "Too many open files"),
+        ("ulimit -n 6; $JOB doctor", "Too many open files"),
         ("PYTHONPATH=foreign $JOB doctor", "foreign/numpy takes the place of"),
         ("PYTHONPATH=foreign/click $JOB --help", "foreign/click/click.py takes the place of"),
     ],

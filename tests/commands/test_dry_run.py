@@ -227,7 +227,9 @@ def test_a_textfile_without_a_folder_is_a_problem(
     assert "cannot write --metrics-textfile" in str(problem)
 
 
-def test_a_folder_that_is_held_is_left_to_its_holder(config: TrainConfig, find: Find) -> None:
+def test_a_folder_that_is_held_is_left_to_its_holder(
+    config: TrainConfig, find: Find, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stop = StopRequest()
     stop.defer()
     with hold_output_dir(config.output_dir, stop, RunIdentity("run other")) as output:
@@ -243,7 +245,9 @@ def test_a_folder_that_is_held_is_left_to_its_holder(config: TrainConfig, find: 
         assert "held by run mine, process" in found.as_text()
         output.check()
         assert stop.reason is None
-    with hold_output_dir(config.output_dir, stop, RunIdentity("run mine", 3)):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    config = replace(config, run_id=None)
+    with hold_output_dir(config.output_dir, stop, RunIdentity("slurm job 7", 3)):
         (problem,) = find(config).problems
         assert isinstance(problem, LeaseLostError)
         path = next((config.output_dir / ".lease").iterdir())

@@ -1,7 +1,6 @@
 import dataclasses
 import fcntl
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,8 +98,8 @@ def test_a_volume_that_refuses_locks_does_not_matter(model_output: OutputDir) ->
     ("target", "cause"),
     [
         # Nothing is mapped where its reading begins.
-        ("/proc/self/mem", "Input/output error"),
-        ("loop", "Too many levels of symbolic links"),
+        ("/proc/self/mem", "Input/output error; mend the volume"),
+        ("loop", "Too many levels of symbolic links; mend the volume, or name another path"),
     ],
 )
 def test_an_error_of_the_system_is_no_damage(
@@ -110,10 +109,7 @@ def test_an_error_of_the_system_is_no_damage(
     (tmp_path / name).symlink_to(target)
     with pytest.raises(UserError) as error:
         read(tmp_path)
-    assert str(error.value) == (
-        f"cannot read {tmp_path / name}: {cause}; mend the volume or give user {os.getuid()} "
-        f"access, then run again"
-    )
+    assert str(error.value) == f"cannot read {tmp_path / name}: {cause}, then run again"
 
 
 def test_the_name_of_a_model_file_does_not_matter(tmp_path: Path, model: keras.Model) -> None:
