@@ -6,16 +6,13 @@
 import io
 import os
 import sys
+from contextlib import suppress
 
 
 def run() -> None:
     """Run the program; signals first, so that none finds it unprepared while it loads."""
-    open_standard_streams()
-    import contextlib
-
-    from job.environment import explain
-
     try:
+        open_standard_streams()
         from job.run.stop import listen_to_signals
 
         stop = listen_to_signals()
@@ -23,17 +20,17 @@ def run() -> None:
 
         main(stop)
     except SystemExit as end:
-        code = int(end.code or 0)
+        code = end.code if isinstance(end.code, int) else int(bool(end.code))
     except Exception as error:  # before the command line can report it
+        from job.environment import explain
+
         explained = explain(error)
         if explained is None:
             raise
-        with contextlib.suppress(OSError):
-            print(f"cifar10-job: error: {explained}", file=sys.stderr)
+        print(f"cifar10-job: error: {explained}", file=sys.stderr)
         code = int(explained.exit_code)
     for stream in (sys.stdout, sys.stderr):
-        # Whoever read it has gone.
-        with contextlib.suppress(OSError):
+        with suppress(OSError):  # whoever read it has gone
             stream.flush()
     # The interpreter's own end takes a while, in which a signal would kill it by default and so
     # replace the exit code.

@@ -10,9 +10,12 @@ import time
 LONGEST_GAP_SECONDS = 2.0
 """More than that between two looks counts as a suspension."""
 
+_JUST_SECONDS = 60.0
+
 _lock = threading.Lock()
 _looked_at = time.monotonic()
 _seconds = 0.0
+_suspended = (0.0, 0.0)  # for how long the last time, and when it ended by this clock
 
 
 def running_seconds() -> float:
@@ -29,12 +32,22 @@ def running_seconds() -> float:
         return _seconds
 
 
+def suspended_seconds() -> float:
+    """Seconds of a suspension that ended less than a minute ago; 0 without one."""
+    seconds, end = _suspended
+    return seconds if running_seconds() - end < _JUST_SECONDS else 0.0
+
+
 def keep_looking() -> None:
     """Have a thread look at the clock every second, also while nothing else does."""
 
     def look() -> None:
+        global _suspended
         while True:
-            running_seconds()
+            before = time.monotonic()
             time.sleep(1.0)
+            gap, now = time.monotonic() - before, running_seconds()
+            if gap > 2 * LONGEST_GAP_SECONDS:
+                _suspended = (gap, now)
 
     threading.Thread(target=look, daemon=True).start()

@@ -3,17 +3,12 @@
 Standard library only, so that the command line answers before TensorFlow is imported.
 """
 
-import contextlib
 import enum
-import importlib
-import inspect
 import re
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from textwrap import shorten
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
@@ -110,100 +105,6 @@ def _list_modules(package: str) -> tuple[str, ...]:
     # Not what an editor leaves beside a module while it is open.
     paths = Path(__file__).with_name(package).glob("[!._]*.py")
     return tuple(sorted(path.stem for path in paths))
-
-
-_PACKAGE = Path(__file__).parent
-_Member = TypeVar("_Member")
-
-# Everything else in these folders is the user's own.
-SHIPPED = {
-    "recipes": ("__init__", "_augment", "classic"),
-    "data": ("__init__", "cifar10", "image_files", "synthetic"),
-}
-
-
-def module_path(package: str, name: str) -> Path:
-    """The file of a recipe or data set."""
-    return _PACKAGE / package / f"{name}.py"
-
-
-def load_member(package: str, name: str, member: str, kind: type[_Member]) -> _Member:
-    """Import what a module of a package defines for the registry.
-
-    Raises:
-        UserError: If it does not define it, or is no Python.
-    """
-    path = module_path(package, name)
-    with naming_own_code(path):
-        found = getattr(importlib.import_module(f"job.{package}.{name}"), member, None)
-    if not isinstance(found, kind):
-        problem = f"defines no {member}"
-        if found is not None:
-            problem = f"defines {member} as {type(found).__name__}"
-        raise UserError(
-            f"{_shown(path)} {problem}, expected {kind.__name__}; define it so, or begin the name "
-            f"of a module that only helps with _"
-        )
-    return found
-
-
-def require_parameters(function: Callable[..., Any], name: str, *parameters: str) -> None:
-    """Refuse a function that cannot be called with values for these parameters, in this order.
-
-    Raises:
-        TypeError: If it cannot.
-    """
-    signature = inspect.signature(function)
-    try:
-        signature.bind(*parameters)
-    except TypeError as error:
-        received = f"{name}({', '.join(signature.parameters)})"
-        raise TypeError(f"received {received}, expected {name}({', '.join(parameters)})") from error
-
-
-@contextlib.contextmanager
-def naming_own_code(path: Path | None = None) -> Iterator[None]:
-    """Explain what goes wrong in a recipe or data set of the user's own, without a traceback.
-
-    Args:
-        path: The file that the body is about, which is to blame also where another one raises.
-
-    Raises:
-        UserError: If such a file is to blame.
-    """
-    try:
-        yield
-    except JobError:
-        raise
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        places = [(Path(frame.filename), frame.lineno) for frame in reversed(frames)]
-        if isinstance(error, SyntaxError) and error.filename:
-            places.insert(0, (Path(error.filename), error.lineno))
-        # Where TensorFlow runs a graph, its message has the lines that the frames lack.
-        lines = re.findall(r'File "(.+?)", line (\d+)', str(error))
-        places += [(Path(name), int(number)) for name, number in reversed(lines)]
-        if path:
-            places.append((path, None))
-        own = next((place for place in places if is_own(place[0])), None)
-        if own is None:
-            raise
-        path, number = own
-        line = f", line {number}" if number else ""
-        reason = f"{type(error).__name__}: {shorten(str(error), 300)}"
-        raise UserError(f"{_shown(path)}{line}: {reason}; mend it there") from error
-
-
-def is_own(path: Path) -> bool:
-    """Whether a file is a recipe or data set of the user's own, or a module that helps one."""
-    package = path.parent.name
-    return (
-        path.parent.parent == _PACKAGE and package in SHIPPED and path.stem not in SHIPPED[package]
-    )
-
-
-def _shown(path: Path) -> Path:
-    return path.relative_to(_PACKAGE.parent)
 
 
 @dataclass(frozen=True)

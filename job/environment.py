@@ -1,4 +1,4 @@
-"""Tells the faults of a machine and its installation from those of the program.
+"""Distinguishes the faults of a machine and its installation from those of the program.
 
 Standard library only: it also explains why the other libraries cannot be loaded.
 """
@@ -25,7 +25,7 @@ _ACCESS = (
     "give user {user} access, or run as the owner (docker run --user, in Kubernetes "
     "securityContext.fsGroup)"
 )
-_MEMORY = "give the job more memory, or raise its limit (ulimit -v)"
+_MEMORY = "give the job more memory, or raise its limits (ulimit -v, ulimit -d)"
 _THREADS = "let the job start more threads (ulimit -u, or the limit of its container on pids)"
 
 _REMEDIES = {
@@ -44,13 +44,14 @@ _REMEDIES = {
 _SIGNS = {
     r"can't start new thread|can't allocate lock|watchdog thread|pthread_create": _THREADS,
     # The last one is oneDNN's code for it.
-    r"bad_alloc|out of memory|cannot allocate memory|failed to map segment|Status: 1,": _MEMORY,
+    r"bad_alloc|cannot allocate memory|failed to map segment|could not create.*Status: 1,": _MEMORY,
 }
 
 # What a training takes, as measured on one and two processors. Where that ends, native code aborts
 # or, as OpenBLAS does, interrupts the process.
-_LEAST_ADDRESS_SPACE = 4 * 2**30
+_LEAST_MEMORY = 4 * 2**30
 _THREADS_PER_PROCESSOR, _OTHER_THREADS = 5, 18
+_PROCESSORS = 32  # of more, a variable like TF_NUM_INTRAOP_THREADS may leave some out
 
 
 def program() -> str:
@@ -75,17 +76,9 @@ def explain(error: BaseException) -> UserError | None:
     Returns:
         None if it may as well be a defect of the program.
     """
-    what = textwrap.shorten(": ".join(filter(None, (type(error).__name__, str(error)))), 300)
-    if isinstance(error, MemoryError):
-        return UserError(f"out of memory ({what}); {_MEMORY}, then run again")
-    if isinstance(error, OSError) and error.errno in _REMEDIES:
-        name = "" if error.filename is None else f" for {error.filename}"
-        return UserError(
-            f"received '{error.strerror or error}'{name}; {remedy(error)}, then run again"
-        )
-    for sign, advice in _SIGNS.items():
-        if re.search(sign, str(error), re.IGNORECASE):
-            return UserError(f"the machine's limits are too low ({what}); {advice}, then run again")
+    if lacking := lacks_resources(error):
+        return lacking
+    what = _describe(error)
     if intruder := _intruder(error):
         return UserError(
             f"{what}; {intruder} takes the place of what this program was installed with: unset "
@@ -99,6 +92,26 @@ def explain(error: BaseException) -> UserError | None:
     return None
 
 
+def lacks_resources(error: BaseException) -> UserError | None:
+    """Explain an error of a machine's memory, threads, files or volumes; None if it is another."""
+    what = _describe(error)
+    if isinstance(error, MemoryError):
+        return UserError(f"out of memory ({what}); {_MEMORY}, then run again")
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        name = "" if error.filename is None else f" for {error.filename}"
+        return UserError(
+            f"received '{error.strerror or error}'{name}; {remedy(error)}, then run again"
+        )
+    for sign, advice in _SIGNS.items():
+        if re.search(sign, str(error), re.IGNORECASE):
+            return UserError(f"the machine's limits are too low ({what}); {advice}, then run again")
+    return None
+
+
+def _describe(error: BaseException) -> str:
+    return textwrap.shorten(": ".join(filter(None, (type(error).__name__, str(error)))), 300)
+
+
 def require_threads(per_processor: int = 1, others: int = 0) -> None:
     """Prove that this process can have so many more threads: libraries do not report the lack.
 
@@ -107,7 +120,8 @@ def require_threads(per_processor: int = 1, others: int = 0) -> None:
     """
     end, threads = threading.Event(), []
     try:
-        for _ in range(per_processor * len(os.sched_getaffinity(0)) + others):
+        processors = min(len(os.sched_getaffinity(0)), _PROCESSORS)
+        for _ in range(per_processor * processors + others):
             thread = threading.Thread(target=end.wait, daemon=True)
             thread.start()
             threads.append(thread)
@@ -128,12 +142,13 @@ def require_capable_machine(processor: Path = Path("/proc/cpuinfo")) -> None:
         RuntimeError: If there are too few threads.
     """
     require_threads(_THREADS_PER_PROCESSOR, _OTHER_THREADS)
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY and limit < _LEAST_ADDRESS_SPACE:
-        raise UserError(
-            f"received an address space of {limit // 2**20} MiB (ulimit -v), expected at least "
-            f"{_LEAST_ADDRESS_SPACE // 2**20} MiB for TensorFlow; {_MEMORY}, then run again"
-        )
+    for name, letter in ((resource.RLIMIT_AS, "v"), (resource.RLIMIT_DATA, "d")):
+        limit, _ = resource.getrlimit(name)
+        if limit != resource.RLIM_INFINITY and limit < _LEAST_MEMORY:
+            raise UserError(
+                f"received a limit of {limit // 2**20} MiB on memory (ulimit -{letter}), expected "
+                f"at least {_LEAST_MEMORY // 2**20} MiB for TensorFlow; {_MEMORY}, then run again"
+            )
     if platform.machine() == "x86_64" and "avx" not in processor.read_text().split():
         raise UserError(
             "received a processor without AVX, expected one with it, for which TensorFlow is "
@@ -151,16 +166,25 @@ def _comes_from_an_import(error: BaseException) -> bool:
         for frame, _ in traceback.walk_tb(error.__traceback__)
         if frame.f_code.co_name == "<module>"
     ]
+    if isinstance(error, SyntaxError):
+        loaded.append(error.filename or "<")
     return any(not file.startswith(("<", package)) for file in loaded)
+
+
+def _files(error: BaseException) -> list[str]:
+    """The files of Python that an error comes from or is about."""
+    frames = traceback.walk_tb(error.__traceback__)
+    about = getattr(error, "filename", None) or getattr(error, "path", None)
+    return [*(frame.f_code.co_filename for frame, _ in frames), str(about or "")]
 
 
 def _intruder(error: BaseException) -> Path | None:
     """A module in use from the current folder or PYTHONPATH that is also installed."""
     early = [*takewhile(lambda folder: folder != sysconfig.get_path("stdlib"), sys.path)]
     late = sys.path[len(early) :]
-    frames = traceback.walk_tb(error.__traceback__)
-    files = [frame.f_code.co_filename for frame, _ in frames]
-    files += [getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]]
+    files = _files(error)
+    if _comes_from_an_import(error):
+        files += [getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]]
     for folder in early:
         for file in files:
             if not file.startswith(f"{folder}/"):

@@ -1,16 +1,12 @@
 import importlib.util
-import re
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-import job.recipes
-from job import config
 from job.config import (
     CIFAR10_URL,
-    SHIPPED,
     DeviceRequest,
     DownloadError,
     ExitCode,
@@ -27,46 +23,7 @@ from job.config import (
     redact_url,
     run_options,
 )
-from job.recipes import get_recipe
 from tests.conftest import REPOSITORY
-
-CHANGED = """from dataclasses import replace
-from job.recipes.classic import RECIPE as CLASSIC
-RECIPE = replace(CLASSIC, build_model=lambda seed: None)
-"""
-
-
-@pytest.mark.parametrize(
-    ("name", "code", "message"),
-    [
-        ("syntax", "SIZE = 3\nRECIPE = (", ", line 2: SyntaxError: '(' was never closed"),
-        ("name", "SIZE = 3\nlayers.Dense(SIZE)", ", line 2: NameError: name 'layers' is not"),
-        ("missing", "import nowhere", ", line 1: ModuleNotFoundError: No module named 'nowhere'"),
-        ("zero", "\0", ": SyntaxError: source code string cannot contain null bytes"),
-        (
-            "signature",
-            CHANGED,
-            ", line 3: TypeError: received build_model(seed), expected build_model(seed, classes);",
-        ),
-        ("kind", "RECIPE = 5", " defines RECIPE as int, expected Recipe;"),
-    ],
-)
-def test_an_error_in_a_recipe_of_ones_own_is_told_by_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str, message: str
-) -> None:
-    folder = tmp_path / "job" / "recipes"
-    folder.mkdir(parents=True)
-    (folder / f"own_{name}.py").write_text(code)
-    monkeypatch.setattr(config, "_PACKAGE", folder.parent)
-    monkeypatch.setattr(job.recipes, "__path__", [*job.recipes.__path__, str(folder)])
-    with pytest.raises(UserError, match=re.escape(f"job/recipes/own_{name}.py{message}")):
-        get_recipe(f"own_{name}")
-
-
-def test_every_module_of_the_package_is_known_as_shipped() -> None:
-    for package, names in SHIPPED.items():
-        modules = (REPOSITORY / "job" / package).glob("*.py")
-        assert sorted(path.stem for path in modules) == sorted(names)
 
 
 def test_device_requests_are_checked_texts() -> None:

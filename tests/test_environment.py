@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -22,11 +23,13 @@ def shell(script: str, folder: Path) -> tuple[int, str]:
     ("script", "message"),
     [
         ("$JOB --help > /dev/full", "No space left on device'; free some space"),
-        ("ulimit -v 1500000; $JOB doctor", "received an address space of 1464 MiB (ulimit -v)"),
+        ("ulimit -v 1500000; $JOB doctor", "received a limit of 1464 MiB on memory (ulimit -v)"),
+        ("ulimit -d 1500000; $JOB doctor", "received a limit of 1464 MiB on memory (ulimit -d)"),
         ("ulimit -v 2000000 -s 8000000; $JOB --version", "can't start new thread"),
         ("ulimit -v 5000000 -s 500000; $JOB doctor", "can't start new thread"),
         ("ulimit -n 6; $JOB doctor", "Too many open files"),
         ("PYTHONPATH=foreign $JOB doctor", "foreign/numpy takes the place of"),
+        ("PYTHONPATH=foreign/newer $JOB compare x", "foreign/newer/numpy.py takes the place of"),
         ("PYTHONPATH=foreign/click $JOB --help", "foreign/click/click.py takes the place of"),
     ],
 )
@@ -37,6 +40,8 @@ def test_what_a_machine_lacks_is_one_line_and_exit_code_2(
         path = tmp_path / "foreign" / name
         path.parent.mkdir(parents=True)
         path.write_text("raise AttributeError('of another version')")
+    (tmp_path / "foreign" / "newer").mkdir()
+    (tmp_path / "foreign" / "newer" / "numpy.py").write_text("for another Python")
     exit_code, errors = shell(script, tmp_path)
     (line,) = errors.splitlines()
     assert exit_code == 2
@@ -63,9 +68,19 @@ def test_files_of_the_current_folder_are_no_libraries(tmp_path: Path) -> None:
         (ImportError("cannot import name 'a' from 'job.b'", name="job.b"), None),
         (FileNotFoundError(errno.ENOENT, "No such file or directory"), None),
         (AttributeError("'NoneType' object has no attribute 'a'"), None),
+        (RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory"), None),
     ],
 )
-def test_what_may_be_a_defect_is_not_explained_away(error: Exception, words: str | None) -> None:
+def test_what_may_be_a_defect_is_not_explained_away(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, words: str | None
+) -> None:
+    if words is None:
+        # A module that is also installed, as sites' environment modules put it on PYTHONPATH.
+        (tmp_path / "json").mkdir()
+        monkeypatch.syspath_prepend(tmp_path)
+        copy = ModuleType("json.decoder")
+        copy.__file__ = str(tmp_path / "json" / "decoder.py")
+        monkeypatch.setitem(sys.modules, "json.decoder", copy)
     explained = explain(error)
     assert (explained is None) == (words is None)
     assert (words or "") in str(explained)

@@ -5,7 +5,6 @@ import itertools
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import tensorflow as tf
 from job.cluster import Device
 from job.cluster.scheduler import gpus_on_node
 from job.config import GpuMissingError
+from job.environment import program
 from job.log import plural
 
 DRIVER_LIBRARY = "libcuda.so.1"
@@ -92,7 +92,7 @@ def check_expected_gpus(expected: ExpectedGpus, visible: int, required: int) -> 
     if visible < expected.count:
         raise GpuMissingError(
             f"{expected.source} promises {plural(expected.count, 'GPU')}, TensorFlow sees "
-            f"{visible}{_why()}; run '{sys.executable} -m job doctor' there, or ask for --devices "
+            f"{visible}{_why()}; run '{program()} doctor' there, or ask for --devices "
             f"cpu:1 to train without a GPU"
         )
 

@@ -6,6 +6,7 @@ The only module that reads a scheduler's variables. Pure functions over a mappin
 import hashlib
 import ipaddress
 import itertools
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,8 +70,9 @@ TASKS_PER_NODE = 16
 _FIRST_PORT = 12000
 _PORT_BLOCKS = 1250  # up to 31999, below the ports that Linux gives to outgoing connections
 
-# Between the ports of two steps of a job, which may run at a time.
-_STEP_STRIDE = 617
+# Between the ports of two steps of a job, which may run at a time. Multiples of this one stay far
+# from each other and from neighbouring jobs: 1250 divided by the square of the golden ratio.
+_STEP_STRIDE = 477
 
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _ADDRESS = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*|\[([0-9A-Fa-f:.]+)\]):([0-9]{1,5})")
@@ -218,21 +220,27 @@ def _from_slurm_step(environ: Mapping[str, str]) -> ClusterSpec:
     return ClusterSpec(tuple(f"{hosts[n]}:{_port(key, local)}" for n, local in places), rank)
 
 
-def refuse_shell_of_tasks(environ: Mapping[str, str], pid: int, *, has_terminal: bool) -> None:
+def refuse_shell_of_tasks(environ: Mapping[str, str]) -> None:
     """Refuse a command typed in a shell that srun started as several tasks: no other task gets it.
+
+    An interactive shell gives each command a process group of its own. A script that srun starts
+    does not.
 
     Args:
         environ: Environment variables. ``SLURM_PTY_PORT`` is that of ``srun --pty``, and also of
-            the steps that are started in its shell; their tasks have no terminal.
-        pid: This process.
-        has_terminal: Whether its standard input is a terminal.
+            the steps that are started in its shell, which are tasks themselves.
 
     Raises:
         UserError: If that is so.
     """
-    total = environ.get("SLURM_STEP_NUM_TASKS", "1")
-    is_task = environ.get("SLURM_TASK_PID") == str(pid)
-    if total != "1" and environ.get("SLURM_PTY_PORT") and has_terminal and not is_task:
+    total, task = environ.get("SLURM_STEP_NUM_TASKS", "1"), environ.get("SLURM_TASK_PID", "")
+    if total == "1" or not environ.get("SLURM_PTY_PORT") or not task.isdecimal():
+        return
+    try:
+        in_shell = os.getpgid(int(task)) != os.getpgrp()
+    except OSError:
+        return  # the task is outside of this container
+    if in_shell:
         raise UserError(
             f"received a command in one of the {total} tasks of srun --pty, expected it in all of "
             f"them; start the training by srun, or the shell by srun --ntasks=1 --pty"

@@ -5,6 +5,7 @@ gradients, which the strategy reduces, workers exchange a few documents, always 
 """
 
 import contextlib
+import logging
 import os
 import re
 import socket
@@ -19,7 +20,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from job import log
-from job.clock import running_seconds
+from job.clock import running_seconds, suspended_seconds
 from job.cluster.scheduler import ClusterSpec
 from job.config import JobError, LostWorkerError, UserError
 
@@ -106,10 +107,12 @@ def _lost(spec: ClusterSpec, text: str) -> str:
     names = ", ".join(map(spec.name, ranks)) or "worker: one of the others"
     # Behind the first line come the remote end's own words on the connection.
     first = (text.partition(_ABORTED)[2] or text).partition("\nAdditional GRPC")[0]
-    reason = re.sub(r"\s+", " ", first).strip(" :by")
+    reason = re.sub(r"\s+", " ", first).strip(" :by")[:160]
+    if suspended := suspended_seconds():
+        reason = f"this process was suspended for {suspended:.0f} s just before; {reason}"
     return (
-        f"lost {names}, which has ended or does not answer ({reason[:160]}); run the same command "
-        f"again on all workers to go on from the last checkpoint"
+        f"lost {names}, which has ended or does not answer ({reason}); run the same command again "
+        f"on all workers to resume from the last checkpoint"
     )
 
 
@@ -171,18 +174,21 @@ def _listen(spec: ClusterSpec, deadline: float) -> Iterator[None]:
     TensorFlow would share it with whoever listens there, such as an earlier attempt of the run.
     """
     _, port = host_and_port(spec.workers[spec.index])
-    both = socket.has_dualstack_ipv6()
+    announced, both = False, socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     while True:
         try:
             listener = socket.create_server(("", port), family=family, dualstack_ipv6=both)
             break
         except OSError as error:
+            problem = f"port {port} of {spec.name(spec.index)} cannot be used: {error.strerror}"
             if running_seconds() > deadline:
                 raise LostWorkerError(
-                    f"port {port} of {spec.name(spec.index)} cannot be used: {error.strerror}; end "
-                    f"the process that listens there, then run again"
+                    f"{problem}; end the process that listens there, then run again"
                 ) from error
+            if not announced:
+                log.event("port_in_use", logging.WARNING, port=port, message=f"{problem}; waits")
+                announced = True
         time.sleep(_POLL_SECONDS)
 
     def accept() -> None:

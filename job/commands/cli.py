@@ -5,7 +5,6 @@ TensorFlow is imported inside the commands that need it, so that ``--help`` answ
 
 import contextlib
 import faulthandler
-import importlib
 import logging
 import os
 import sys
@@ -30,8 +29,10 @@ from job.commands.options import (
     warn_of_misspelt_variables,
 )
 from job.commands.terminal import DownloadBar, EpochBar, printable
-from job.config import ExitCode, JobError, TrainConfig, naming_own_code
+from job.config import ExitCode, JobError, TrainConfig
 from job.environment import explain, require_capable_machine, require_threads
+from job.registry import naming_own_code
+from job.report import isolate_matplotlib, spare_the_run
 from job.run.stop import StopRequest, Watchdog
 
 
@@ -94,7 +95,7 @@ def train(
     from job.cluster.scheduler import cluster_spec, refuse_shell_of_tasks
     from job.run.folder import warn_unless_mounted
 
-    refuse_shell_of_tasks(os.environ, os.getpid(), has_terminal=os.isatty(0))
+    refuse_shell_of_tasks(os.environ)
     spec = cluster_spec(os.environ)
     if expect_mount and spec.is_chief:
         warn_unless_mounted(config.output_dir)
@@ -175,7 +176,6 @@ def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) ->
             load_tensorflow()
         from job.cluster.devices import open_devices
         from job.data import load_dataset
-        from job.report import spare_the_run
         from job.report.page import write_report
         from job.training.saved_model import evaluate_output_dir
 
@@ -196,6 +196,7 @@ def report(stop: StopRequest, /, log_format: log.LogFormat, output_dir: Path) ->
     environment variable JOB_OUTPUT_DIR, by default output.
     """
     log.configure(log_format)
+    isolate_matplotlib()
     from job.report.page import write_report
     from job.run.attempt import hold_output_dir
     from job.run.record import RunRecord
@@ -259,6 +260,7 @@ def compare(folders: tuple[str, ...], json: bool, png: Path | None) -> None:
     """
     if png:
         require_writable_folder(png)
+    isolate_matplotlib()
     from job.commands.compare import print_comparison
 
     print_comparison(folders, as_json=json, png=png)
@@ -369,8 +371,7 @@ def load_tensorflow(*, verbose: bool = False) -> list[str]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "2")
     lines: list[str] = []
     with _captured_stderr(lines):
-        # Keras loads matplotlib, which this package sets up.
-        importlib.import_module("job.report")
+        isolate_matplotlib()  # Keras loads it
         import tensorflow as tf
 
         tf.config.list_physical_devices()

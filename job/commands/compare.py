@@ -7,9 +7,11 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from job.commands.terminal import printable, say, write_lines, write_table
 from job.config import TrainConfig, UserError, Value, describe_config, run_options
@@ -17,9 +19,6 @@ from job.log import plural
 from job.report.pictures import PALETTE, SCREEN_DPI, lay_out_epochs, save_png
 from job.run.folder import EVALUATION, METRICS, RUN, OutputDir
 from job.run.record import Manifest, RunRecord
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 SETTINGS = (
     *(name for name in run_options(TrainConfig()) if name != "seed"),
@@ -400,8 +399,6 @@ def save_comparison(path: Path, groups: Sequence[Group]) -> None:
         path: PNG file to write.
         groups: At least one; the runs of each have curves of one length.
     """
-    from matplotlib.figure import Figure  # not before `job.report` has set matplotlib up
-
     names = [str(number + 1) if len(groups) > 1 else "" for number in range(len(groups))]
     legend = [_legend_text(*one) for one in zip(names, groups, strict=True)]
     lines = sum(text.count("\n") + 1 for text in legend)
@@ -456,7 +453,7 @@ def _legend_text(name: str, group: Group) -> str:
     )
 
 
-def _draw_accuracies(axis: "Axes", row: int, group: Group, colour: str, marker: str) -> None:
+def _draw_accuracies(axis: Axes, row: int, group: Group, colour: str, marker: str) -> None:
     """Draw runs as points, and below them their mean with the standard deviation."""
     values = [100 * run.accuracy for run in group.runs if run.accuracy is not None]
     axis.plot(

@@ -16,9 +16,10 @@ from job.cluster.devices import Devices, open_devices
 from job.cluster.scheduler import cluster_spec, run_identity
 from job.cluster.workers import Workers
 from job.commands.terminal import write_lines
-from job.config import JobError, TrainConfig, describe_config, naming_own_code
+from job.config import JobError, TrainConfig, describe_config
 from job.data import Dataset, find_dataset, load_dataset, require_limit
 from job.recipes import get_recipe
+from job.registry import naming_own_code
 from job.report.page import command_line
 from job.run.attempt import Attempt, inspect_output_dir
 from job.run.folder import OutputDir, prepare_output_dir

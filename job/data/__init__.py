@@ -9,12 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from job.config import (
-    TrainConfig,
-    UserError,
-    load_member,
-    require_parameters,
-)
+from job.config import TrainConfig, UserError
+from job.registry import load_member, require_parameters
 
 
 @dataclass(frozen=True)

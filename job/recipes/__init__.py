@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 import keras
 import tensorflow as tf
 
-from job.config import load_member, require_parameters
-
 # What other packages take from the private module.
 from job.recipes._augment import Resample as Resample
 from job.recipes._augment import resample_by_gather as resample_by_gather
 from job.recipes._augment import resample_by_op as resample_by_op
+from job.registry import load_member, require_parameters
 
 
 def unchanged(images: tf.Tensor) -> tf.Tensor:
@@ -51,10 +50,11 @@ class Recipe:
     tta_views: tuple[Callable[[tf.Tensor], tf.Tensor], ...] = (unchanged,)
 
     def __post_init__(self) -> None:
-        """Refuse functions with other parameters.
+        """Refuse functions with other parameters, and no view at all.
 
         Raises:
-            TypeError: If there is one.
+            TypeError: If there is such a function.
+            ValueError: If there is no view.
         """
         require_parameters(self.build_model, "build_model", "seed", "classes")
         require_parameters(self.build_optimizer, "build_optimizer", "learning_rate", "total_steps")
@@ -62,6 +62,8 @@ class Recipe:
             self.draw_augmentation, "draw_augmentation", "seed", "epoch", "steps", "batch_size"
         )
         require_parameters(self.augment, "augment", "images", "draws", "resample")
+        if not self.tta_views:
+            raise ValueError("tta_views has no view, expected at least (unchanged,)")
         for view in self.tta_views:
             require_parameters(view, "view", "images")
 

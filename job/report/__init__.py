@@ -1,9 +1,4 @@
-"""What people look at afterwards: the page of a run, and pictures.
-
-Only the run decides their bytes. So matplotlib is loaded here, before any module of the package
-uses it, with its own defaults and fonts in place of the user's. It gets no folder for a cache: a
-container may have none, and a process that is killed would leave one behind.
-"""
+"""What people look at afterwards: the page of a run, and pictures."""
 
 import contextlib
 import logging
@@ -15,6 +10,22 @@ from job import log
 from job.config import JobError
 
 
+def isolate_matplotlib() -> None:
+    """Load matplotlib with its own defaults and fonts in place of the user's.
+
+    Only the run decides the bytes of its pictures. The program calls this before anything else
+    loads matplotlib, as Keras does. It gets no folder for a cache: a container may have none, and a
+    process that is killed would leave one behind.
+    """
+    os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull, "MPL_IGNORE_SYSTEM_FONTS": "1"}
+    with _hidden_from_matplotlib("matplotlibrc"):
+        import matplotlib as mpl
+    for folder in ("get_cachedir", "get_configdir"):
+        setattr(mpl, folder, lambda: os.devnull)
+    # It would warn that it cannot keep a list of its fonts there.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+
+
 @contextlib.contextmanager
 def _hidden_from_matplotlib(name: str) -> Iterator[None]:
     """Hide a file of the current folder, which matplotlib reads before all others."""
@@ -24,15 +35,6 @@ def _hidden_from_matplotlib(name: str) -> Iterator[None]:
         yield
     finally:
         setattr(os.path, "exists", exists)  # noqa: B010
-
-
-os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull, "MPL_IGNORE_SYSTEM_FONTS": "1"}
-with _hidden_from_matplotlib("matplotlibrc"):
-    import matplotlib as mpl
-for _folder in ("get_cachedir", "get_configdir"):
-    setattr(mpl, _folder, lambda: os.devnull)
-# It would warn that it cannot keep a list of its fonts there.
-logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager

@@ -151,8 +151,8 @@ def _acknowledge(reason: str) -> None:
             "stopping",
             logging.WARNING,
             reason=reason,
-            message=f"{reason}: stops after the running call and saves a checkpoint"
-            + ("; a second Ctrl-C stops without saving" if reason == "SIGINT" else ""),
+            message=f"{reason}: the run stops after the running call and saves a checkpoint"
+            + ("; a second Ctrl-C stops it without saving" if reason == "SIGINT" else ""),
         )
 
 
@@ -161,12 +161,14 @@ def listen_to_signals() -> StopRequest:
 
     Python runs handlers between two bytecodes of the main thread, which may be inside of a compiled
     call for long, and TensorFlow installs handlers of its own. So all threads block the signals, as
-    they inherit it from this one, and a thread waits for those that arrive.
+    they inherit it from this one, and a thread waits for those that arrive. A forked process gets
+    them as usual; a program that is started inherits the block.
     """
     stop = StopRequest()
     # A signal that nohup or a shell has made the process ignore stays ignored.
     numbers = {number for number in SIGNALS if not _is_ignored_hangup(number)}
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers))
     keep_looking()
     threading.Thread(target=_listen, args=(numbers, stop), daemon=True).start()
     return stop
@@ -177,16 +179,16 @@ def _is_ignored_hangup(number: signal.Signals) -> bool:
 
 
 def _listen(numbers: set[signal.Signals], stop: StopRequest) -> None:
-    interrupts, acknowledged = 0, False
+    interrupts, acknowledged = 0, set()
     while True:
         name = signal.Signals(signal.sigwait(numbers)).name
         interrupts += name == "SIGINT"
         if interrupts == 2:
             stop.request("a second SIGINT", at_once=True)
         stop.request(name)  # returns if there is work to save
-        if not acknowledged:
+        if name not in acknowledged:
             _acknowledge(name)
-            acknowledged = True
+            acknowledged.add(name)
 
 
 COMPILATION_SECONDS = 600.0
@@ -214,7 +216,8 @@ class Watchdog:
     A thread looks at the time in which the process runs: while it was suspended the call could not
     return. No Python thread runs while a call holds Python's global lock, as an import or a driver
     may do for long. For those a native timer ends the process a margin later, with exit code 1 and
-    the stacks on stderr. That timer counts a suspension, too.
+    the stacks on stderr. That timer counts a suspension, too: one in the first seconds of a run
+    that is longer than the call's time, ten minutes and more by default, ends it.
 
     Args:
         timeout_seconds: Longest time that a watched call may take.
@@ -253,8 +256,8 @@ class Watchdog:
             compiling: Whether the body may compile first, for which it has time of its own.
             seconds: Its time, where that is not the timeout of any call; infinity for a body that
                 has its own end.
-            native: Whether the body may hold Python's global lock for long. Such a body has no
-                other one inside of it.
+            native: Whether the body may hold Python's global lock for long, before there is any
+                work to lose. Such a body has no other one inside of it.
         """
         if seconds is None:
             seconds = self._timeout_seconds + (COMPILATION_SECONDS if compiling else 0.0)

@@ -8,8 +8,9 @@ import numpy as np
 import tensorflow as tf
 
 from job.cluster.devices import graph_function
-from job.config import UserError, is_own, module_path, naming_own_code
+from job.config import UserError
 from job.recipes import Recipe, resample_by_op
+from job.registry import is_own, module_path, naming_own_code
 from job.run.predictions import require_probabilities
 
 _TRIED_IMAGES = 4
@@ -92,8 +93,15 @@ def require_classifier(model: keras.Model, what: str) -> None:
         case _:
             raise UserError(
                 f"{what} takes inputs of shape {received}, expected (None, height, width, "
-                f"channels); use one of images of one size"
+                f"channels); begin it with keras.Input((height, width, channels)), or name another "
+                f"one"
             )
+    kind = model.inputs[0].dtype
+    if not kind.startswith(("float", "bfloat")):
+        raise UserError(
+            f"{what} takes {kind}, expected floating-point pixels from 0 to 1; let it scale those, "
+            f"or name another one"
+        )
     received = getattr(model, "output_shape", None)
     match received:
         case None, int(classes) if classes > 1:

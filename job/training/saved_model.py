@@ -21,9 +21,10 @@ from keras.src.legacy.saving.legacy_h5_format import load_model_from_hdf5, save_
 
 from job import log
 from job.cluster.devices import Devices
-from job.config import JobError, TrainConfig, UserError, is_own, module_path, naming_own_code
+from job.config import JobError, TrainConfig, UserError
 from job.data import Dataset
 from job.recipes import Recipe, get_recipe, resample_by_op
+from job.registry import is_own, module_path, naming_own_code
 from job.report import pictures, spare_the_run
 from job.run.folder import (
     EVALUATION,
@@ -189,7 +190,7 @@ def evaluate_output_dir(
             f"{output.path} was validated on ({trained_on.name}); give that run's --dataset, "
             f"--data-dir and --seed"
         )
-    with watchdog.watch(EVALUATING, compiling=True, native=True):
+    with watchdog.watch(EVALUATING, compiling=True):
         evaluate_saved(output, get_recipe(config.recipe), devices, dataset, config.seed)
 
 

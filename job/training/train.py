@@ -16,6 +16,7 @@ from job.cluster.devices import Devices, open_devices_of_all
 from job.cluster.scheduler import NO_RUN, ClusterSpec
 from job.cluster.workers import Workers, naming_lost_workers
 from job.config import (
+    ExitCode,
     LostWorkerError,
     TrainConfig,
     UserError,
@@ -32,7 +33,7 @@ from job.run.fingerprint import Fingerprint, require_same_run, take_fingerprint
 from job.run.folder import ARTIFACTS, MODEL, REPORT, OutputDir
 from job.run.manifest import RunManifest, versions
 from job.run.record import DataRecord, TrainingRecord, decode, encode
-from job.run.stop import StopRequest, Watchdog
+from job.run.stop import NATIVE_MARGIN_SECONDS, StopRequest, Watchdog
 from job.training.engine import Engine, Plan
 from job.training.evaluate import Evaluator
 from job.training.observer import Observer, Start
@@ -71,8 +72,9 @@ def train_as_worker(
     """
     watchdog = Watchdog(config.stall_timeout, stop.end_hung)
     connecting_seconds = min(_CONNECT_SECONDS, config.stall_timeout)
-    connecting = watchdog.watch(
-        "the connection of the workers", seconds=connecting_seconds, native=True
+    connecting = _announcing(
+        connecting_seconds,
+        watchdog.watch("the connection of the workers", seconds=connecting_seconds, native=True),
     )
     seconds = config.join_timeout + connecting_seconds
     with watchdog.watch("the wait for the other workers", seconds=seconds):
@@ -101,6 +103,21 @@ def train_as_worker(
     except LostWorkerError:
         if not workers.is_chief:
             raise
+
+
+@contextlib.contextmanager
+def _announcing(
+    seconds: float, connecting: contextlib.AbstractContextManager[None]
+) -> Iterator[None]:
+    """Log what ends a connection to a worker that dies in it, as nothing can be logged then."""
+    log.event(
+        "connecting",
+        timeout_seconds=seconds,
+        message=f"all workers are there; connecting them. If one ends now, the others end with "
+        f"exit code {int(ExitCode.DEFECT)} about {seconds + NATIVE_MARGIN_SECONDS:g} s later",
+    )
+    with connecting:
+        yield
 
 
 class _Beginning(msgspec.Struct):
@@ -244,10 +261,10 @@ def _train_and_evaluate(
         return
     for observer in observers:
         observer.evaluate()
-    with watchdog.watch("the saving of the model", native=True):
+    with watchdog.watch("the saving of the model"):
         save_model(engine.export(), attempt.output, MODEL)
     own_devices = devices.without_other_workers()
-    with watchdog.watch(EVALUATING, compiling=True, native=True):
+    with watchdog.watch(EVALUATING, compiling=True):
         evaluate_saved(attempt.output, recipe, own_devices, dataset, config.seed)
     # Without it the run is not finished. One that is there tells of an earlier end.
     attempt.output.remove([attempt.output.path / REPORT])

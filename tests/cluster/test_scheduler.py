@@ -1,4 +1,6 @@
 import json
+import os
+import subprocess
 from typing import Any
 
 import pytest
@@ -421,17 +423,25 @@ def test_variables_of_slurm_that_cannot_be_are_named(
 def test_steps_of_a_job_have_ports_of_their_own() -> None:
     steps = (cluster_spec({**SLURM_STEP, "SLURM_STEP_ID": str(step)}) for step in range(50))
     assert len({spec.workers for spec in steps}) == 50
+    # Nor does a step meet a job of about the same time.
+    jobs = (slurm_step("n[1-2]", "1(x2)", 2, 1, 1, job=job) for job in range(100, 150))
+    near = {*map(cluster_spec, jobs)}
+    for step in range(1, 10):
+        assert cluster_spec({**SLURM_STEP, "SLURM_STEP_ID": str(step)}) not in near
 
 
 def test_a_command_in_the_shell_of_several_tasks_is_refused() -> None:
-    """It would wait for tasks that never get it; a step that the shell starts trains."""
-    shell = {**SLURM_STEP, "SLURM_PTY_PORT": "4711", "SLURM_TASK_PID": "20"}
-    with pytest.raises(UserError, match=r"one of the 2 tasks .* srun --ntasks=1 --pty"):
-        refuse_shell_of_tasks(shell, 21, has_terminal=True)
-    refuse_shell_of_tasks(shell, 21, has_terminal=False)
-    refuse_shell_of_tasks(shell, 20, has_terminal=True)
-    refuse_shell_of_tasks({**shell, "SLURM_STEP_NUM_TASKS": "1"}, 21, has_terminal=True)
-    refuse_shell_of_tasks({}, 21, has_terminal=True)
+    """It would wait for tasks that never get it; a task, its script and its steps train."""
+    pty = {**SLURM_STEP, "SLURM_PTY_PORT": "4711"}
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as shell:
+        environ = {**pty, "SLURM_TASK_PID": str(shell.pid)}
+        with pytest.raises(UserError, match=r"one of the 2 tasks .* srun --ntasks=1 --pty"):
+            refuse_shell_of_tasks(environ)
+        refuse_shell_of_tasks({**environ, "SLURM_STEP_NUM_TASKS": "1"})
+        refuse_shell_of_tasks({**environ, "SLURM_PTY_PORT": ""})
+        shell.kill()
+    refuse_shell_of_tasks({**pty, "SLURM_TASK_PID": str(os.getpid())})
+    refuse_shell_of_tasks({**pty, "SLURM_TASK_PID": "99999999"})
 
 
 def test_a_cyclic_distribution_is_refused() -> None:

@@ -163,7 +163,7 @@ def test_a_model_of_grey_images_computes_them(tmp_path: Path, make_devices: Make
     ("shape", "message"),
     [
         ((24, 24, 4), r"takes images of 4 channels, expected 1 \(grey\) or 3 \(RGB\)"),
-        ((None, None, 3), r"expected \(None, height, width, channels\); use one of images"),
+        ((None, None, 3), r"expected \(None, height, width, channels\); begin it with keras"),
         ((7, 3), r"takes inputs of shape \(None, 7, 3\), expected \(None, height, width, channels"),
     ],
 )

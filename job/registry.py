@@ -1,0 +1,127 @@
+"""The folders of recipes and data sets: what a module of them defines, and whose fault an error is.
+
+Standard library only, as the command line uses it before TensorFlow is imported.
+"""
+
+import contextlib
+import importlib
+import inspect
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, TypeVar
+
+from job.config import JobError, UserError
+from job.environment import lacks_resources
+
+_PACKAGE = Path(__file__).parent
+_Member = TypeVar("_Member")
+
+# Everything else in these folders is the user's own.
+SHIPPED = {
+    "recipes": ("__init__", "_augment", "classic"),
+    "data": ("__init__", "cifar10", "image_files", "synthetic"),
+}
+
+
+def module_path(package: str, name: str) -> Path:
+    """The file of a recipe or data set."""
+    return _PACKAGE / package / f"{name}.py"
+
+
+def load_member(package: str, name: str, member: str, kind: type[_Member]) -> _Member:
+    """Import what a module of a package defines for the registry.
+
+    Raises:
+        UserError: If it does not define it, or is no Python.
+    """
+    path = module_path(package, name)
+    with naming_own_code(path):
+        found = getattr(importlib.import_module(f"job.{package}.{name}"), member, None)
+    if not isinstance(found, kind):
+        problem = f"defines no {member}"
+        if found is not None:
+            problem = f"defines {member} as {type(found).__name__}"
+        raise UserError(
+            f"{_shown(path)} {problem}, expected {kind.__name__}; define it so, or begin the name "
+            f"of a module that only helps with _"
+        )
+    return found
+
+
+def require_parameters(function: Callable[..., Any], name: str, *parameters: str) -> None:
+    """Refuse a function that cannot be called with values for these parameters, in this order.
+
+    Raises:
+        TypeError: If it cannot.
+    """
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*parameters)
+    except TypeError as error:
+        received = f"{name}({', '.join(signature.parameters)})"
+        raise TypeError(f"received {received}, expected {name}({', '.join(parameters)})") from error
+
+
+@contextlib.contextmanager
+def naming_own_code(path: Path | None = None) -> Iterator[None]:
+    """Explain what goes wrong in a recipe or data set of the user's own, without a traceback.
+
+    What a machine lacks is no fault of such a file, nor is what fails while a graph runs.
+
+    Args:
+        path: The file that the body is about, which is to blame also where another one raises.
+
+    Raises:
+        UserError: If such a file is to blame.
+    """
+    try:
+        yield
+    except JobError:
+        raise
+    except Exception as error:
+        place = None if lacks_resources(error) else _own_place(error, path)
+        if place is None:
+            raise
+        file, number = place
+        line = f", line {number}" if number else ""
+        reason = f"{type(error).__name__}: {shorten(str(error), 300)}"
+        advice = (
+            "mend it there" if not isinstance(error, OSError) else "name another, or mend it there"
+        )
+        raise UserError(f"{_shown(file)}{line}: {reason}; {advice}") from error
+
+
+def _own_place(error: Exception, path: Path | None) -> tuple[Path, int | None] | None:
+    """The file of the user's own, and the line if known, that an error comes from."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    # TensorFlow's errors are those of devices and workers, but for values that it refuses.
+    if "OpError" in kinds and "InvalidArgumentError" not in kinds:
+        return None
+    frames = traceback.extract_tb(error.__traceback__)
+    places: list[tuple[Path, int | None]] = [
+        (Path(frame.filename), frame.lineno) for frame in reversed(frames)
+    ]
+    if isinstance(error, SyntaxError) and error.filename:
+        places.insert(0, (Path(error.filename), error.lineno))
+    if kinds & {"TypeError", "ValueError", "InvalidArgumentError"}:
+        # Where TensorFlow traces or runs a graph, its message has the lines that the frames lack.
+        lines = re.findall(r'File "(.+?)", line (\d+)', str(error))
+        places += [(Path(name), int(number)) for name, number in reversed(lines)]
+    if path:
+        places.append((path, None))
+    return next((place for place in places if is_own(place[0])), None)
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is a recipe or data set of the user's own, or a module that helps one."""
+    package = path.parent.name
+    return (
+        path.parent.parent == _PACKAGE and package in SHIPPED and path.stem not in SHIPPED[package]
+    )
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(_PACKAGE.parent)

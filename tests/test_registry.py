@@ -1,0 +1,78 @@
+import errno
+import re
+from pathlib import Path
+
+import pytest
+import tensorflow as tf
+
+import job.recipes
+from job import registry
+from job.config import UserError
+from job.recipes import get_recipe
+from job.registry import SHIPPED, naming_own_code
+from tests.conftest import REPOSITORY
+
+CHANGED = """from dataclasses import replace
+from job.recipes.classic import RECIPE as CLASSIC
+RECIPE = replace(CLASSIC, build_model=lambda seed: None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("syntax", "SIZE = 3\nRECIPE = (", ", line 2: SyntaxError: '(' was never closed"),
+        ("name", "SIZE = 3\nlayers.Dense(SIZE)", ", line 2: NameError: name 'layers' is not"),
+        ("missing", "import nowhere", ", line 1: ModuleNotFoundError: No module named 'nowhere'"),
+        ("zero", "\0", ": SyntaxError: source code string cannot contain null bytes"),
+        (
+            "signature",
+            CHANGED,
+            ", line 3: TypeError: received build_model(seed), expected build_model(seed, classes);",
+        ),
+        ("kind", "RECIPE = 5", " defines RECIPE as int, expected Recipe;"),
+    ],
+)
+def test_an_error_in_a_recipe_of_ones_own_is_told_by_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str, message: str
+) -> None:
+    folder = tmp_path / "job" / "recipes"
+    folder.mkdir(parents=True)
+    (folder / f"own_{name}.py").write_text(code)
+    monkeypatch.setattr(registry, "_PACKAGE", folder.parent)
+    monkeypatch.setattr(job.recipes, "__path__", [*job.recipes.__path__, str(folder)])
+    with pytest.raises(UserError, match=re.escape(f"job/recipes/own_{name}.py{message}")):
+        get_recipe(f"own_{name}")
+
+
+def test_every_module_of_the_package_is_known_as_shipped() -> None:
+    for package, names in SHIPPED.items():
+        modules = (REPOSITORY / "job" / package).glob("*.py")
+        assert sorted(path.stem for path in modules) == sorted(names)
+
+
+OWN = Path(registry.__file__).parent / "recipes" / "mine.py"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("can't start new thread"),
+        tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor"),
+        RuntimeError(f'CUDA_ERROR_ILLEGAL_ADDRESS, defined at File "{OWN}", line 12'),
+    ],
+)
+def test_a_fault_of_the_machine_is_none_of_ones_own_recipe(error: Exception) -> None:
+    with pytest.raises(type(error)), naming_own_code(None if "CUDA" in str(error) else OWN):
+        raise error
+
+
+def test_a_path_that_a_data_set_of_ones_own_cannot_find_may_be_an_option() -> None:
+    missing = FileNotFoundError(errno.ENOENT, "No such file or directory", "/nowhere/x.npy")
+    with (
+        pytest.raises(UserError, match=r"No such file .*; name another, or mend it there"),
+        naming_own_code(OWN),
+    ):
+        raise missing
