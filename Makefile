@@ -21,19 +21,25 @@ K8S ?= k8s
 # Not OUTPUT_DIR, which may hold a run of this machine.
 FETCH_DIR ?= output/k8s
 
-# A device node tells an NVIDIA GPU even where the driver's tools are not installed.
+# A device node shows an NVIDIA GPU even where the driver's tools are not installed.
 LOCK := $(if $(wildcard /dev/nvidia[0-9]*),gpu,cpu)
 BIN := $(VENV)/bin
 
-# A variable of a name that this file does not have would be ignored, and 50 epochs begin.
-GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
-$(foreach name,$(GIVEN),$(if $(shell grep -E '^$(name) +[?:]?=' $(firstword $(MAKEFILE_LIST))),,\
+# EPOCHS=3 on the command line would be ignored, and 50 epochs begin. JOB_EPOCHS=3 is exported by make.
+# The tables of the README name the options; two of them are also variables of this file.
+OPTIONS := $(filter-out DATA_DIR OUTPUT_DIR,$(shell \
+  sed -n 's/^| `--[a-z0-9-]*` | `JOB_\([A-Z0-9_]*\)` .*/\1 \L\1/p' README.md))
+$(foreach name,$(OPTIONS),$(if $(filter command,$(origin $(name))),\
   $(error received $(name), which is no variable of this Makefile; options of the program go into \
   ARGS, as in make train ARGS="--epochs 3")))
 
+TAKE_ARGS := demo train doctor docker-run
+$(if $(filter command,$(origin ARGS)),$(if $(filter $(TAKE_ARGS),$(MAKECMDGOALS)),,\
+  $(error received ARGS, which only these targets pass on: $(TAKE_ARGS); leave it out)))
+
 # make calls each exit code but 0 an error; 75 is none.
 EXPLAIN = || { code=$$?; test $$code -ne 75 || \
-  echo "make: the training stopped and is saved; the same command goes on with it" >&2; exit $$code; }
+  echo "make: exit code 75: the same command resumes (see the line above)" >&2; exit $$code; }
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
@@ -85,16 +91,16 @@ image-test: image ## Train in the image for a moment: any user, nothing writable
 	  train --dataset synthetic --limit 2560 --epochs 1
 
 .PHONY: docker-run
-docker-run: ## Train in the image on every GPU, into ./output
+docker-run: ## Train in the image on every GPU, into ./output; ARGS="--epochs 3" adds options
 	$(NEEDS_DOCKER)
 	mkdir -p output data
 	$(DOCKER) run --rm --gpus all --user "$$(id -u):$$(id -g)" \
-	  --volume "$$PWD/output:/output" --volume "$$PWD/data:/data" $(IMAGE) $(EXPLAIN)
+	  --volume "$$PWD/output:/output" --volume "$$PWD/data:/data" $(IMAGE)$(if $(ARGS), train $(ARGS)) $(EXPLAIN)
 
 .PHONY: push
 push: ## Build and push IMAGE=registry/name:tag with its SBOM and provenance
 	@case "$(IMAGE)" in */*:*) ;; *) echo "IMAGE is $(IMAGE), expected registry/name:tag;" \
-	  "say make push IMAGE=registry.example.com/team/cifar10-job:$(VERSION)" >&2; exit 2;; esac
+	  "run make push IMAGE=registry.example.com/team/cifar10-job:$(VERSION)" >&2; exit 2;; esac
 	$(NEEDS_DOCKER)
 	@$(DOCKER) buildx version > /dev/null || \
 	  { echo "$(DOCKER) has no buildx; install docker-buildx" >&2; exit 2; }
@@ -176,7 +182,7 @@ clean: ## Remove what was built, never the output or the data
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1), expected Python 3.11 to 3.13;" \
-	    "say make PYTHON=python3.12" >&2; exit 2; }
+	    "run make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "$(PYTHON) has no venv module; on Debian and Ubuntu:" \
 	    "apt-get install python3-venv" >&2; exit 2; }

@@ -37,9 +37,10 @@ from job.run.stop import StopRequest, Watchdog
 
 
 class _Command(click.Command):
-    """Warns of the environment variables that are almost its options."""
+    """Warns of the environment variables that are almost its options, and needs NumPy's threads."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        require_threads()
         warn_of_misspelt_variables(self, os.environ)
         return super().invoke(ctx)
 
@@ -64,7 +65,6 @@ def cli() -> None:
     Every option is also an environment variable. Exit codes: 0 done, 1 a defect, 2 you must change
     something, 3 a GPU is missing, 75 stopped: the same command resumes.
     """
-    require_threads()  # of NumPy
 
 
 @cli.command()

@@ -33,7 +33,7 @@ _LAST = 5
 
 @dataclass(frozen=True)
 class Run:
-    """What the folder of a run tells.
+    """What is read from the folder of a run.
 
     Attributes:
         folder: Its path.
@@ -99,10 +99,10 @@ def _holds_run(folder: str) -> bool:
 
 
 def read_run(folder: str) -> Run:
-    """Read what a run's folder tells.
+    """Read a run from its folder.
 
     Raises:
-        UserError: If that is too little to say which run it is, or damaged.
+        UserError: If the folder holds no run, or damaged files.
     """
     if not _holds_run(folder):
         there = os.path.isdir(folder)  # noqa: PTH112 (no error for a name that cannot be)

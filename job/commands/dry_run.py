@@ -91,8 +91,8 @@ def preview(
         attempt = _preview_output(found, config, stop)
     if attempt and attempt.is_finished:
         found.outcome = (
-            "the run is finished: train would say so, do nothing and end with exit code 0; raise "
-            "--epochs to go on with it, start over with --fresh, or name another --output-dir"
+            "the run is finished: train would report that, do nothing and end with exit code 0; "
+            "raise --epochs to resume it, start over with --fresh, or name another --output-dir"
         )
         return found
     devices = None
@@ -131,9 +131,9 @@ def _preview_output(found: Preview, config: TrainConfig, stop: StopRequest) -> A
     elif attempt.fresh:
         state, text = "fresh", "would be emptied of the run that it holds, if any; a new run begins"
     elif checkpoint:
-        state, text = "resume", f"holds this run: it would go on after step {step}"
+        state, text = "resume", f"holds this run: it would resume after step {step}"
     else:
-        state, text = "new", "holds no run to go on with: a new one would begin"
+        state, text = "new", "holds no run to resume: a new one would begin"
     held_by = str(holder) if holder else None
     fields = {"path": str(path), "held_by": held_by, "state": state, "step": step}
     found.add("output", fields, f"{path}/ {text}", *([f"held by {holder}"] if holder else []))

@@ -85,7 +85,9 @@ def _expected(kind: click.ParamType[Any]) -> str | None:
             *others, last = map(str, choices)
             return f"{', '.join(others)} or {last}" if others else last
         case click.FloatRange(min=low, max=high):
-            return f"a number above {low:g}" + ("" if high is None else f", at most {high:,}")
+            if high is None:
+                return f"a finite number above {low:g}"
+            return f"a number above {low:g}, at most {high:,}"
         case click.IntRange(min=low, max=high):
             return f"a whole number from {low}" + ("" if high is None else f" to {high:,}")
         case click.types.BoolParamType():

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL import ImageFile as PillowFile
 
 from job.config import UserError
@@ -44,8 +44,9 @@ _POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Suffixes of photographs and drawings in formats that Pillow does not read, those of cameras last.
 _FOREIGN_SUFFIX = re.compile(
-    r"\.(bpg|emf|exr|hei[cf]s?|hif|jxl|jxr|svgz?|wdp|wmf|xcf"
-    r"|3fr|arw|cr[23w]|dcr|dng|erf|kdc|mef|mrw|nef|nrw|orf|pef|raf|rw[2l]|sr[2fw]|x3f)"
+    r"\.(bpg|djvu?|dpx|emf|exr|flif|hei[cf]s?|hif|jls|jp[hm]|jx[lrs]|kra|pam|psb|svgz?|wbmp|wdp|wmf|xcf"
+    r"|3fr|arw|bay|cap|cr[23w]|dc[rs]|dng|eip|erf|fff|gpr|iiq|k25|kdc|mef|mos|mrw|nef|nrw|orf|pef|raf"
+    r"|raw|rw[2lz]|sr[2fw]|x3f)"
 )
 # JPEGs are decoded at an eighth, a quarter or half of their size where that leaves this many times
 # the pixels asked for in each direction: a photograph is decoded three times as fast.
@@ -211,7 +212,10 @@ def read_image(name: str, shape: ImageShape) -> npt.NDArray[np.uint8]:
             content: IO[bytes] = file if file.seekable() else io.BytesIO(file.read())
             if content.read(len(_PNG)) == _PNG:
                 with contextlib.suppress(Exception):
-                    return _pixels(Image.open(content, formats=_formats()), shape)
+                    image = Image.open(content, formats=_formats())
+                    # Pillow takes the first bytes of a transparent value that is too long.
+                    if "transparency" not in image.info:
+                        return _pixels(image, shape)
                 content = _bare_png(content)
             image = Image.open(content, formats=_formats())
             # Cameras' files look like TIFF, with anything from a small preview to bare sensor data.
@@ -242,8 +246,10 @@ def _bare_png(file: IO[bytes]) -> IO[bytes]:
     """What decides the pixels of a PNG file, and which of its sides is up.
 
     Pillow refuses a file for a damaged or large text, colour profile or animation, which browsers
-    pass over. They also pass over a damaged optional chunk.
+    pass over. They also pass over a damaged optional chunk, and transparency of a wrong length.
     """
+    lengths = {b"\0": range(2, 3), b"\2": range(6, 7)}  # of transparency: grey, RGB
+    colours = b""
     bare = io.BytesIO()
     bare.write(_PNG)
     file.seek(len(_PNG))
@@ -252,6 +258,13 @@ def _bare_png(file: IO[bytes]) -> IO[bytes]:
         body = kind + file.read(length)
         checksum = file.read(4)
         is_whole = checksum == zlib.crc32(body).to_bytes(4, "big")
+        match kind:
+            case b"IHDR":
+                colours = body[13:14]
+            case b"PLTE":
+                lengths[b"\3"] = range(1, length // 3 + 1)
+            case b"tRNS":
+                is_whole &= length in lengths.get(colours, ())
         # The names of optional chunks begin with a small letter.
         if kind[:1].isupper() or (kind in (b"tRNS", b"eXIf") and is_whole):
             bare.write(head[:4] + body + checksum)
@@ -261,18 +274,25 @@ def _bare_png(file: IO[bytes]) -> IO[bytes]:
 
 def _pixels(image: PillowFile.ImageFile, shape: ImageShape) -> npt.NDArray[np.uint8]:
     height, width, channels = shape
+    mode = MODES[channels]
+    upright: Image.Image = image
     image.draft(None, (_DRAFT_FACTOR * width, _DRAFT_FACTOR * height))
     if image.format == "PNG":
-        _scale_transparent_value(image)
+        _adapt_transparent_value(image)
     image.load()
     # Looking for an orientation takes a sixth of a small image's time. Broken metadata has none.
     if image.info:
         with contextlib.suppress(Exception):
-            ImageOps.exif_transpose(image, in_place=True)
-    return np.asarray(_fit(image, MODES[channels], (width, height))).reshape(shape)
+            orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+            # Turned as it is, a large image would take its memory twice.
+            if orientation in range(2, 9) and _is_large(image):
+                upright = _fit(image, mode, (height, width) if orientation > 4 else (width, height))
+                upright.getexif()[ExifTags.Base.Orientation] = orientation
+            ImageOps.exif_transpose(upright, in_place=True)
+    return np.asarray(_fit(upright, mode, (width, height))).reshape(shape)
 
 
-def _scale_transparent_value(image: PillowFile.ImageFile) -> None:
+def _adapt_transparent_value(image: PillowFile.ImageFile) -> None:
     """Bring the transparent value of a PNG file to the 8 bits that Pillow makes of its samples."""
     value: Any = image.info.get("transparency")
     match image.tile[0].args if value is not None else None:
@@ -281,12 +301,12 @@ def _scale_transparent_value(image: PillowFile.ImageFile) -> None:
         case "L;4":
             image.info["transparency"] = value * 17
         case "RGB;16B":
-            image.info["transparency"] = tuple(part >> 8 for part in value)
+            del image.info["transparency"]  # other colours may have the same upper 8 bits
 
 
 def _fit(image: Image.Image, mode: str, size: tuple[int, int]) -> Image.Image:
     """Bring an image to a mode, and its largest centred part of these proportions to a size."""
-    if not _is_in_mode(image, mode) and image.width * image.height > _LARGE_PIXELS:
+    if not _is_in_mode(image, mode) and _is_large(image):
         return _fit_in_strips(image, mode, size)
     image = _in_mode(image, mode)
     return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.BICUBIC)
@@ -306,6 +326,10 @@ def _fit_in_strips(image: Image.Image, mode: str, size: tuple[int, int]) -> Imag
         part = _in_mode(strip, mode).resize((width, strip.height), Image.Resampling.BICUBIC, box)
         narrow.paste(part, (0, start))
     return narrow.resize(size, Image.Resampling.BICUBIC, (0, top, width, top + part_rows))
+
+
+def _is_large(image: Image.Image) -> bool:
+    return image.width * image.height > _LARGE_PIXELS
 
 
 def _is_in_mode(image: Image.Image, mode: str) -> bool:

@@ -54,16 +54,16 @@ def make_dataset(seed: int) -> Dataset:
 
 
 def save_examples(folder: str) -> None:
-    """Save a test image of each class under the class's name, for somebody to predict.
+    """Save an image of each class, which no training has seen, under the class's name.
 
     Args:
         folder: Where to; it is made where there is none. The seed is the default one.
     """
-    images, labels = draw(TEST_EXAMPLES, TrainConfig().seed, stream=1)
+    images, labels = draw(len(CLASS_NAMES), TrainConfig().seed, stream=2)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for label, name in enumerate(CLASS_NAMES):
-        image = Image.fromarray(images[np.argmax(labels == label)])
-        image.save(Path(folder, f"{name.replace(' ', '-')}.png"))
+    for pixels, label in zip(images, labels, strict=True):
+        name = CLASS_NAMES[label].replace(" ", "-")
+        Image.fromarray(pixels).save(Path(folder, f"{name}.png"))
 
 
 def draw(

@@ -126,8 +126,8 @@ def open_attempt(
             log.event(
                 "finished",
                 output_dir=str(config.output_dir),
-                message=f"the run in {config.output_dir}/ is finished; raise --epochs to go on "
-                f"with it, start over with --fresh, or name another --output-dir",
+                message=f"the run in {config.output_dir}/ is finished; raise --epochs to "
+                f"resume it, start over with --fresh, or name another --output-dir",
             )
             yield attempt
             return

@@ -176,15 +176,15 @@ BAD_OPTIONS = [
     ("--epochs many", "received 'many', expected a whole number from 1."),
     ("--batch-size -256", "'--batch-size'"),
     ("--learning-rate -0.1", "'--learning-rate'"),
-    ("--learning-rate nan", "received 'nan', expected a number above 0."),
-    ("--learning-rate inf", "'--learning-rate'"),
-    ("--learning-rate fast", "received 'fast', expected a number above 0."),
+    ("--learning-rate nan", "received 'nan', expected a finite number above 0."),
+    ("--learning-rate inf", "received 'inf', expected a finite number above 0."),
+    ("--learning-rate fast", "received 'fast', expected a finite number above 0."),
     ("--seed -1", "received '-1', expected a whole number from 0 to 2,147,483,647."),
     ("--limit 0", "'--limit'"),
     ("--stall-timeout 0", "'--stall-timeout'"),
     ("--join-timeout 604801", "'604801', expected a number above 0, at most 604,800."),
     ("--checkpoint-every 0", "'--checkpoint-every'"),
-    ("--stop-after soon", "received 'soon', expected a number above 0."),
+    ("--stop-after soon", "received 'soon', expected a finite number above 0."),
     ("--deterministic yes", "received 'yes', expected auto, on or off."),
     ("--recipe modern", "received 'modern', expected classic."),
     ("--dataset mnist", "received 'mnist', expected cifar10 or synthetic."),
@@ -301,6 +301,23 @@ def test_stdout_of_results_has_no_error(
     log.event("warning")  # as devices have some
     output, events = capsys.readouterr()
     assert (output, events.split()[1:]) == ("", ["warning"])
+
+
+@pytest.mark.parametrize("command", ["predict", "compare"])
+def test_stdout_of_results_has_no_error_of_the_machine(
+    run_main: RunMain,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    def refuse() -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("job.commands.cli.require_threads", refuse)
+    monkeypatch.setenv("JOB_LOG_FORMAT", "json")
+    exit_code, (error,) = run_main(command, "a")
+    assert (exit_code, "can't start new thread" in error) == (2, True)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.fixture

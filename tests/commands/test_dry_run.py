@@ -113,7 +113,7 @@ def test_a_run_that_was_stopped_and_then_finished(
     assert found.problems == []
     output = found.report["output"]
     assert (output["state"], output["step"]) == ("resume", 5)
-    assert "holds this run: it would go on after step 5" in found.as_text()
+    assert "holds this run: it would resume after step 5" in found.as_text()
     assert find(replace(config, fresh=True)).report["output"]["state"] == "fresh"
 
     # What it would be refused for does not hide the rest.
@@ -134,8 +134,8 @@ def test_a_run_that_was_stopped_and_then_finished(
     # Devices and data need not be looked at.
     assert found.report.keys() == {"config", "output"}
     assert found.as_text().startswith(
-        "Dry run      the run is finished: train would say so, do nothing and end with exit code "
-        "0; raise --epochs to go on with it, start over with --fresh, or name another "
+        "Dry run      the run is finished: train would report that, do nothing and end with exit "
+        "code 0; raise --epochs to resume it, start over with --fresh, or name another "
         "--output-dir; nothing was written\n"
     )
     assert tree(tmp_path) == before

@@ -1,4 +1,8 @@
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import pytest
 
 from job.data import synthetic
 
@@ -36,3 +40,21 @@ def test_every_shape_stands_out_from_its_background() -> None:
     strongest = np.sort(contrast.reshape(500, -1), axis=1)[:, -40:].mean(axis=1)
     for label in range(10):
         assert strongest[labels == label].min() > 20
+
+
+def test_examples_are_one_image_of_each_class_and_draw_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    draw = synthetic.draw
+
+    def note(examples: int, *rest: Any, **stream: int) -> Any:
+        drawn.append(examples)
+        return draw(examples, *rest, **stream)
+
+    monkeypatch.setattr(synthetic, "draw", note)
+    folder = tmp_path / "new" / "examples"
+    synthetic.save_examples(str(folder))
+    names = sorted(path.stem for path in folder.iterdir())
+    assert names == sorted(name.replace(" ", "-") for name in synthetic.CLASS_NAMES)
+    assert drawn == [10]

@@ -242,11 +242,24 @@ def test_make_passes_options_on_and_refuses_variables_that_it_does_not_have(tmp_
     assert "received EPOCHS, which is no variable of this Makefile" in refused.stderr
     assert 'make train ARGS="--epochs 3"' in refused.stderr
     assert "started" not in refused.stdout
+    assert run_make(tmp_path, "train", "epochs=3").returncode == 2
+    for name in ("JOB_EPOCHS", "JOB_TEST_DATA", "CUDA_VISIBLE_DEVICES", "KUBECONFIG", "SHELL"):
+        value = "/bin/sh" if name == "SHELL" else "3"
+        given = run_make(tmp_path, "train", f"{name}={value}", script=f'echo "{name} is ${name}"')
+        assert f"{name} is {value}\n" in given.stdout, given.stderr
+    container = ("docker-run", "--dry-run", "IMAGE=image:1")
+    assert re.search(r" image:1 +\|\|", run_make(tmp_path, *container).stdout)
+    assert (
+        " image:1 train --epochs 3 ||" in run_make(tmp_path, *container, "ARGS=--epochs 3").stdout
+    )
+    ignored = run_make(tmp_path, "k8s-run", "ARGS=--epochs 3")
+    assert (ignored.returncode, "received ARGS, which only these" in ignored.stderr) == (2, True)
 
 
 def test_make_explains_a_stop_and_a_missing_program(tmp_path: Path) -> None:
     stopped = run_make(tmp_path, "train", script="exit 75")
-    assert "the training stopped and is saved; the same command goes on with it" in stopped.stderr
+    neutral = "make: exit code 75: the same command resumes (see the line above)"
+    assert neutral in stopped.stderr.splitlines()
     failed = run_make(tmp_path, "train", script="exit 2")
     assert "stopped" not in failed.stderr
     for target, program in (

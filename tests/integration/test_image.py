@@ -245,10 +245,11 @@ def test_the_readmes_command_leaves_files_that_belong_to_the_user(
 def test_make_runs_the_readmes_command() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     make = subprocess.run(
-        ["make", "--dry-run", "--no-print-directory", "docker-run"],
+        # Without what looks for Docker before, and explains an exit code after.
+        [*("make", "--dry-run", "--no-print-directory", "docker-run"), "NEEDS_DOCKER=", "EXPLAIN="],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert make.stdout in readme
+    assert make.stdout.rstrip() in readme

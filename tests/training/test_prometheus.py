@@ -346,7 +346,7 @@ def test_a_finished_run_says_so_and_nothing_else(finished: TrainConfig, tmp_path
     before = (finished.output_dir / "run.json").read_bytes()
     (event,) = train(finished)
     assert event["event"] == "finished"
-    assert "raise --epochs to go on with it" in event["message"]
+    assert "raise --epochs to resume it" in event["message"]
     assert (finished.output_dir / "run.json").read_bytes() == before
     assert list(tmp_path.glob("*.prom")) == []
 
