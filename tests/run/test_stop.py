@@ -273,8 +273,8 @@ def test_a_forked_process_hears_its_signals() -> None:
     child.join()
     print(child.exitcode, flush=True)"""
     with running(body) as process:
-        output, _ = process.communicate(timeout=20)
-    assert output == "-15\n"
+        output, errors = process.communicate(timeout=20)
+    assert output == "-15\n", (process.returncode, errors)
 
 
 def test_a_signal_gets_through_whatever_handlers_native_code_installs() -> None:
