@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -283,10 +284,14 @@ def sweep(tmp_path: Path) -> Path:
 def cifar10_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder of the tests' own with the real CIFAR-10 in its official layout."""
     folder = tmp_path_factory.mktemp("cifar10")
-    if (DATA / cifar10.FOLDER_NAME).is_dir():
-        shutil.copytree(DATA / cifar10.FOLDER_NAME, folder / cifar10.FOLDER_NAME)
-    elif (DATA / cifar10.ARCHIVE_NAME).is_file():
-        shutil.unpack_archive(DATA / cifar10.ARCHIVE_NAME, folder, filter="data")
+    found = cifar10.locate(DATA)
+    if found.is_dir():
+        shutil.copytree(found, folder / cifar10.FOLDER_NAME)
+    elif found.is_file():
+        with tarfile.open(found) as tar:
+            tar.extractall(folder, filter="data")
+    elif "JOB_TEST_DATA" in os.environ:
+        pytest.fail(f"JOB_TEST_DATA received {DATA}, expected a folder with CIFAR-10; correct it")
     elif UNPACK.is_file():
         subprocess.run([sys.executable, UNPACK, folder], check=True)
     else:

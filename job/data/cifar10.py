@@ -3,10 +3,12 @@
 The data set and its format are described at https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
+import bz2
 import contextlib
 import gzip
 import io
 import logging
+import lzma
 import math
 import os
 import pickle
@@ -15,7 +17,7 @@ import ssl
 import tarfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
@@ -47,19 +49,27 @@ CLASS_NAMES = (
 )
 TRAIN_FILES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_FILE = "test_batch"
+_FILES = (*TRAIN_FILES, TEST_FILE)
 
 TRAIN_EXAMPLES = 50_000
 TEST_EXAMPLES = 10_000
 
 _ROWS = 10_000
 _ROW_BYTES = 3 * 32 * 32
+_FILE_BYTES = _ROWS * (_ROW_BYTES + 1)  # at least: the images, and their labels
 
-# The archive under a name that a browser, wget or an unpacking program gave it.
-_OTHER_ARCHIVE = re.compile(r"cifar-10-(python|batches-py).*\.(tar|gz|tgz|bz2|xz)(\.\d+)?", re.I)
-# The versions for other languages, CIFAR-100, Kaggle's files, parts of the data, other packages.
+# The archive under a name that a browser, a copy, wget or an unpacking program gave it.
+_ARCHIVE = re.compile(
+    r"([^.].*)?cifar[-_]?10[-_](python|batches-py).*\.(tar|t?gz|tbz2?|bz2|txz|xz)(\.\d+)?", re.I
+)
+_PACKED = r"(\.(tar|t?gz|tbz2?|bz2|txz|xz|zst|zip|7z|rar))+"
+# The versions for other languages, Kaggle's files, other packages, and parts of them or of the
+# data, by their path in the data folder. CIFAR-100 is another data set.
 _LOOK_ALIKE = re.compile(
-    r"cifar[-_]?100?(-(python|binary|matlab|batches).*)?( ?\(\d+\))?(\.\w+)*"
-    r"|(data|test)_batch.*|batches\.meta.*|trainlabels.*|(train|test)\.7z|1\.png",
+    r"(.*[/ ])?cifar[-_]?10([-_](py|bin|mat|batches|images).*)?( ?\(\d+\))?"
+    rf"{_PACKED}(\.(\w*part\w*|\w*download|tmp|aria2|\d+))?"
+    r"|(.*/)?(data_batch_\d|test_batch|batches\.meta)(\.bin|\.mat|\.txt)?"
+    r"|trainlabels\.csv|(train|test)\.7z|train/1\.png",
     re.I,
 )
 
@@ -67,6 +77,9 @@ _WAITS_SECONDS = (2, 4, 8, 16, 30)  # between two tries of the download
 _LONGEST_WAIT_SECONDS = 30  # that a server can ask for
 _TIMEOUTS_SECONDS = (10, 30)  # for a connection, and for the next bytes
 _PASSING_STATUS = (408, 425, 429)  # besides those of a server in trouble, 500 and above
+
+_PACKERS: dict[bytes, Any] = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}
+_DAMAGES = (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError)  # of bytes in memory
 
 ReadFile = Callable[[str], tuple[str, bytes]]
 
@@ -78,7 +91,7 @@ def load(config: TrainConfig) -> Dataset:
         UserError: If the data cannot be found, or is damaged.
     """
     try:
-        path = _locate(config.data_dir)
+        path = locate(config.data_dir)
         return _assemble(_folder_reader(path) if path.is_dir() else _archive_reader(path))
     except OSError as error:
         raise _unreadable(config.data_dir, error) from error
@@ -92,7 +105,7 @@ def find(config: TrainConfig) -> Location:
             CIFAR-10, or the address is none to download from.
     """
     try:
-        path = _locate(config.data_dir)
+        path = locate(config.data_dir)
         if path.exists():
             return Location(f"in {path}")
     except OSError as error:
@@ -108,55 +121,71 @@ def find(config: TrainConfig) -> Location:
     return Location(description, (TRAIN_EXAMPLES, TEST_EXAMPLES))
 
 
-def _locate(data_dir: Path) -> Path:
+def locate(data_dir: Path) -> Path:
     """The folder or archive with the data; an archive that is not there yet is to be downloaded.
-
-    The official names come first, then the data under another name or one folder deeper.
 
     Raises:
         UserError: If there is only what looks like it, or it is there several times.
+        OSError: If the folder cannot be looked into.
     """
-    folder, archive = data_dir / FOLDER_NAME, data_dir / ARCHIVE_NAME
-    for path in (folder, archive, data_dir):
-        if _is_whole(path):
-            return path
-    try:
-        entries = sorted(data_dir.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        entries = []
-    others = (
-        [path for path in entries if _OTHER_ARCHIVE.fullmatch(path.name)],
-        sorted(data_dir.glob(f"*/{FOLDER_NAME}")),
-        sorted(data_dir.glob(f"*/{ARCHIVE_NAME}")),
-    )
-    found = next(filter(None, ([*filter(_is_whole, places)] for places in others)), [])
+    if data_dir.is_file():
+        return data_dir
+    found = next(filter(None, ([*filter(_is_whole, paths)] for paths in _places(data_dir))), [])
     if len(found) == 1:
         return found[0]
-    if folder.is_dir() and not found:
-        return folder  # in which a file is missing
-    if data_dir.is_symlink() and not data_dir.exists():
-        found = [data_dir]
-    found = found or [path for path in entries if _LOOK_ALIKE.fullmatch(path.name)]
-    found = found or list(data_dir.glob("train/1.png"))
-    if found:
+    if found := sorted(found or _look_alikes(data_dir)):
         raise UserError(
             f"--data-dir {data_dir} received {', '.join(map(_describe, found[:3]))}, expected one "
             f"{FOLDER_NAME}/ with {TRAIN_FILES[0]} to {TRAIN_FILES[-1]} and {TEST_FILE}, or "
             f"{ARCHIVE_NAME}, CIFAR-10's version for Python; name the folder that holds it, or an "
             f"empty one for its download"
         )
-    return archive
+    return data_dir / ARCHIVE_NAME
+
+
+def _places(data_dir: Path) -> Iterator[list[Path]]:
+    """Where the data can be: under an official name, then under another, then a folder deeper."""
+    yield from ([data_dir / FOLDER_NAME], [data_dir / ARCHIVE_NAME], [data_dir])
+    for entries in ("*", "*/*"):
+        yield [path.parent for path in data_dir.glob(f"{entries}/{TEST_FILE}")]
+        yield [path for path in data_dir.glob(entries) if _ARCHIVE.fullmatch(path.name)]
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether this is a file, or a folder with all the batch files."""
-    return path.is_file() or all((path / name).is_file() for name in (*TRAIN_FILES, TEST_FILE))
+    """Whether this is a file that is not empty, or a folder with all of every batch file."""
+    return path.stat().st_size > 0 if path.is_file() else _incomplete(path) is None
+
+
+def _incomplete(folder: Path) -> str | None:
+    """The first batch file that a folder does not have, or has only the beginning of."""
+    for name in _FILES:
+        path = folder / name
+        if not path.is_file() or path.stat().st_size < _FILE_BYTES:
+            return name
+    return None
+
+
+def _look_alikes(data_dir: Path) -> set[Path]:
+    """What may be meant as the data and is not: files, folders of batch files, broken links."""
+    if not data_dir.exists():
+        is_no_folder = data_dir.is_symlink() or re.search(f"{_PACKED}$", data_dir.name, re.I)
+        return {data_dir} if is_no_folder else set()
+    return {
+        path.parent if path.name in _FILES else path
+        for path in (*data_dir.glob("*"), *data_dir.glob("*/*"))
+        if _LOOK_ALIKE.fullmatch(path.relative_to(data_dir).as_posix())
+        or (FOLDER_NAME in path.name.lower() and not path.exists())
+    }
 
 
 def _describe(path: Path) -> str:
-    if path.is_symlink() and not path.exists():
-        return f"{path}, a link to {path.readlink()}, which is not there"
-    return f"{path}/" if path.is_dir() else str(path)
+    if not path.exists():
+        link = f"a link to {path.readlink()}, " if path.is_symlink() else ""
+        return f"{path}, {link}which is not there"
+    if path.is_file():
+        return str(path) if path.stat().st_size else f"{path}, an empty file"
+    incomplete = _incomplete(path)
+    return f"{path}/ without all of {incomplete}" if incomplete else f"{path}/"
 
 
 def _unreadable(data_dir: Path, error: OSError) -> UserError:
@@ -285,7 +314,7 @@ def _fetch(url: str, path: Path, bar: ProgressBar | None) -> str:
         raise requests.RequestException(error) from error
     with response, path.open("wb") as file:
         response.raise_for_status()
-        encoding = response.raw.headers.pop("Content-Encoding", "")
+        response.raw.headers.pop("Content-Encoding", None)
         if bar:
             length = response.headers.get("Content-Length", "")
             bar.total = int(length) if length.isdecimal() else 0
@@ -296,11 +325,27 @@ def _fetch(url: str, path: Path, bar: ProgressBar | None) -> str:
                 bar.update(len(chunk))
     if bar:
         bar.close()
-    if "gzip" in encoding and pooch.file_hash(path) != ARCHIVE_SHA256:
-        with contextlib.suppress(gzip.BadGzipFile, EOFError, zlib.error):
-            path.write_bytes(gzip.decompress(path.read_bytes()))
+    if pooch.file_hash(path) != ARCHIVE_SHA256:
+        _unwrap(path, response)
     kind = response.headers.get("Content-Type", "unknown type")
     return f"{path.stat().st_size:,} bytes of {kind}"
+
+
+def _unwrap(path: Path, response: "requests.Response") -> None:
+    """Decompress a file that is not the archive yet.
+
+    Raises:
+        requests.ConnectionError: If it ends early, and the server did not announce its end.
+    """
+    import requests
+
+    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)  # of the gzip format
+    with contextlib.suppress(zlib.error):
+        unpacked = unpacker.decompress(path.read_bytes())
+        if unpacker.eof:
+            path.write_bytes(unpacked)
+        elif {"Content-Length", "Transfer-Encoding"}.isdisjoint(response.headers):
+            raise requests.ConnectionError("the transfer ended early")
 
 
 def _asked_wait(error: "requests.RequestException") -> int:
@@ -366,11 +411,12 @@ def _folder_reader(folder: Path) -> ReadFile:
 
 
 def _archive_reader(archive: Path) -> ReadFile:
+    content = archive.read_bytes()
     try:
-        tar = tarfile.open(fileobj=_decompressed(archive))  # noqa: SIM115 (`read` reads it)
+        tar = tarfile.open(fileobj=_decompressed(content))  # noqa: SIM115 (`read` reads it)
         # Whoever packed the files again may have done so from another folder.
         members = {Path(member.name).name: member for member in tar if member.isfile()}
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (tarfile.TarError, *_DAMAGES) as error:
         raise UserError(
             f"{archive} is truncated or damaged ({error}); {_replacement(archive)}"
         ) from error
@@ -388,14 +434,14 @@ def _archive_reader(archive: Path) -> ReadFile:
     return read
 
 
-def _decompressed(archive: Path) -> BinaryIO:
-    """The archive in memory without gzip's layers, of which a download may have added one.
+def _decompressed(content: bytes) -> BinaryIO:
+    """The archive in memory without its compression, of which a download may have added a layer.
 
-    All of it at once: gzip's checksum is at the end, behind the last file.
+    All of it at once: the checksum is at the end, behind the last file.
     """
-    content = archive.read_bytes()
-    while content.startswith(b"\x1f\x8b"):
-        content = gzip.decompress(content)
+    for magic, packer in _PACKERS.items():
+        if content.startswith(magic):
+            return _decompressed(packer.decompress(content))
     return io.BytesIO(content)
 
 

@@ -1,3 +1,4 @@
+import bz2
 import contextlib
 import functools
 import gzip
@@ -5,6 +6,7 @@ import hashlib
 import http.server
 import io
 import json
+import lzma
 import pickle
 import shutil
 import socket
@@ -183,7 +185,7 @@ def test_reads_the_archive(good_archive: Path) -> None:
 def test_a_wrong_batch_file_is_refused_by_name(
     tmp_path: Path, good_batch: bytes, changes: dict[str, Any], message: str
 ) -> None:
-    bad = pickle.dumps(batch(**changes), protocol=3)
+    bad = pickle.dumps(batch(**changes), protocol=3).ljust(len(good_batch))
     folder = write_folder(tmp_path, good_batch, data_batch_3=bad)
     with pytest.raises(UserError, match=message) as error:
         load(tmp_path)
@@ -195,34 +197,42 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path: Path, good_batch: bytes
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "attacked",))
 
-    write_folder(tmp_path, good_batch, test_batch=pickle.dumps(Attack(), protocol=3))
+    attack = pickle.dumps(Attack(), protocol=3).ljust(len(good_batch))
+    write_folder(tmp_path, good_batch, test_batch=attack)
     with pytest.raises(UserError, match="only NumPy arrays are allowed"):
         load(tmp_path)
     assert not (tmp_path / "attacked").exists()
 
 
-def test_a_truncated_batch_file_is_refused(tmp_path: Path, good_batch: bytes) -> None:
-    write_folder(tmp_path, good_batch, data_batch_1=good_batch[:5_000])
-    with pytest.raises(UserError, match=r"data_batch_1.*cannot be read"):
-        load(tmp_path)
-
-
-def test_a_missing_batch_file_is_named(tmp_path: Path, good_batch: bytes) -> None:
-    folder = write_folder(tmp_path, good_batch)
-    (folder / "data_batch_4").unlink()
-    with pytest.raises(UserError, match="data_batch_4: No such file"):
-        load(tmp_path)
+def test_a_missing_or_truncated_batch_file_is_named(tmp_path: Path, good_batch: bytes) -> None:
+    folder = write_folder(tmp_path, good_batch, test_batch=good_batch[:20_000_000])
+    for name in ("test_batch", "data_batch_4"):
+        for data_dir in (tmp_path, folder):
+            with pytest.raises(UserError, match=rf"received {folder}/ without all of {name}"):
+                load(data_dir)
+        (folder / "data_batch_4").unlink(missing_ok=True)
 
 
 def test_a_truncated_or_damaged_archive_is_refused(tmp_path: Path, good_archive: Path) -> None:
-    archive, content = tmp_path / cifar10.ARCHIVE_NAME, good_archive.read_bytes()
+    content = good_archive.read_bytes()
     wrong_checksum = bytearray(content)
     wrong_checksum[-8] ^= 1  # of the CRC-32 that ends a gzip stream
     size = len(content)
-    for damaged in (b"", content[: size // 2], content[: int(0.999 * size)], wrong_checksum):
+    small = bytes(100_000)
+    for name, damaged in (
+        (".gz", content[: size // 2]),
+        (".gz", content[: int(0.999 * size)]),
+        (".gz", wrong_checksum),
+        (".xz", lzma.compress(small)[:-20]),
+        (".xz", lzma.compress(small)[:40] + bytes(60)),
+        (".bz2", bz2.compress(small)[:-5]),
+        (".bz2", bz2.compress(small)[:-5] + bytes(5)),
+    ):
+        archive = tmp_path / f"cifar-10-python.tar{name}"
         archive.write_bytes(damaged)
-        with pytest.raises(UserError, match="truncated or damaged"):
+        with pytest.raises(UserError, match=f"{archive} is truncated or damaged"):
             load(tmp_path)
+        archive.unlink()
 
 
 def test_an_archive_of_something_else_is_refused(tmp_path: Path, good_batch: bytes) -> None:
@@ -244,6 +254,7 @@ def place(path: Path, source: Path) -> None:
         "cifar-10-python.tar.gz.1",
         "cifar-10-python.tgz",
         "cifar-10-batches-py.tar.gz",
+        "Copy of cifar-10-python.tar.gz",
         "cifar10/cifar-10-python.tar.gz",
     ],
 )
@@ -251,17 +262,21 @@ def test_an_archive_is_found_under_another_name(
     tmp_path: Path, good_archive: Path, name: str
 ) -> None:
     place(tmp_path / name, good_archive)
-    (tmp_path / cifar10.FOLDER_NAME).mkdir()  # half unpacked
-    (tmp_path / cifar10.FOLDER_NAME / "data_batch_1").touch()
+    write_folder(tmp_path, b"half unpacked")
+    (tmp_path / cifar10.ARCHIVE_NAME).touch()
     found = cifar10.find(TrainConfig(data_dir=tmp_path))
     assert (found.description, found.download) == (f"in {tmp_path / name}", None)
     assert cifar10.find(TrainConfig(data_dir=tmp_path / name)) == found
 
 
 def test_data_packed_and_unpacked_in_another_way_is_read(tmp_path: Path, good_batch: bytes) -> None:
-    folder = write_folder(tmp_path / "nested", good_batch)
-    for data_dir in (folder, tmp_path / "nested", tmp_path):
-        assert cifar10.find(TrainConfig(data_dir=data_dir)).description == f"in {folder}"
+    folder = write_folder(tmp_path / "mine", good_batch)
+    for name in ("mine/batches", "Cifar-10-Batches-py (1)"):
+        folder = folder.rename(tmp_path / name)
+        for data_dir in (folder, folder.parent, tmp_path):
+            assert cifar10.find(TrainConfig(data_dir=data_dir)).description == f"in {folder}"
+    (tmp_path / "too/deep").mkdir(parents=True)
+    folder = folder.rename(tmp_path / "too/deep/batches")
     with tarfile.open(tmp_path / "cifar-10-python.tar", "w") as tar:
         tar.add(folder, "./somewhere")
     assert len(load(tmp_path).test_images) == 10_000
@@ -273,13 +288,13 @@ def test_data_packed_and_unpacked_in_another_way_is_read(tmp_path: Path, good_ba
         "cifar-10-binary.tar.gz",
         "data_batch_1.bin",
         "cifar-10-batches-mat/data_batch_1.mat",
-        "cifar-100-python.tar.gz",
         "trainLabels.csv",
         "train.7z",
         "train/1.png",
         "cifar-10-python.tar.gz.part",
         "cifar-10.zip",
-        "data_batch_1",
+        "mine/data_batch_1",
+        "cifar-10-python.tar.gz",
         "cifar-10-python.tar.gz -> nowhere",
         "cifar-10-batches-py -> nowhere",
     ],
@@ -292,9 +307,32 @@ def test_what_looks_like_the_data_is_named_instead_of_a_download(tmp_path: Path,
         path.symlink_to(target)
     else:
         path.touch()
-    named = path if path.name == "1.png" else tmp_path / name.partition("/")[0]
+    named = path.parent if path.name == "data_batch_1" else path
     with pytest.raises(UserError, match=rf"received {named}.*, expected one cifar-10-batches-py/"):
         load(tmp_path)
+
+
+def test_an_archive_that_is_not_there_is_no_folder_for_a_download(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"typo/c.tgz received .*/c.tgz, which is not there"):
+        load(tmp_path / "typo" / "c.tgz")
+
+
+def test_other_files_do_not_keep_from_a_download(tmp_path: Path) -> None:
+    for name in (
+        "cifar-100-python.tar.gz",
+        "cifar-100-python/train",
+        "cifar-10-batches-py",
+        "cifar10/",
+        "cifar10.py",
+        "cifar10.log",
+        "cifar-10-python.tar.gz.sha256",
+        "1.png",
+        "photos/1.png",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.mkdir() if name.endswith("/") else path.touch()
+    assert cifar10.find(TrainConfig(data_dir=tmp_path)).download == (50_000, 10_000)
 
 
 def test_of_two_archives_none_is_taken(tmp_path: Path, good_archive: Path) -> None:
@@ -315,7 +353,7 @@ def test_no_data_and_no_network_is_explained(tmp_path: Path) -> None:
 @pytest.fixture
 def official(monkeypatch: pytest.MonkeyPatch) -> bytes:
     """Bytes that count as the official archive."""
-    archive = bytes(range(256)) * 1_000
+    archive = gzip.compress(bytes(range(256)) * 1_000, 0)
     monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", hashlib.sha256(archive).hexdigest())
     return archive
 
@@ -326,14 +364,20 @@ def test_a_passing_network_error_is_waited_for(
     log.configure("json")
     data_dir = tmp_path / "data"
     cut = content(official[:1_000], len(official))
+
+    def ends_early(request: http.server.BaseHTTPRequestHandler) -> None:
+        status(200)(request)
+        request.wfile.write(official[:1_000])
+
     asked = status(429, Retry_After="25")
-    with answering(status(503, Retry_After="soon"), asked, cut, reset, content(official)) as url:
+    answers = (status(503, Retry_After="soon"), asked, cut, reset, ends_early, content(official))
+    with answering(*answers) as url:
         cifar10.download(TrainConfig(data_dir=data_dir, cifar10_url=url), None)
-    assert waits == [2, 25, 8, 16]
+    assert waits == [2, 25, 8, 16, 30]
     reasons = [json.loads(line).get("reason") for line in capsys.readouterr().out.splitlines()]
     assert reasons[:3] == [None, "HTTP 503", "HTTP 429"]
     assert "more expected" in reasons[3]
-    assert reasons[4] == "Connection reset by peer"
+    assert reasons[4:6] == ["Connection reset by peer", "the transfer ended early"]
     assert [path.name for path in data_dir.iterdir()] == [cifar10.ARCHIVE_NAME]
     assert (data_dir / cifar10.ARCHIVE_NAME).read_bytes() == official
 
