@@ -37,7 +37,7 @@ TAKE_ARGS := demo train doctor docker-run
 $(if $(filter command,$(origin ARGS)),$(if $(filter $(TAKE_ARGS),$(MAKECMDGOALS)),,\
   $(error received ARGS, which only these targets pass on: $(TAKE_ARGS); leave it out)))
 
-# make calls each exit code but 0 an error; 75 is none.
+# make calls each exit code but 0 an error; 75 is none. The shell shows the command alone (set -x).
 EXPLAIN = || { code=$$?; test $$code -ne 75 || \
   echo "make: exit code 75: the same command resumes (see the line above)" >&2; exit $$code; }
 
@@ -53,14 +53,14 @@ install: $(VENV)/.$(LOCK) ## Install into .venv, with the GPU libraries on a mac
 
 .PHONY: demo
 demo: install ## Train on the embedded synthetic set for a few epochs: no data, no GPU needed
-	$(BIN)/cifar10-job train --dataset synthetic --limit 9600 --batch-size 32 --epochs 3 \
-	  --learning-rate 1e-3 --output-dir $(DEMO_DIR) $(ARGS) $(EXPLAIN)
+	@(set -x; $(BIN)/cifar10-job train --dataset synthetic --limit 9600 --batch-size 32 --epochs 3 \
+	  --learning-rate 1e-3 --output-dir $(DEMO_DIR) $(ARGS)) $(EXPLAIN)
 	@$(BIN)/python -c 'from job.data.synthetic import save_examples as save; save("$(DEMO_DIR)/test-images")'
-	@ls -l $(DEMO_DIR)
+	@echo "Open $(DEMO_DIR)/report.html"
 
 .PHONY: train
 train: install ## The real job: CIFAR-10, recipe classic, 50 epochs; ARGS="--epochs 3" adds options
-	$(BIN)/cifar10-job train --data-dir $(DATA_DIR) --output-dir $(OUTPUT_DIR) $(ARGS) $(EXPLAIN)
+	@(set -x; $(BIN)/cifar10-job train --data-dir $(DATA_DIR) --output-dir $(OUTPUT_DIR) $(ARGS)) $(EXPLAIN)
 
 .PHONY: doctor
 doctor: install ## Examine this machine's GPUs, libraries and folders

@@ -413,12 +413,13 @@ def _folder_reader(folder: Path) -> ReadFile:
 def _archive_reader(archive: Path) -> ReadFile:
     content = archive.read_bytes()
     try:
-        tar = tarfile.open(fileobj=_decompressed(content))  # noqa: SIM115 (`read` reads it)
+        unpacked = _decompressed(content)
+        tar = tarfile.open(fileobj=unpacked, mode="r:")  # noqa: SIM115 (`read` reads it)
         # Whoever packed the files again may have done so from another folder.
         members = {Path(member.name).name: member for member in tar if member.isfile()}
     except (tarfile.TarError, *_DAMAGES) as error:
         raise UserError(
-            f"{archive} is truncated or damaged ({error}); {_replacement(archive)}"
+            f"{archive} is truncated, damaged or no archive ({error}); {_replacement(archive)}"
         ) from error
 
     def read(name: str) -> tuple[str, bytes]:
@@ -446,6 +447,9 @@ def _decompressed(content: bytes) -> BinaryIO:
 
 
 def _replacement(archive: Path) -> str:
+    """What to do about it; a file of another name may be the user's for something else."""
+    if archive.name != ARCHIVE_NAME:
+        return f"name a folder with {FOLDER_NAME}/ or the official {ARCHIVE_NAME} by --data-dir"
     return f"put the official {ARCHIVE_NAME} in its place, or delete it to have that downloaded"
 
 

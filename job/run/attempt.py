@@ -1,6 +1,7 @@
 """One attempt at a run: the folder that it holds, what it goes on from, and how it ends."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -200,6 +201,15 @@ def inspect_output_dir(
         is_finished = earlier.config.epochs == config.epochs
     if checkpoint:
         require_same_run(checkpoint.fingerprint.run, options, output.path)
+        if earlier and earlier.config.epochs != config.epochs:
+            log.event(
+                "epochs_changed",
+                logging.WARNING,
+                received=config.epochs,
+                earlier=earlier.config.epochs,
+                message=f"resumes with --epochs {config.epochs}; the run in {output.path} had "
+                f"{earlier.config.epochs} before",
+            )
         begun = checkpoint.history.epochs_begun
         if config.epochs < begun:
             raise UserError(

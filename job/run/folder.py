@@ -96,12 +96,15 @@ def require_model(path: Path) -> None:
     Raises:
         UserError: If there is none, or the system refuses to look.
     """
-    if not is_file(path):
-        below = folders_with(MODEL, path.parent)
-        advice = (
-            f"use --output-dir {below}" if below else "train one first, or name its --output-dir"
-        )
-        raise UserError(f"there is no model {path}; {advice}")
+    if is_file(path):
+        return
+    if next(path.with_name(CHECKPOINTS).glob("*.npz"), None):
+        advice = "the run there is not finished: run its train command again"
+    elif below := folders_with(MODEL, path.parent):
+        advice = f"use --output-dir {below}"
+    else:
+        advice = "train one first, or name its --output-dir"
+    raise UserError(f"there is no model {path}; {advice}")
 
 
 def folders_with(name: str, folder: Path) -> str:

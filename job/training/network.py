@@ -31,11 +31,19 @@ def build_network(
     with naming_own_code(path):
         model = recipe.build_model(seed, classes)
         if is_own(path):
-            require_classifier(model, f"the network of --recipe {recipe.name}")
+            _require_kind("build_model", model, keras.Model)
+            require_classifier(model, f"the network of {path.name}")
+            optimizer = recipe.build_optimizer(learning_rate, total_steps)
+            _require_kind("build_optimizer", optimizer, keras.optimizers.Optimizer)
         recipe.compile(model, learning_rate, total_steps)
         if is_own(path):
             _try_recipe(recipe, model, seed, classes)
     return model
+
+
+def _require_kind(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} gives {value!r}, expected a keras {kind.__name__}")
 
 
 def _try_recipe(recipe: Recipe, model: keras.Model, seed: int, classes: int) -> None:
@@ -45,8 +53,7 @@ def _try_recipe(recipe: Recipe, model: keras.Model, seed: int, classes: int) -> 
     probabilities = model(images, training=False)
     _require_shape(recipe, "the network", probabilities, (_TRIED_IMAGES, classes))
     # As close as float32 allows: two sigmoids that are not trained yet almost sum to 1.
-    what = f"the network of --recipe {recipe.name}"
-    require_probabilities(probabilities.numpy(), what, tolerance=1e-4)
+    require_probabilities(probabilities.numpy(), f"the network of {recipe.name}.py", tolerance=1e-4)
     truth = tf.one_hot(np.arange(_TRIED_IMAGES) % classes, classes)
     losses = keras.losses.get(recipe.loss)(truth, probabilities)
     _require_shape(recipe, "loss", losses, (_TRIED_IMAGES,))
@@ -71,8 +78,8 @@ def _require_shape(recipe: Recipe, what: str, values: Any, shape: tuple[int, ...
         received = f"{values.dtype.name} {list(values.shape)}"
     if received != f"float32 {list(shape)}":
         raise UserError(
-            f"{what} of --recipe {recipe.name} gives {received}, expected float32 {list(shape)}; "
-            f"mend it"
+            f"{what} of job/recipes/{recipe.name}.py gives {received} for {_TRIED_IMAGES} images, "
+            f"expected float32 {list(shape)}; mend it there"
         )
 
 

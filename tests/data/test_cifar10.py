@@ -230,7 +230,7 @@ def test_a_truncated_or_damaged_archive_is_refused(tmp_path: Path, good_archive:
     ):
         archive = tmp_path / f"cifar-10-python.tar{name}"
         archive.write_bytes(damaged)
-        with pytest.raises(UserError, match=f"{archive} is truncated or damaged"):
+        with pytest.raises(UserError, match=f"{archive} is truncated, damaged or no archive"):
             load(tmp_path)
         archive.unlink()
 

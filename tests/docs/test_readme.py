@@ -278,7 +278,7 @@ def demo() -> list[str]:
     recipe = re.split(r"^demo:.*\n", makefile, flags=re.MULTILINE)[1].partition("\n\n")[0]
     commands = re.findall(r"\$\(BIN\)/((?:python|cifar10-job) .*)$", recipe, re.MULTILINE)
     return [
-        command.replace("$(DEMO_DIR)", "output/demo").removesuffix(" $(ARGS) $(EXPLAIN)")
+        command.replace("$(DEMO_DIR)", "output/demo").removesuffix(" $(ARGS)) $(EXPLAIN)")
         for command in commands
     ]
 

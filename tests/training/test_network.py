@@ -49,20 +49,23 @@ def with_lambda(seed: int, classes: int) -> keras.Model:
         ),
         (
             {"build_model": lambda seed, classes: small(seed, 7)},
-            "the network of --recipe mine gives float32 [4, 7], expected float32 [4, 3]",
+            "the network of job/recipes/mine.py gives float32 [4, 7] for 4 images, expected",
         ),
-        ({"build_model": lambda *given: None}, "takes inputs of shape None"),
-        ({"build_optimizer": lambda *given: "adam"}, "job/recipes/mine.py: AttributeError"),
+        ({"build_model": lambda *given: None}, "build_model gives None, expected a keras Model"),
+        (
+            {"build_optimizer": lambda *given: "adam"},
+            "job/recipes/mine.py: TypeError: build_optimizer gives",
+        ),
         ({"build_model": with_lambda}, "job/recipes/mine.py: ValueError: Requested the deserial"),
-        ({"loss": "CategoricalCrossentropy"}, "loss of --recipe mine gives float32 []"),
+        ({"loss": "CategoricalCrossentropy"}, "loss of job/recipes/mine.py gives float32 []"),
         ({"loss": "nothing"}, "job/recipes/mine.py: ValueError"),
         (
             {"draw_augmentation": lambda *given: tf.zeros([8, 1])},
-            "draw_augmentation of --recipe mine gives float32 [8, 1], expected float32 [1, 4]",
+            "draw_augmentation of job/recipes/mine.py gives float32 [8, 1] for 4 images, expected",
         ),
         (
             {"augment": lambda images, *_: images[:, 1:]},
-            "augment of --recipe mine gives float32 [4",
+            "augment of job/recipes/mine.py gives float32 [4",
         ),
         (
             {"augment": lambda images, *_: images if tf.reduce_sum(images) > 0 else -images},
@@ -70,7 +73,7 @@ def with_lambda(seed: int, classes: int) -> keras.Model:
         ),
         (
             {"tta_views": (lambda images: images.shape,)},
-            "tta_views of --recipe mine gives int32 [4]",
+            "tta_views of job/recipes/mine.py gives int32 [4]",
         ),
     ],
 )
