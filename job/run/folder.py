@@ -346,7 +346,7 @@ def _warn_of_cache() -> None:
     log.event(
         "not_flushed",
         logging.WARNING,
-        message="the volume of --output-dir cannot be told to write its cache to the disk: if its "
+        message="the volume of --output-dir does not support flushing folders (fsync): if its "
         "machine crashes, the last checkpoint may be lost or damaged, and the run resumes from an "
         "earlier one",
     )

@@ -133,7 +133,7 @@ def test_a_volume_that_cannot_flush_is_warned_of_once_and_a_broken_one_is_refuse
     ):
         writing_while(name, number)
         assert (tmp_path / "file.txt").read_text() == "textmore"
-    assert capsys.readouterr().out.count("cannot be told to write its cache to the disk") == 1
+    assert capsys.readouterr().out.count("does not support flushing folders") == 1
     for number in (errno.EIO, errno.ENOSPC):
         with pytest.raises(UserError, match=os.strerror(number)):
             writing_while("fsync", number)
