@@ -370,7 +370,11 @@ def load_tensorflow(*, verbose: bool = False) -> list[str]:
     # Native code reads the level once, when it is loaded.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "2")
     lines: list[str] = []
-    with _captured_stderr(lines):
+    # For a flag that it does not have, XLA ends the process with a line on stderr.
+    hold_back = (
+        contextlib.nullcontext() if "TF_XLA_FLAGS" in os.environ else _captured_stderr(lines)
+    )
+    with hold_back:
         isolate_matplotlib()  # Keras loads it
         import tensorflow as tf
 
