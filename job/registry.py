@@ -87,7 +87,7 @@ def naming_own_code(path: Path | None = None) -> Iterator[None]:
             raise
         file, number = place
         line = f", line {number}" if number else ""
-        text = error.msg if isinstance(error, SyntaxError) else str(error)
+        text = error.msg if number and isinstance(error, SyntaxError) else str(error)
         reason = f"{type(error).__name__}: {shorten(text, 300)}"
         advice = (
             "mend it there" if not isinstance(error, OSError) else "name another, or mend it there"
