@@ -136,7 +136,7 @@ def test_only_the_chief_needs_and_has_an_output_folder(
     assert team.finish() == [0, 0], team.errors
     assert compare(undisturbed, tmp_path / "output") == []
     events = [event["event"] for event in team.logs[1]]
-    assert events == ["waiting_for_workers", "joined", "following"]
+    assert events == ["waiting_for_workers", "connecting", "joined", "following"]
     assert {event["worker"] for event in team.logs[1]} == {1}
 
 
@@ -266,7 +266,8 @@ def test_a_worker_that_listens_but_never_joins_ends_the_others(
 
 def test_a_worker_may_start_late(make_team: StartTeam) -> None:
     team = make_team(2, "--epochs", "1").start(0)
-    time.sleep(20)
+    team.workers[0].wait_for("waiting_for_workers")
+    time.sleep(15)
     team.start(1)
     assert team.finish() == [0, 0], team.errors
     joined = next(event for event in team.logs[0] if event["event"] == "joined")
@@ -303,7 +304,7 @@ def test_a_signal_ends_a_worker_that_waits_for_others(make_team: StartTeam) -> N
 def test_the_readmes_command_trains_on_two_workers(tmp_path: Path) -> None:
     readme = (REPOSITORY / "README.md").read_text().replace("\\\n", "")
     (command,) = re.findall(r"^TF_CONFIG=.*$", readme, re.MULTILINE)
-    command = command.replace(".venv/bin/python", sys.executable)
+    command = command.replace(".venv/bin", str(Path(sys.executable).parent))
     for port, free in zip((23451, 23452), free_addresses(2), strict=True):
         command = command.replace(f"127.0.0.1:{port}", free)
     workers = [
