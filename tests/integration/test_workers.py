@@ -213,7 +213,7 @@ def test_a_worker_that_hangs_ends_the_others(make_team: StartTeam) -> None:
 
 
 # A native timer ends a worker whose Python threads cannot run, ten seconds later than a thread.
-STALL_SECONDS, LATEST_SECONDS = 15, 15 + 10 + 5
+STALL_SECONDS, LATEST_SECONDS = 20, 20 + 10 + 5
 COMPILATION_SECONDS = 30
 
 
