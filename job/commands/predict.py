@@ -21,7 +21,7 @@ from job.recipes import get_recipe, unchanged
 from job.run.folder import EVALUATION, OutputDir, sha256_of
 from job.run.predictions import require_probabilities
 from job.run.record import read_evaluation, read_manifest, unless_damaged
-from job.training.evaluate import ROWS_PER_REPLICA
+from job.training.evaluate import ROWS_PER_REPLICA, mean_over_views
 from job.training.saved_model import load_classifier
 
 View = Callable[[tf.Tensor], tf.Tensor]
@@ -89,10 +89,7 @@ class Predictor:
 
     def _probabilities(self, pixels: tf.Tensor) -> tf.Tensor:
         images = tf.cast(pixels, tf.float32) * (1.0 / 255.0)
-        views = [
-            tf.cast(self._model(view(images), training=False), tf.float32) for view in self.views
-        ]
-        return tf.add_n(views) / len(views)
+        return mean_over_views(self._model, self.views, images)
 
 
 def load_predictor(path: Path, devices: Devices, rows: int = ROWS_PER_REPLICA) -> Predictor:

@@ -1,5 +1,6 @@
 """Exact evaluation: every example counts once, whatever the number of replicas."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,24 @@ class Evaluation:
             model=model,
             model_sha256=sha256,
         )
+
+
+def mean_over_views(
+    model: keras.Model, views: Sequence[Callable[[tf.Tensor], tf.Tensor]], images: tf.Tensor
+) -> tf.Tensor:
+    """The probabilities that a network gives images, averaged over several looks at each.
+
+    Args:
+        model: The network.
+        views: A recipe's, at least one.
+        images: [rows, height, width, channels] float32, 0 to 1.
+
+    Returns:
+        [rows, classes] float32.
+    """
+    # A model file may compute in another type.
+    outputs = [tf.cast(model(view(images), training=False), tf.float32) for view in views]
+    return outputs[0] if len(outputs) == 1 else tf.add_n(outputs) / len(outputs)
 
 
 class Evaluator:
@@ -163,12 +182,7 @@ class Evaluator:
         self, pixels: tf.Tensor, labels: tf.Tensor, counts: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         images = self._data.decode(pixels)
-        views = [
-            # A model file may compute in another type.
-            tf.cast(self._model(view(images), training=False), tf.float32)
-            for view in self._recipe.tta_views
-        ]
-        probabilities = views[0] if len(views) == 1 else tf.add_n(views) / len(views)
+        probabilities = mean_over_views(self._model, self._recipe.tta_views, images)
         truth = tf.one_hot(labels, probabilities.shape[-1])
         losses = keras.losses.get(self._recipe.loss)(truth, probabilities)
         return tf.reduce_sum(losses * counts), probabilities

@@ -148,9 +148,9 @@ def _open_model(path: Path) -> Iterator[h5py.File]:
             yield file
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"received {path}, which is no intact model ({shorten(str(error), 150)}), expected an "
-            f"HDF5 file as train leaves it ({MODEL}); name such a one, or its --output-dir, or run "
-            f"the same train command again, which writes it anew from its checkpoint"
+            f"received {path}, which cannot be used as a model ({shorten(str(error), 150)}), "
+            f"expected an HDF5 file as train leaves it ({MODEL}); name such a one, or its "
+            f"--output-dir; if that of a run is damaged, its train command writes it anew"
         ) from error
 
 

@@ -66,14 +66,14 @@ def test_something_else_in_place_of_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         load_model(tmp_path / "notes.txt")
     assert str(error.value) == (
-        f"received {tmp_path}/notes.txt, which is no intact model (Unable to synchronously open "
-        f"file (file signature not found)), expected an HDF5 file as train leaves it "
-        f"(cifar10_model.h5); name such a one, or its --output-dir, or run the same train command "
-        f"again, which writes it anew from its checkpoint"
+        f"received {tmp_path}/notes.txt, which cannot be used as a model (Unable to synchronously "
+        f"open file (file signature not found)), expected an HDF5 file as train leaves it "
+        f"(cifar10_model.h5); name such a one, or its --output-dir; if that of a run is damaged, "
+        f"its train command writes it anew"
     )
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["values"] = [1, 2]
-    with pytest.raises(UserError, match="is no intact model"):
+    with pytest.raises(UserError, match="cannot be used as a model"):
         load_model(tmp_path / "other.h5")
 
 
