@@ -22,7 +22,7 @@ _Member = TypeVar("_Member")
 # Everything else in these folders is the user's own.
 SHIPPED = {
     "recipes": ("__init__", "_augment", "classic"),
-    "data": ("__init__", "cifar10", "image_files", "synthetic"),
+    "data": ("__init__", "_http", "cifar10", "image_files", "synthetic"),
 }
 
 

@@ -9,11 +9,9 @@ import gzip
 import io
 import logging
 import lzma
-import math
 import os
 import pickle
 import re
-import ssl
 import tarfile
 import time
 import zlib
@@ -74,9 +72,7 @@ _LOOK_ALIKE = re.compile(
 )
 
 _WAITS_SECONDS = (2, 4, 8, 16, 30)  # between two tries of the download
-_LONGEST_WAIT_SECONDS = 30  # that a server can ask for
 _TIMEOUTS_SECONDS = (10, 30)  # for a connection, and for the next bytes
-_PASSING_STATUS = (408, 425, 429)  # besides those of a server in trouble, 500 and above
 
 _PACKERS: dict[bytes, Any] = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}
 _DAMAGES = (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError)  # of bytes in memory
@@ -212,6 +208,8 @@ def download(config: TrainConfig, bar: ProgressBar | None) -> None:
     """
     import requests
 
+    from job.data._http import asked_wait, explain
+
     data_dir, address = config.data_dir, redact_url(config.cifar10_url)
     log.event("download", url=address, message=f"downloading {address} to {data_dir}")
     for wait in (*_WAITS_SECONDS, None):
@@ -219,7 +217,7 @@ def download(config: TrainConfig, bar: ProgressBar | None) -> None:
             _retrieve(config, bar)
             return
         except requests.RequestException as error:
-            reason, passes = _explain(error)
+            reason, passes = explain(error)
             problem = f"no CIFAR-10 in --data-dir {data_dir} and {address} does not give it"
             if not passes:
                 raise UserError(
@@ -231,7 +229,7 @@ def download(config: TrainConfig, bar: ProgressBar | None) -> None:
                     f"{problem} ({reason}, {len(_WAITS_SECONDS) + 1} tries); run the same command "
                     f"again when it does, or put {ARCHIVE_NAME} there"
                 ) from error
-            seconds = max(wait, _asked_wait(error))
+            seconds = max(wait, asked_wait(error))
             log.event(
                 "download_failed",
                 logging.WARNING,
@@ -346,64 +344,6 @@ def _unwrap(path: Path, response: "requests.Response") -> None:
             path.write_bytes(unpacked)
         elif {"Content-Length", "Transfer-Encoding"}.isdisjoint(response.headers):
             raise requests.ConnectionError("the transfer ended early")
-
-
-def _asked_wait(error: "requests.RequestException") -> int:
-    """The seconds after which the server wants to be asked again, within bounds."""
-    from urllib3 import Retry
-    from urllib3.exceptions import InvalidHeader
-
-    headers = {} if error.response is None else error.response.headers
-    try:
-        seconds = Retry().parse_retry_after(headers.get("Retry-After", "0"))
-    except InvalidHeader:
-        return 0
-    return min(math.ceil(seconds), _LONGEST_WAIT_SECONDS)
-
-
-def _explain(error: "requests.RequestException") -> tuple[str, bool]:
-    """Why a download failed, in words without the address, and whether that may pass."""
-    import requests
-    import urllib3
-
-    if isinstance(error, requests.TooManyRedirects):
-        return "it redirects without end", False
-    cause = _innermost(error)
-    proxy = "the proxy: " if isinstance(error, requests.exceptions.ProxyError) else ""
-    tunnel = re.search(r"Tunnel connection failed: (\d+)", str(cause))
-    status = int(tunnel[1]) if tunnel else getattr(error.response, "status_code", None)
-    if status is not None:
-        return f"{proxy}HTTP {status}", status >= 500 or status in _PASSING_STATUS
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return (
-            f"{proxy}its certificate is not trusted: {cause.verify_message}; REQUESTS_CA_BUNDLE "
-            f"can name a file of certificates to trust",
-            False,
-        )
-    if isinstance(error, requests.exceptions.InvalidSchema):
-        is_socks = "SOCKS" in str(error)
-        return "the proxy is for SOCKS" if is_socks else "it redirects to no HTTP address", False
-    if isinstance(
-        cause, (requests.exceptions.InvalidProxyURL, urllib3.exceptions.URLSchemeUnknown)
-    ):
-        return "the proxy's address is not valid", False
-    if isinstance(cause, ValueError):
-        return "the address is not valid", False
-    if isinstance(cause, TimeoutError) or isinstance(error, requests.Timeout):
-        return f"{proxy}no answer in time", True
-    passes = isinstance(error, (requests.ConnectionError, requests.exceptions.ChunkedEncodingError))
-    if isinstance(error, requests.exceptions.SSLError) or isinstance(cause, ssl.SSLError):
-        passes = isinstance(cause, (ssl.SSLEOFError, ConnectionError))
-    return f"{proxy}{getattr(cause, 'strerror', None) or cause or type(cause).__name__}", passes
-
-
-def _innermost(error: BaseException) -> BaseException:
-    """The error that the HTTP library has wrapped, as an argument, an attribute or a cause."""
-    inner = [getattr(error, "reason", None), *error.args, error.__cause__]
-    for one in inner:
-        if isinstance(one, BaseException):
-            return _innermost(one)
-    return error
 
 
 def _folder_reader(folder: Path) -> ReadFile:
