@@ -37,9 +37,9 @@ TAKE_ARGS := demo train doctor docker-run
 $(if $(filter command,$(origin ARGS)),$(if $(filter $(TAKE_ARGS),$(MAKECMDGOALS)),,\
   $(error received ARGS, which only these targets pass on: $(TAKE_ARGS); leave it out)))
 
-# make calls each exit code but 0 an error; 75 is none. The shell shows the command alone (set -x).
+# make reports each exit code but 0 as an error; 75 is none. set -x shows the command without this.
 EXPLAIN = || { code=$$?; test $$code -ne 75 || \
-  echo "make: exit code 75: the same command resumes (see the line above)" >&2; exit $$code; }
+  echo "make: exit code 75 is no failure: run the same command again to resume (see the line above)" >&2; exit $$code; }
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:

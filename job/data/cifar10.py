@@ -218,7 +218,9 @@ def download(config: TrainConfig, bar: ProgressBar | None) -> None:
             return
         except requests.RequestException as error:
             reason, passes = explain(error)
-            problem = f"no CIFAR-10 in --data-dir {data_dir} and {address} does not give it"
+            problem = (
+                f"no CIFAR-10 in --data-dir {data_dir}, and its download from {address} failed"
+            )
             if not passes:
                 raise UserError(
                     f"{problem} ({reason}); put {ARCHIVE_NAME} there, or train with --dataset "
@@ -227,7 +229,7 @@ def download(config: TrainConfig, bar: ProgressBar | None) -> None:
             if wait is None:
                 raise DownloadError(
                     f"{problem} ({reason}, {len(_WAITS_SECONDS) + 1} tries); run the same command "
-                    f"again when it does, or put {ARCHIVE_NAME} there"
+                    f"again later, or put {ARCHIVE_NAME} there"
                 ) from error
             seconds = max(wait, asked_wait(error))
             log.event(
@@ -236,7 +238,7 @@ def download(config: TrainConfig, bar: ProgressBar | None) -> None:
                 url=address,
                 reason=reason,
                 wait_seconds=seconds,
-                message=f"{address} does not give CIFAR-10 ({reason}); trying again in {seconds} s",
+                message=f"download of {address} failed ({reason}); trying again in {seconds} s",
             )
         time.sleep(seconds)
 

@@ -343,7 +343,7 @@ def test_of_two_archives_none_is_taken(tmp_path: Path, good_archive: Path) -> No
 
 
 def test_no_data_and_no_network_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match=r"does not give it \(Connection refused, 6 tries\)"):
+    with pytest.raises(DownloadError, match=r"failed \(Connection refused, 6 tries\)"):
         load(tmp_path / "data", NOWHERE)
     assert list((tmp_path / "data").iterdir()) == []
     with pytest.raises(UserError, match=r"received 'file:///x', expected .* begins with https://"):
@@ -403,7 +403,7 @@ def test_what_the_user_has_to_change_for_a_download_is_named_and_not_tried_again
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=rf"does not give it \(.*{reason}") as error:
+    with pytest.raises(UserError, match=rf"failed \(.*{reason}") as error:
         load(tmp_path / "data", url.replace("PORT", str(listener.getsockname()[1])))
     assert "hunter2" not in str(error.value)
     assert waits == []
@@ -430,7 +430,7 @@ def test_a_download_with_the_wrong_checksum_is_not_kept(tmp_path: Path, serve: s
 def test_an_address_without_the_archive_is_named_with_its_answer(
     tmp_path: Path, serve: str, waits: list[float]
 ) -> None:
-    with pytest.raises(UserError, match=r"does not give it \(HTTP 404\)"):
+    with pytest.raises(UserError, match=r"failed \(HTTP 404\)"):
         load(tmp_path / "data", serve)
     assert waits == []
 
