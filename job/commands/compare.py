@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from job.commands.terminal import printable, say, write_lines, write_table
 from job.config import TrainConfig, UserError, Value, describe_config, run_options
 from job.log import plural
-from job.report.pictures import PALETTE, SCREEN_DPI, lay_out_epochs, save_png
+from job.report.pictures import PALETTE, SCREEN_DPI, Axes, Figure, lay_out_epochs, save_png
 from job.run.folder import EVALUATION, METRICS, RUN, OutputDir
 from job.run.record import Manifest, RunRecord
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from job.config import TrainConfig, UserError
-from job.registry import load_member, require_parameters
+from job.registry import is_own, load_member, module_path, require_parameters
 
 
 @dataclass(frozen=True)
@@ -203,3 +204,33 @@ def load_dataset(config: TrainConfig, bar: ProgressBar | None = None) -> Dataset
     if not isinstance(dataset, Dataset):
         raise _wrong_result("load", config.dataset, dataset, Dataset)
     return dataset if config.limit is None else dataset.limited_to(config.limit)
+
+
+def load_ahead(
+    config: TrainConfig, bar: ProgressBar | None = None
+) -> Callable[[TrainConfig], Dataset]:
+    """Begin to load the data set in a thread, so that it is ready once TensorFlow is imported.
+
+    A download waits until the data set is asked for, because TensorFlow's import hides what the
+    program writes. So does a module of the user's own, which may import TensorFlow itself.
+
+    Args:
+        config: Names the data set, and its folder.
+        bar: Shows the progress of a download.
+
+    Returns:
+        `load_dataset` for this configuration, which waits for the thread and raises its error.
+    """
+
+    def load() -> Dataset | None:
+        if is_own(module_path("data", config.dataset)) or find_dataset(config).download:
+            return None
+        dataset = load_dataset(config)
+        # What a run records of its data; hashing takes a while, too.
+        dataset.fingerprint, dataset.test_fingerprint  # noqa: B018
+        return dataset
+
+    thread = ThreadPoolExecutor(1)
+    loading = thread.submit(load)
+    thread.shutdown(wait=False)
+    return lambda config: loading.result() or load_dataset(config, bar)

@@ -15,7 +15,7 @@ import re
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
@@ -396,22 +396,30 @@ def _replacement(archive: Path) -> str:
 
 
 def _assemble(read: ReadFile) -> Dataset:
-    images, labels = zip(*(_parse_batch(*read(name)) for name in TRAIN_FILES), strict=True)
-    test_images, test_labels = _parse_batch(*read(TEST_FILE))
     return Dataset(
-        name="cifar10",
-        class_names=CLASS_NAMES,
-        train_images=np.concatenate(images),
-        train_labels=np.concatenate(labels),
-        test_images=test_images,
-        test_labels=test_labels,
+        "cifar10", CLASS_NAMES, *_read_batches(read, TRAIN_FILES), *_read_batches(read, [TEST_FILE])
     )
+
+
+def _read_batches(
+    read: ReadFile, names: Sequence[str]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+    """Images, channels last, and labels of batch files, one after the other."""
+    images = np.empty((len(names), _ROWS, 32, 32, 3), np.uint8)
+    labels = np.empty((len(names), _ROWS), np.int32)
+    for number, name in enumerate(names):
+        data, labels[number] = _parse_batch(*read(name))
+        # A channel at a time takes half as long as a transposed copy.
+        planes = data.reshape(_ROWS, 3, 32, 32)
+        for channel in range(3):
+            images[number, ..., channel] = planes[:, channel]
+    return images.reshape(-1, 32, 32, 3), labels.reshape(-1)
 
 
 def _parse_batch(
     source: str, content: bytes
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
-    """Check one batch file and return its images, channels last, and labels."""
+    """Check one batch file and return its rows of pixels, a channel after the other, and labels."""
 
     def fail(received: str, expected: str) -> UserError:
         return UserError(
@@ -431,8 +439,7 @@ def _parse_batch(
         raise fail(f"labels {labels.dtype} {labels.shape}", f"{_ROWS} integers")
     if not 0 <= labels.min() <= labels.max() < len(CLASS_NAMES):
         raise fail(f"labels from {labels.min()} to {labels.max()}", "labels from 0 to 9")
-    images = np.ascontiguousarray(data.reshape(_ROWS, 3, 32, 32).transpose(0, 2, 3, 1))
-    return images, labels.astype(np.int32)
+    return data, labels.astype(np.int32)
 
 
 def _dtype(code: str, _align: object, _copy: object) -> "np.dtype[Any]":

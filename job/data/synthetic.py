@@ -39,16 +39,17 @@ _NOISE = 10
 Array = npt.NDArray[Any]  # float32
 
 
-def make_dataset(seed: int) -> Dataset:
-    """Draw the whole data set.
+def make_dataset(seed: int, limit: int | None = None) -> Dataset:
+    """Draw the data set.
 
     Args:
         seed: Any non-negative integer; equal seeds draw equal bytes.
+        limit: How many of the first training images to draw; None is all of them.
 
     Returns:
         50,000 training and 10,000 test images of 32x32x3, the ten classes equally frequent.
     """
-    train_images, train_labels = draw(TRAIN_EXAMPLES, seed, stream=0)
+    train_images, train_labels = draw(TRAIN_EXAMPLES, seed, stream=0, limit=limit)
     test_images, test_labels = draw(TEST_EXAMPLES, seed, stream=1)
     return Dataset("synthetic", CLASS_NAMES, train_images, train_labels, test_images, test_labels)
 
@@ -67,7 +68,7 @@ def save_examples(folder: str) -> None:
 
 
 def draw(
-    examples: int, seed: int, stream: int
+    examples: int, seed: int, stream: int, limit: int | None = None
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
     """Draw labelled images.
 
@@ -75,17 +76,20 @@ def draw(
         examples: How many.
         seed: Seed of the data set.
         stream: Separates draws of one seed, such as training and test images.
+        limit: How many of the first ones to draw, the same as without a limit; None is all of them.
 
     Returns:
         Images [examples, 32, 32, 3] uint8 and labels [examples] int32 in random order.
     """
     rng = np.random.default_rng([seed, stream])
     labels = rng.permutation(np.arange(examples, dtype=np.int32) % len(CLASS_NAMES))
-    images = np.empty((examples, _SIZE, _SIZE, 3), np.uint8)
-    for start in range(0, examples, _CHUNK):
+    # Whole chunks, because a shorter one would draw other images.
+    needed = examples if limit is None else min(examples, -(-limit // _CHUNK) * _CHUNK)
+    images = np.empty((needed, _SIZE, _SIZE, 3), np.uint8)
+    for start in range(0, needed, _CHUNK):
         chunk = labels[start : start + _CHUNK]
         images[start : start + _CHUNK] = _paint(_cover(chunk, rng), rng)
-    return images, labels
+    return images[:limit], labels[:limit]
 
 
 def _cover(labels: npt.NDArray[np.int32], rng: np.random.Generator) -> Array:
@@ -169,6 +173,6 @@ def _paint(cover: Array, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
 
 
 SOURCE = Source(
-    load=lambda config: make_dataset(config.seed),
+    load=lambda config: make_dataset(config.seed, config.limit),
     find=lambda config: Location(f"drawn from seed {config.seed}"),
 )

@@ -13,9 +13,8 @@ from job.config import JobError
 def isolate_matplotlib() -> None:
     """Load matplotlib with its own defaults and fonts in place of the user's.
 
-    Only the run decides the bytes of its pictures. The program calls this before anything else
-    loads matplotlib, as Keras does. It gets no folder for a cache: a container may have none, and a
-    process that is killed would leave one behind.
+    Only the run decides the bytes of its pictures. matplotlib gets no folder for a cache: a
+    container may have none, and a process that is killed would leave one behind.
     """
     os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull, "MPL_IGNORE_SYSTEM_FONTS": "1"}
     with _hidden_from_matplotlib("matplotlibrc"):

@@ -2,7 +2,11 @@
 
 Five inches wide in letters of 11 points, the report's are readable on a phone. Lines, markers and
 hatches repeat what colours show, so that they are also readable in greyscale.
+
+No other module of the program loads matplotlib: what draws takes it from here.
 """
+
+# ruff: noqa: E402
 
 import io
 import math
@@ -12,15 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+from job.report import isolate_matplotlib
+from job.run.predictions import Reliability
+
+isolate_matplotlib()
+
+import matplotlib as mpl
+from matplotlib.axes import Axes as Axes
+from matplotlib.figure import Figure as Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
-
-from job.run.predictions import Reliability
 
 mpl.rcParams["text.parse_math"] = False  # names of classes and files are no formulas
 
@@ -221,14 +229,16 @@ def mistakes(images: npt.NDArray[np.uint8], captions: Sequence[str]) -> bytes:
         images: [mistakes, height, width, channels] uint8.
         captions: What each is, what it was taken for and how confidently.
     """
-    columns = 4
+    columns, pitch = 4, (1.12, 1.6)  # in widths of an image; the rest is for captions
     rows = -(-len(images) // columns)
-    figure, axes = _figure(0.5 + 1.75 * rows, nrows=rows, ncols=columns, squeeze=False)
-    for cell in axes.flat[len(images) :]:
-        cell.set_axis_off()
-    for cell, image, caption in zip(axes.flat, images, captions, strict=False):
-        _show(cell, image)
-        cell.set_title(caption, size=9.5, weight="normal", pad=3)
+    figure, axes = _figure(0.5 + 1.75 * rows)
+    _lay_out_images(axes, columns * pitch[0], rows * pitch[1])
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        row, column = divmod(number, columns)
+        x, y = (column + 0.5) * pitch[0], (row + 1) * pitch[1] - 0.5
+        _show(axes, image, x, y)
+        axes.text(x, y - 0.53, caption, size=9.5, ha="center", va="bottom")
+    axes.set_axis_off()
     figure.suptitle("Most confident mistakes", size=12, weight="bold")
     return _png(figure)
 
@@ -245,30 +255,38 @@ def augmentation(
         class_names: Class of each image.
     """
     images, epochs = augmented.shape[:2]
+    pitch = 1.08  # in widths of an image
+    figure, axes = _figure(0.75 + 0.66 * images)
     # Fewer epochs leave room on the right, and not between the images.
-    columns = 1 + max(epochs, 5)
-    figure, axes = _figure(0.75 + 0.66 * images, nrows=images, ncols=columns, squeeze=False)
-    for row in range(images):
-        _show(axes[row, 0], originals[row])
-        axes[row, 0].set_ylabel(class_names[row], size=9, rotation=0, ha="right", va="center")
-        for epoch in range(epochs):
-            _show(axes[row, 1 + epoch], augmented[row, epoch])
-        for unused in axes[row, 1 + epochs :]:
-            unused.set_visible(False)
-    for column, cell in enumerate(axes[0, : 1 + epochs]):
-        cell.set_title(f"epoch {column}" if column else "original", size=9, weight="normal")
+    _lay_out_images(axes, (1 + max(epochs, 5)) * pitch, images * pitch)
+    for row, forms in enumerate(augmented):
+        for column, image in enumerate([originals[row], *forms]):
+            _show(axes, image, (column + 0.5) * pitch, (row + 0.5) * pitch)
+    heads = ["original", *(f"epoch {epoch}" for epoch in range(1, epochs + 1))]
+    axes.xaxis.tick_top()
+    axes.set_xticks((np.arange(1 + epochs) + 0.5) * pitch, heads, size=9)
+    axes.set_yticks((np.arange(images) + 0.5) * pitch, class_names, size=9)
     figure.suptitle("Augmented training images", size=12, weight="bold")
     return _png(figure)
 
 
-def _show(axes: Axes, image: npt.NDArray[np.uint8]) -> None:
-    """Show an image [height, width, channels] without a scale, for it has none."""
-    grey = image.shape[-1] == 1
-    axes.imshow(image[..., 0] if grey else image, cmap="gray" if grey else None)
-    axes.set_xticks([])
-    axes.set_yticks([])
+def _lay_out_images(axes: Axes, width: float, height: float) -> None:
+    """Prepare axes for many images; ones for each would take twenty times as long."""
+    axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+    axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
+
+
+def _show(axes: Axes, image: npt.NDArray[np.uint8], x: float, y: float) -> None:
+    """Show an image [height, width, channels] around a point, its longer side of length 1."""
+    height, width, channels = image.shape
+    right, down = width / max(image.shape[:2]) / 2, height / max(image.shape[:2]) / 2
+    axes.imshow(
+        image[..., 0] if channels == 1 else image,
+        cmap="gray" if channels == 1 else None,
+        extent=(x - right, x + right, y + down, y - down),
+    )
 
 
 _PREDICTED, _TRUE, _OTHER = "#c4501b", "#1b6fc4", "#b8bec6"

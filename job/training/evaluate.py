@@ -93,6 +93,9 @@ class Evaluator:
         devices: Where to evaluate.
         images: [examples, height, width, channels] uint8.
         labels: [examples] integers.
+
+    Attributes:
+        model: The network.
     """
 
     def __init__(
@@ -103,16 +106,24 @@ class Evaluator:
         images: npt.NDArray[np.uint8],
         labels: npt.NDArray[np.int32],
     ) -> None:
-        self._model, self._recipe = model, recipe
+        self.model, self._recipe = model, recipe
         self._strategy, self._replicas = devices.strategy, devices.replicas
         self._data = ResidentImages(devices, images, labels)
         self._labels = labels
         self._rows = min(ROWS_PER_REPLICA, -(-len(images) // self._replicas))
         compilation = devices.compilation
+        self._is_compiled = compilation.network
         self._score = graph_function(self._score_rows, jit_compile=compilation.network)
         self._loop: Any = self._replica_loop
         if compilation.loops:
             self._loop = graph_function(self._loop, jit_compile=True)
+
+    def compile(self) -> None:
+        """Do ahead what the first evaluation would take longer for than later ones."""
+        if self._is_compiled:
+            self._evaluate()  # XLA compiles when it is called; on a GPU that takes no time
+        else:
+            self._evaluate.get_concrete_function()
 
     def __call__(self) -> Evaluation:
         """Evaluate all examples."""
@@ -134,7 +145,7 @@ class Evaluator:
         loss, rows = self._strategy.run(self._replica_share)
         if self._replicas > 1:
             loss, rows = self._strategy.experimental_local_results((loss, rows))[0]
-        classes = self._model.output_shape[-1]
+        classes = self.model.output_shape[-1]
         rows = tf.reshape(rows, [self._replicas, -1, self._rows, classes])
         # A part's rows are in the order of the replicas.
         rows = tf.reshape(tf.transpose(rows, [1, 0, 2, 3]), [-1, classes])
@@ -152,7 +163,7 @@ class Evaluator:
     def _replica_loop(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Evaluate this replica's examples: the loss, and probabilities [parts, rows, classes]."""
         together = self._rows * self._replicas
-        shape = [self._rows, self._model.output_shape[-1]]
+        shape = [self._rows, self.model.output_shape[-1]]
         loss = tf.constant(0.0)
         parts = tf.TensorArray(tf.float32, -(-self._data.examples // together), element_shape=shape)
 
@@ -182,7 +193,7 @@ class Evaluator:
         self, pixels: tf.Tensor, labels: tf.Tensor, counts: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         images = self._data.decode(pixels)
-        probabilities = mean_over_views(self._model, self._recipe.tta_views, images)
+        probabilities = mean_over_views(self.model, self._recipe.tta_views, images)
         truth = tf.one_hot(labels, probabilities.shape[-1])
         losses = keras.losses.get(self._recipe.loss)(truth, probabilities)
         return tf.reduce_sum(losses * counts), probabilities

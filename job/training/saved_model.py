@@ -25,7 +25,7 @@ from job.config import JobError, TrainConfig, UserError
 from job.data import Dataset
 from job.recipes import Recipe, get_recipe, resample_by_op
 from job.registry import is_own, module_path, naming_own_code
-from job.report import pictures, spare_the_run
+from job.report import spare_the_run
 from job.run.folder import (
     EVALUATION,
     MODEL,
@@ -130,8 +130,12 @@ def load_classifier(path: Path) -> keras.Model:
     with _open_model(path) as file:
         model = load_model_from_hdf5(file, compile=False)
         require_classifier(model, str(path))
-        # A single output may come in a dictionary.
-        return keras.Model(model.inputs, model.outputs)
+        return _as_classifier(model)
+
+
+def _as_classifier(model: keras.Model) -> keras.Model:
+    # A single output may come in a dictionary.
+    return keras.Model(model.inputs, model.outputs)
 
 
 @contextlib.contextmanager
@@ -194,8 +198,31 @@ def evaluate_output_dir(
         evaluate_saved(output, get_recipe(config.recipe), devices, dataset, config.seed)
 
 
+def prepare_evaluation(
+    model: keras.Model, recipe: Recipe, devices: Devices, dataset: Dataset
+) -> Evaluator:
+    """Compile the evaluation of a model that is to be saved, before it is.
+
+    Args:
+        model: Has the layers of the one that `save_model` will be given.
+        recipe: The recipe that trains it.
+        devices: Where to evaluate.
+        dataset: Its test images are evaluated.
+    """
+    with devices.strategy.scope():
+        network = _as_classifier(keras.models.clone_model(model))
+    evaluator = Evaluator(network, recipe, devices, dataset.test_images, dataset.test_labels)
+    evaluator.compile()
+    return evaluator
+
+
 def evaluate_saved(
-    output: OutputDir, recipe: Recipe, devices: Devices, dataset: Dataset, seed: int
+    output: OutputDir,
+    recipe: Recipe,
+    devices: Devices,
+    dataset: Dataset,
+    seed: int,
+    prepared: Evaluator | None = None,
 ) -> None:
     """Load the saved model back, evaluate it, and write what is found and a picture.
 
@@ -205,6 +232,8 @@ def evaluate_saved(
         devices: Where to evaluate.
         dataset: Its test images are evaluated.
         seed: Picks the test image of the picture.
+        prepared: By `prepare_evaluation`. It evaluates the weights that the file has, if the file
+            has the layers that it was compiled for.
 
     Raises:
         UserError: If there is no model that fits the data, or a file cannot be written.
@@ -216,7 +245,11 @@ def evaluate_saved(
     with devices.strategy.scope():
         model = load_classifier(path)
     _check_fits(model, dataset, path)
-    evaluator = Evaluator(model, recipe, devices, dataset.test_images, dataset.test_labels)
+    if prepared and prepared.model.get_config()["layers"] == model.get_config()["layers"]:
+        evaluator = prepared
+        evaluator.model.set_weights(model.get_weights())
+    else:
+        evaluator = Evaluator(model, recipe, devices, dataset.test_images, dataset.test_labels)
     evaluation, probabilities = evaluator.predict()
     if not math.isfinite(evaluation.loss):
         raise JobError(
@@ -258,6 +291,8 @@ def _save_prediction(
     image, label = dataset.test_images[index], int(dataset.test_labels[index])
     png = b""
     with spare_the_run("the prediction picture"):
+        from job.report import pictures
+
         buffer = io.BytesIO()
         pictures.save_prediction(buffer, image, probabilities[index], dataset.class_names, label)
         png = buffer.getvalue()

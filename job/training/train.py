@@ -1,9 +1,11 @@
 """A whole training run: from a configuration to the artifacts in the output folder."""
 
 import contextlib
+import importlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import keras
@@ -26,19 +28,24 @@ from job.config import (
 from job.data import Dataset
 from job.recipes import Recipe, get_recipe
 from job.report import spare_the_run
-from job.report.page import write_report
 from job.run.attempt import Attempt, open_attempt
 from job.run.checkpoint import Checkpoint, CheckpointStore, History
 from job.run.fingerprint import Fingerprint, require_same_run, take_fingerprint
 from job.run.folder import ARTIFACTS, MODEL, REPORT, OutputDir
 from job.run.manifest import RunManifest, versions
-from job.run.record import DataRecord, TrainingRecord, decode, encode
+from job.run.record import DataRecord, EpochRecord, TrainingRecord, decode, encode
 from job.run.stop import NATIVE_MARGIN_SECONDS, StopRequest, Watchdog
 from job.training.engine import Engine, Plan
 from job.training.evaluate import Evaluator
-from job.training.observer import Observer, Start
+from job.training.observer import Observer, Start, Status
 from job.training.prometheus import open_textfile, write_finished
-from job.training.saved_model import EVALUATING, evaluate_saved, require_savable, save_model
+from job.training.saved_model import (
+    EVALUATING,
+    evaluate_saved,
+    prepare_evaluation,
+    require_savable,
+    save_model,
+)
 from job.training.tensorboard import EventFile
 from job.training.trainer import Trainer
 
@@ -225,6 +232,8 @@ def run_attempt(
     # The textfile says done by now, as run.json does, whatever becomes of the report.
     if attempt.is_chief:
         with watchdog.watch("the report"), spare_the_run("the report"):
+            from job.report.page import write_report
+
             write_report(attempt.output)
 
 
@@ -253,7 +262,7 @@ def _train_and_evaluate(
     recipe = get_recipe(config.recipe)
     with _naming_batch_size(config.batch_size, devices.replicas):
         with watchdog.watch("the setup of the training", compiling=True):
-            engine, trainer = _set_up(
+            engine, trainer, preparation = _set_up(
                 config, attempt, recipe, devices, dataset, watchdog, observers
             )
         trainer.train(config.checkpoint_every)
@@ -265,7 +274,8 @@ def _train_and_evaluate(
         save_model(engine.export(), attempt.output, MODEL)
     own_devices = devices.without_other_workers()
     with watchdog.watch(EVALUATING, compiling=True):
-        evaluate_saved(attempt.output, recipe, own_devices, dataset, config.seed)
+        prepared = preparation.result()
+        evaluate_saved(attempt.output, recipe, own_devices, dataset, config.seed, prepared)
     # Without it the run is not finished. One that is there tells of an earlier end.
     attempt.output.remove([attempt.output.path / REPORT])
 
@@ -278,7 +288,7 @@ def _set_up(
     dataset: Dataset,
     watchdog: Watchdog,
     observers: Sequence[Observer],
-) -> tuple[Engine, Trainer]:
+) -> tuple[Engine, Trainer, "_Preparation"]:
     """Bring the training to where the attempt resumes, and put its start on the record."""
     plan = make_plan(config, len(dataset.train_images))
     engine = Engine(recipe, devices, dataset, plan, config.learning_rate)
@@ -292,11 +302,61 @@ def _set_up(
     history = _resume(engine, fingerprint, attempt)
     _record_start(config, attempt, history, fingerprint, devices, dataset, plan)
     evaluator = Evaluator(engine.model, recipe, devices, dataset.test_images, dataset.test_labels)
+    preparation = _Preparation(lambda: _prepare_end(engine.original, recipe, devices, dataset))
+    observers = [*observers, preparation]
     name = f"{devices.replicas} x {devices.descriptions[0].model}"
     for observer in observers:
         observer.begin(Start(devices.precision, name, plan.steps_per_epoch, history))
     trainer = Trainer(engine, evaluator, attempt, history, fingerprint, watchdog, observers)
-    return engine, trainer
+    return engine, trainer, preparation
+
+
+class _Preparation(Observer):
+    """Prepares the end of a training in a thread, once an epoch was trained as a whole.
+
+    Then the training itself has nothing left to compile, and XLA can fail where two compilations
+    share a cache at the same time. What fails in the thread is done again at its place.
+
+    Args:
+        prepare: Is called in the thread.
+    """
+
+    def __init__(self, prepare: Callable[[], Evaluator | None]) -> None:
+        self._prepare = prepare
+        self._future: Future[Evaluator | None] | None = None
+        self._is_whole = False
+
+    def show(self, status: Status) -> None:
+        if status.steps == 0:
+            self._is_whole = True
+
+    def finish_epoch(self, line: EpochRecord) -> None:
+        if self._future or not self._is_whole:
+            return
+        thread = ThreadPoolExecutor(1)
+        self._future = thread.submit(self._prepare)
+        thread.shutdown(wait=False)
+
+    def result(self) -> Evaluator | None:
+        """What `prepare` has returned; None where it was not called, or has failed."""
+        if self._future is None or self._future.exception():
+            return None
+        return self._future.result()
+
+
+def _prepare_end(
+    original: keras.Model, recipe: Recipe, devices: Devices, dataset: Dataset
+) -> Evaluator | None:
+    """Import and compile what a run would wait for after its last step.
+
+    Returns:
+        For the saved model. None for several replicas, because what they exchange must come in the
+        same order on all of them, and where the training computes less exactly than the evaluation.
+    """
+    importlib.import_module("job.report.page")
+    if devices.replicas > 1 or tf.config.experimental.tensor_float_32_execution_enabled():
+        return None
+    return prepare_evaluation(original, recipe, devices, dataset)
 
 
 def make_plan(config: TrainConfig, examples: int) -> Plan:

@@ -1,5 +1,7 @@
 import re
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,15 @@ import pytest
 
 import job.data
 from job.config import TrainConfig, UserError
-from job.data import Dataset, Location, ProgressBar, Source, get_source, load_dataset
+from job.data import (
+    Dataset,
+    Location,
+    ProgressBar,
+    Source,
+    get_source,
+    load_ahead,
+    load_dataset,
+)
 
 
 def test_limit_keeps_the_first_training_images_and_every_test_image(small_dataset: Dataset) -> None:
@@ -72,6 +82,55 @@ def test_a_data_set_is_downloaded_if_it_is_not_there_and_limited(
     assert len(load_dataset(config, bar).train_images) == 100
     assert load_dataset(replace(config, limit=None)) is small_dataset
     assert downloads == [bar]
+
+
+def test_a_data_set_is_loaded_ahead_and_its_error_waits(
+    monkeypatch: pytest.MonkeyPatch, small_dataset: Dataset
+) -> None:
+    loaded = threading.Event()
+
+    def load(config: TrainConfig) -> Dataset:
+        loaded.set()
+        return small_dataset
+
+    monkeypatch.setattr("job.data.synthetic.SOURCE", Source(load))
+    config = TrainConfig(dataset="synthetic", limit=100)
+    ahead = load_ahead(config)
+    assert loaded.wait(10)
+    np.testing.assert_array_equal(ahead(config).train_images, small_dataset.train_images[:100])
+    too_many = replace(config, limit=513)
+    ahead = load_ahead(too_many)
+    with pytest.raises(UserError, match="--limit received 513"):
+        ahead(too_many)
+
+
+def test_a_module_of_the_users_own_waits(
+    monkeypatch: pytest.MonkeyPatch, small_dataset: Dataset
+) -> None:
+    threads = []
+
+    def load(config: TrainConfig) -> Dataset:
+        threads.append(threading.current_thread())
+        return small_dataset
+
+    module = ModuleType("job.data.mine")
+    module.__dict__["SOURCE"] = Source(load)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    config = TrainConfig(dataset="mine")
+    assert load_ahead(config)(config) is small_dataset
+    assert threads == [threading.main_thread()]
+
+
+def test_a_download_waits(
+    downloads: list[ProgressBar | None], monkeypatch: pytest.MonkeyPatch, small_dataset: Dataset
+) -> None:
+    monkeypatch.setattr("job.data.is_own", lambda path: False)
+    config = TrainConfig(dataset="mine")
+    ahead = load_ahead(config)
+    time.sleep(0.2)
+    assert downloads == []
+    assert ahead(config) is small_dataset
+    assert len(downloads) == 1
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,24 @@ def test_depends_on_seed_and_stream_alone() -> None:
         assert (other != images).mean() > 0.9
 
 
+def test_a_limit_draws_the_same_first_images_and_few_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = []
+    cover = synthetic._cover
+
+    def note(labels: Any, *rest: Any) -> Any:
+        chunks.append(len(labels))
+        return cover(labels, *rest)
+
+    monkeypatch.setattr(synthetic, "_cover", note)
+    images, labels = synthetic.draw(3_500, seed=1, stream=0)
+    for limit, drawn in ((1_500, 2_000), (3_200, 3_500), (9_999, 3_500)):
+        chunks.clear()
+        first_images, first_labels = synthetic.draw(3_500, seed=1, stream=0, limit=limit)
+        np.testing.assert_array_equal(first_images, images[:limit])
+        np.testing.assert_array_equal(first_labels, labels[:limit])
+        assert sum(chunks) == drawn
+
+
 def test_whole_data_set_has_the_size_of_cifar10() -> None:
     dataset = synthetic.make_dataset(3)
     assert dataset.train_images.shape == (50_000, 32, 32, 3)

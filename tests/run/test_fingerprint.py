@@ -141,7 +141,8 @@ def test_another_environment_is_told(take: Any) -> None:
     current = take()
     assert current.changes_since(current.environment) == []
     change = msgspec.structs.replace
-    other_variables = change(current.environment, variables={"ONEDNN_MAX_CPU_ISA": "AVX2"})
+    variables = {**current.environment.variables, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    other_variables = change(current.environment, variables=variables)
     assert current.changes_since(other_variables) == ["variables ONEDNN_MAX_CPU_ISA: AVX2 -> none"]
     earlier = change(current.environment, replicas=4, threads=16)
     assert current.changes_since(earlier) == ["replicas: 4 -> 1", "threads: 16 -> 2"]

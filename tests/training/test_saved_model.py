@@ -25,6 +25,7 @@ from job.run.record import DataRecord
 from job.run.stop import Watchdog
 from job.training import saved_model
 from job.training.engine import Engine, Plan
+from job.training.evaluate import Evaluator
 from job.training.saved_model import load_model, save_model
 from tests.conftest import MakeDevices
 from tests.run_folders import TRAINING
@@ -167,6 +168,43 @@ def test_only_the_data_that_the_run_was_validated_on_judge_its_model(
     assert path.read_bytes() == before
     evaluate(trained, lambda config: small_dataset)
     assert path.read_bytes() != before
+
+
+def test_an_evaluation_compiled_ahead_evaluates_the_file(
+    trained: TrainConfig,
+    model: keras.Model,
+    small_dataset: Dataset,
+    make_devices: MakeDevices,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output, devices = OutputDir(trained.output_dir), make_devices(1)
+    path = trained.output_dir / "evaluation.json"
+
+    def evaluate(prepared: Evaluator | None) -> tuple[bytes, list[keras.Model]]:
+        evaluated = []
+        predict = Evaluator.predict
+
+        def note(evaluator: Evaluator) -> Any:
+            evaluated.append(evaluator.model)
+            return predict(evaluator)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Evaluator, "predict", note)
+            saved_model.evaluate_saved(output, classic.RECIPE, devices, small_dataset, 0, prepared)
+        return path.read_bytes(), evaluated
+
+    def prepare(network: keras.Model) -> Evaluator:
+        return saved_model.prepare_evaluation(network, classic.RECIPE, devices, small_dataset)
+
+    expected, _ = evaluate(None)
+    prepared = prepare(model)
+    assert prepared.predict()[0].loss != json.loads(expected)["loss"]  # it has weights of its own
+    assert evaluate(prepared) == (expected, [prepared.model])
+    layers = [*model.layers[:-1], keras.layers.Dense(10, "sigmoid")]
+    other = prepare(keras.Sequential([keras.Input((32, 32, 3)), *layers]))
+    content, evaluated = evaluate(other)
+    assert content == expected
+    assert evaluated != [other.model]
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_evaluation(
