@@ -87,7 +87,7 @@ def cut(path: Path) -> None:
 
 def alter(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[-9] ^= 1
+    content[-20] ^= 1
     path.write_bytes(content)
 
 
