@@ -73,7 +73,7 @@ class Store:
 
     Raises:
         OSError: If it cannot be made.
-        UntrustedError: If it is a link or a file, or others can write into it.
+        UntrustedError: If it is a link, or others can write into it.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -189,7 +189,7 @@ class CompileCache(Observer):
         """The flags by which XLA uses them."""
         flags = [
             f"--xla_gpu_kernel_cache_file={self._kernels}",
-            # Without it XLA does not use the file: it caches what it compiles by itself.
+            # XLA uses the file only so: a kernel that is compiled by itself can be used by itself.
             "--xla_gpu_enable_llvm_module_compilation_parallelism=true",
             f"--xla_gpu_dump_autotune_results_to={self._autotuning}",
         ]
@@ -222,7 +222,9 @@ class CompileCache(Observer):
 
 
 def is_whole(message: bytes) -> bool:
-    """Whether a protobuf message ends with one of its fields, as one half-written mostly does not.
+    """Whether a protobuf message ends with one of its fields; one that is being written may not.
+
+    A message that ends between two fields is a smaller cache, and as good.
 
     Args:
         message: With integers, strings and messages as its fields, as XLA's caches are. See
