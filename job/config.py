@@ -192,6 +192,9 @@ class TrainConfig:
         "Name of the run, which all of its attempts have in common; else that of the scheduler's "
         "job. A later attempt takes the folder over from an earlier one.",
     )
+    compile_cache: Path | None = _option(
+        None, "Folder for the code that XLA compiles for a GPU; else one in --output-dir."
+    )
     tensorboard: bool = _option(
         False, "Write an event file for TensorBoard into the output folder."
     )

@@ -33,3 +33,17 @@ def test_trains_on_every_gpu(run_job: RunJob, tmp_path: Path, precision: str, ji
     lines = (tmp_path / "output" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses[1] < losses[0] < 2.3
+
+
+def test_a_second_run_goes_on_with_what_the_first_has_compiled(
+    run_job: RunJob, tmp_path: Path
+) -> None:
+    for output, has_code in (("first", False), ("second", True)):
+        result = run_job(
+            *("train", "--dataset", "synthetic", "--epochs", "1", "--limit", "2560"),
+            *("--devices", "gpu:1", "--compile-cache", "code", "--output-dir", output),
+        )
+        assert result.returncode == 0, result.stderr
+        assert ("goes on with the compiled code" in result.stdout) == has_code
+    (entry,) = (tmp_path / "code").iterdir()
+    assert entry.stat().st_size > 10_000

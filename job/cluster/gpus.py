@@ -148,6 +148,14 @@ def xla_tools() -> dict[str, str | None]:
     }
 
 
+def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """What the kernel has of the NVIDIA driver's version; None where it has nothing."""
+    try:
+        return path.read_text()
+    except OSError:
+        return None
+
+
 def visible_gpus() -> list[tf.config.PhysicalDevice]:
     """The GPUs that TensorFlow can use."""
     return list(tf.config.list_physical_devices("GPU"))

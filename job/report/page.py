@@ -120,7 +120,9 @@ def resume_command(config: TrainConfig) -> str:
 def rerun_command(config: TrainConfig) -> str:
     """The command that repeats a run in a folder of its own."""
     folder = Path(f"{config.output_dir}-again")  # "." has no name to change
-    again = replace(config, output_dir=folder, run_id=None, metrics_textfile=None)
+    again = replace(
+        config, output_dir=folder, run_id=None, compile_cache=None, metrics_textfile=None
+    )
     return resume_command(again)
 
 

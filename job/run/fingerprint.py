@@ -109,10 +109,15 @@ def take_fingerprint(
             deterministic=devices.deterministic,
             versions=versions(),
             git_commit=git_commit(),
-            variables={name: os.environ[name] for name in _VARIABLES if name in os.environ},
+            variables=computing_variables(),
         ),
         recipe=_recipe_digest(config.recipe, model),
     )
+
+
+def computing_variables() -> dict[str, str]:
+    """The environment variables by which TensorFlow computes other bits, as the user set them."""
+    return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
 
 
 def _recipe_digest(name: str, model: keras.Model) -> str:

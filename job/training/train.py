@@ -35,6 +35,7 @@ from job.run.folder import ARTIFACTS, MODEL, REPORT, OutputDir
 from job.run.manifest import RunManifest, versions
 from job.run.record import DataRecord, EpochRecord, TrainingRecord, decode, encode
 from job.run.stop import NATIVE_MARGIN_SECONDS, StopRequest, Watchdog
+from job.training.compile_cache import open_compile_cache
 from job.training.engine import Engine, Plan
 from job.training.evaluate import Evaluator
 from job.training.observer import Observer, Start, Status
@@ -225,8 +226,9 @@ def run_attempt(
         # A download takes as long as the network needs, and ends if nothing comes.
         with watchdog.watch("the data", seconds=math.inf):
             dataset = load(config)
-        observers = [*observers, *own_observers]
-        _train_and_evaluate(config, attempt, devices, dataset, watchdog, observers)
+        with open_compile_cache(config, devices) as cache:
+            observers = [*observers, *own_observers, *cache]
+            _train_and_evaluate(config, attempt, devices, dataset, watchdog, observers)
         # First, because the report tells how the run ended.
         attempt.manifest.finish("done")
     # The textfile says done by now, as run.json does, whatever becomes of the report.

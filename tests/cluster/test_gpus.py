@@ -8,6 +8,7 @@ from job.cluster.gpus import (
     ExpectedGpus,
     check_expected_gpus,
     cuda_libraries,
+    driver_version,
     expected_gpus,
     xla_tools,
 )
@@ -88,3 +89,10 @@ def test_the_assembler_is_looked_for_on_the_path(
     assembler.write_text("#!/bin/sh\n")
     assembler.chmod(0o755)
     assert xla_tools()["ptxas"] == str(assembler)
+
+
+def test_the_drivers_version_is_the_kernels(tmp_path: Path) -> None:
+    version = tmp_path / "version"
+    assert driver_version(version) is None
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15")
+    assert "550.54.15" in str(driver_version(version))

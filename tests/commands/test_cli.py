@@ -50,6 +50,7 @@ OTHERS = TrainConfig(
     stop_after=1.5,
     fresh=True,
     run_id="mine",
+    compile_cache=Path("code"),
     tensorboard=True,
     metrics_textfile=Path("job.prom"),
 )

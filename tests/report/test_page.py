@@ -313,7 +313,12 @@ EVERYTHING = TrainConfig(
 )
 # As one attempt at it may have been started.
 ATTEMPT = replace(
-    EVERYTHING, fresh=True, run_id="mine", stop_after=5.0, metrics_textfile=Path("one.prom")
+    EVERYTHING,
+    fresh=True,
+    run_id="mine",
+    stop_after=5.0,
+    compile_cache=Path("code"),
+    metrics_textfile=Path("one.prom"),
 )
 
 

@@ -70,7 +70,7 @@ def test_every_option_survives_its_file() -> None:
         **{"deterministic": "off", "devices": DeviceRequest("gpu:2"), "require_gpus": 2},
         **{"join_timeout": 1.5, "stall_timeout": 2.5, "checkpoint_every": 3.5, "stop_after": 4.5},
         **{"fresh": True, "run_id": "\N{SNOWMAN}", "tensorboard": True},
-        "metrics_textfile": Path("m.prom"),
+        **{"compile_cache": Path("code"), "metrics_textfile": Path("m.prom")},
     }
     config = TrainConfig(**settings)
     for one in fields(TrainConfig):
