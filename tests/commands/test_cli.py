@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from job import __version__, log
+from job.cluster import Environment
 from job.commands.cli import cli, main, train
 from job.config import (
     DeviceRequest,
@@ -22,7 +23,10 @@ from job.config import (
     TrainConfig,
     UserError,
     option_name,
+    run_options,
 )
+from job.run.checkpoint import Checkpoint, CheckpointStore, History
+from job.run.fingerprint import Fingerprint
 from job.run.folder import OutputDir
 from job.run.stop import StopRequest
 from tests.conftest import REPOSITORY, RunJob
@@ -124,6 +128,18 @@ def test_help_and_completion_import_nothing_that_takes_its_time() -> None:
     assert not {"tensorflow", "keras", "numpy", "matplotlib", "PIL"} & {*modules}
 
 
+def test_tensorflow_is_loaded_without_matplotlib_which_can_be_loaded_later() -> None:
+    script = """if True:
+        import sys
+        from job.commands.cli import load_tensorflow
+
+        load_tensorflow()
+        assert "keras" in sys.modules and "matplotlib" not in sys.modules
+        import job.report.pictures
+    """
+    subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)
+
+
 def test_output_is_escaped_where_its_encoding_lacks_a_letter(
     whole: OutputDir, run_job: RunJob
 ) -> None:
@@ -169,6 +185,43 @@ def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunMain:
         return ending.value.code, stderr.getvalue().splitlines()
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("users", "begun", "expected"),
+    [
+        (None, "a new run", "1"),
+        ("0", "a new run", "0"),
+        (None, {}, None),
+        (None, {"TF_ENABLE_ONEDNN_OPTS": "1"}, "1"),
+        ("1", {}, "1"),
+    ],
+)
+def test_a_run_keeps_whether_it_computes_with_onednn(
+    run_main: RunMain,
+    monkeypatch: pytest.MonkeyPatch,
+    users: str | None,
+    begun: str | dict[str, str],
+    expected: str | None,
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS")
+    if users:
+        monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", users)
+    if isinstance(begun, dict):
+        environment = Environment("cpu", [], 1, 2, "float32", "auto", True, {}, None, begun)
+        fingerprint = Fingerprint(run_options(TrainConfig()), environment)
+        Path("output").mkdir()
+        store = CheckpointStore(OutputDir(Path("output")))
+        store.save(Checkpoint(1, {}, fingerprint, History()))
+    values = []
+
+    def train(*_: Any) -> None:
+        values.append(os.environ.get("TF_ENABLE_ONEDNN_OPTS"))
+
+    monkeypatch.setattr("job.training.train.run_attempt", train)
+    assert run_main("train") == (0, [])
+    assert values == [expected]
 
 
 BAD_OPTIONS = [
