@@ -130,17 +130,16 @@ lint: $(VENV)/.dev ## Formatting, lint, types and the layers of the packages
 	$(BIN)/hadolint docker/Dockerfile tests/integration/base.Dockerfile
 	$(BIN)/shellcheck .ci/run k8s/*.sh slurm/*.sh tests/integration/*.sh
 
+BENCH_OPTIONS = --data-dir $(DATA_DIR) --output-dir $(BENCH_DIR) --rounds $(BENCH_ROUNDS)
+
 .PHONY: bench
 bench: $(VENV)/.dev ## This job against the conventional Keras script, where its time goes, and predict
-	$(BIN)/python -m tests.benchmarks.bench --data-dir $(DATA_DIR) --rounds $(BENCH_ROUNDS) \
-	  --output-dir $(BENCH_DIR)
-	$(BIN)/python -m tests.benchmarks.bench_predict --data-dir $(DATA_DIR) \
-	  --rounds $(BENCH_ROUNDS) --output-dir $(BENCH_DIR)
+	$(BIN)/python -m tests.benchmarks.bench $(BENCH_OPTIONS)
+	$(BIN)/python -m tests.benchmarks.bench_predict $(BENCH_OPTIONS)
 
 .PHONY: bench-workers
 bench-workers: $(VENV)/.dev ## A step by one to four workers on this machine, and what they exchange
-	$(BIN)/python -m tests.benchmarks.bench_workers --data-dir $(DATA_DIR) \
-	  --rounds $(BENCH_ROUNDS) --output-dir $(BENCH_DIR)
+	$(BIN)/python -m tests.benchmarks.bench_workers $(BENCH_OPTIONS)
 
 .PHONY: chaos
 chaos: $(VENV)/.dev ## Kill and resume a small training CHAOS_ROUNDS times, and compare every bit
