@@ -6,6 +6,8 @@ DEMO_DIR ?= output/demo
 DATA_DIR ?= $(or $(JOB_DATA_DIR),data)
 BENCH_DIR ?= build/bench
 BENCH_ROUNDS ?= 3
+# Another checkout of this project, for bench-start to compare with.
+BASELINE ?=
 CHAOS_DIR ?= build/chaos
 CHAOS_ROUNDS ?= 100
 PYTEST_ARGS ?=
@@ -33,7 +35,7 @@ $(foreach name,$(OPTIONS),$(if $(filter command,$(origin $(name))),\
   $(error received $(name), which is no variable of this Makefile; options of the program go into \
   ARGS, as in make train ARGS="--epochs 3")))
 
-TAKE_ARGS := demo train doctor docker-run
+TAKE_ARGS := demo train doctor docker-run bench-start
 $(if $(filter command,$(origin ARGS)),$(if $(filter $(TAKE_ARGS),$(MAKECMDGOALS)),,\
   $(error received ARGS, which only these targets pass on: $(TAKE_ARGS); leave it out)))
 
@@ -140,6 +142,11 @@ bench: $(VENV)/.dev ## This job against the conventional Keras script, where its
 .PHONY: bench-workers
 bench-workers: $(VENV)/.dev ## A step by one to four workers on this machine, and what they exchange
 	$(BIN)/python -m tests.benchmarks.bench_workers $(BENCH_OPTIONS)
+
+.PHONY: bench-start
+bench-start: $(VENV)/.dev ## Start, first steps and end of a short run; BASELINE=checkout compares
+	$(BIN)/python -m tests.benchmarks.bench_start $(BENCH_OPTIONS) \
+	  $(if $(BASELINE),--baseline $(BASELINE)) $(ARGS)
 
 .PHONY: chaos
 chaos: $(VENV)/.dev ## Kill and resume a small training CHAOS_ROUNDS times, and compare every bit

@@ -1,8 +1,13 @@
+import json
+from datetime import UTC, datetime
+from typing import Any
+
 import click
 import pytest
 
 from tests.benchmarks.bench import Kernels, kernels_in
-from tests.benchmarks.harness import interleave, run_python, table
+from tests.benchmarks.bench_start import END, START, stages_of
+from tests.benchmarks.harness import Training, interleave, run_python, table
 
 
 def test_overlapping_kernels_cover_their_time_once() -> None:
@@ -14,6 +19,41 @@ def test_kernels_outside_of_the_time_count_nothing() -> None:
     # As `_measure_kernels` cuts spans to the time, one outside ends before it begins.
     assert kernels_in([(5.0, 3.0)], start=5.0, end=10.0) == Kernels(0.0, 0.0)
     assert kernels_in([(5.0, 10.0)], start=5.0, end=10.0).covered == pytest.approx(1.0)
+
+
+def a_run(**seconds: float) -> Training:
+    """A run whose events come so many seconds after its start, of 6 s training and 3 s besides."""
+    times = {"start": 4.0, "epoch": 13.0, "checkpoint": 13.5, "evaluation": 16.0, "report": 18.0}
+    fields: dict[str, Any] = {"seconds": 6.0, "elapsed_seconds": 9.0}
+    lines = ["what a library prints"]
+    for name, second in sorted((times | seconds).items(), key=lambda one: one[1]):
+        moment = datetime.fromtimestamp(second, UTC).isoformat()
+        lines.append(json.dumps({"time": moment, "event": name, **fields}))
+    return Training(lines, {"attempts": [{"start": "1970-01-01T00:00:00.500Z"}]}, 0.0, 18.25)
+
+
+@pytest.mark.parametrize("first_checkpoint", [None, 10.5])
+def test_a_run_is_divided_into_its_stages(first_checkpoint: float | None) -> None:
+    # The first version to compare with saves nothing between its steps and its validation.
+    run = a_run()
+    if first_checkpoint:
+        early = a_run(checkpoint=first_checkpoint).lines[2]
+        run.lines.insert(2, early)
+    lengths = (0.5, 3.5, 6.0, 3.5, 2.5, 2.0, 0.25)
+    assert stages_of(run) == pytest.approx(dict(zip(START + END, lengths, strict=True)))
+
+
+def test_what_is_done_early_leaves_a_stage_of_no_length() -> None:
+    stages = stages_of(a_run(evaluation=13.2, report=13.1))
+    assert (stages["saved model evaluated"], stages["report"]) == (0, 0)
+    assert sum(stages.values()) == pytest.approx(18.25)
+
+
+def test_a_run_without_one_of_the_events_is_refused() -> None:
+    run = a_run()
+    del run.lines[-1]
+    with pytest.raises(click.ClickException, match="no event report"):
+        stages_of(run)
 
 
 def test_rounds_take_all_sides_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
