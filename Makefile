@@ -8,6 +8,8 @@ BENCH_DIR ?= build/bench
 BENCH_ROUNDS ?= 3
 # Another checkout of this project, for bench-start to compare with.
 BASELINE ?=
+# The interpreter that has PyTorch and JAX, for bench-peers.
+PEERS_PYTHON ?= $(BIN)/python
 CHAOS_DIR ?= build/chaos
 CHAOS_ROUNDS ?= 100
 PYTEST_ARGS ?=
@@ -35,7 +37,7 @@ $(foreach name,$(OPTIONS),$(if $(filter command,$(origin $(name))),\
   $(error received $(name), which is no variable of this Makefile; options of the program go into \
   ARGS, as in make train ARGS="--epochs 3")))
 
-TAKE_ARGS := demo train doctor docker-run bench-start
+TAKE_ARGS := demo train doctor docker-run bench-start bench-peers
 $(if $(filter command,$(origin ARGS)),$(if $(filter $(TAKE_ARGS),$(MAKECMDGOALS)),,\
   $(error received ARGS, which only these targets pass on: $(TAKE_ARGS); leave it out)))
 
@@ -147,6 +149,10 @@ bench-workers: $(VENV)/.dev ## A step by one to four workers on this machine, an
 bench-start: $(VENV)/.dev ## Start, first steps and end of a short run; BASELINE=checkout compares
 	$(BIN)/python -m tests.benchmarks.bench_start $(BENCH_OPTIONS) \
 	  $(if $(BASELINE),--baseline $(BASELINE)) $(ARGS)
+
+.PHONY: bench-peers
+bench-peers: $(VENV)/.dev ## This job, PyTorch and JAX in turn; PEERS_PYTHON is a Python that has them
+	$(BIN)/python -m tests.benchmarks.bench_peers $(BENCH_OPTIONS) --python $(PEERS_PYTHON) $(ARGS)
 
 .PHONY: chaos
 chaos: $(VENV)/.dev ## Kill and resume a small training CHAOS_ROUNDS times, and compare every bit

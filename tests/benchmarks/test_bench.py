@@ -1,4 +1,5 @@
 import json
+import sys
 from datetime import UTC, datetime
 from typing import Any
 
@@ -6,6 +7,7 @@ import click
 import pytest
 
 from tests.benchmarks.bench import Kernels, kernels_in
+from tests.benchmarks.bench_peers import THIS_JOB, Run, problem_with, summarize
 from tests.benchmarks.bench_start import END, START, stages_of
 from tests.benchmarks.harness import Training, interleave, run_python, table
 
@@ -80,3 +82,16 @@ def test_a_table_is_aligned_markdown() -> None:
     lines = table(("", "s"), [("this job", "1.5"), ("it", "10.25")]).splitlines()
     assert lines[1:3] == ["| -------- | ----: |", "| this job |   1.5 |"]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_a_peer_that_is_not_installed_is_named_with_the_reason() -> None:
+    assert problem_with("json", sys.executable) is None
+    assert "No module named 'no_peer'" in str(problem_with("no_peer", sys.executable))
+
+
+def test_peers_are_compared_by_their_later_epochs() -> None:
+    times = {THIS_JOB: ([9, 2, 2, 8], [7, 4, 4, 4], [5, 1, 1, 1]), "JAX": ([3, 1], [4, 1], [5, 1])}
+    runs = {name: [Run(one, "cpu", {}) for one in own] for name, own in times.items()}
+    job, jax = summarize(runs, images=100).values()
+    assert (job["seconds_first_epoch"], job["seconds_an_epoch"], job["ratio"]) == (7, 2, 1)
+    assert (jax["seconds_first_epoch"], jax["images_per_second"], jax["ratio"]) == (4, 100, 0.5)
