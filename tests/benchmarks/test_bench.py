@@ -8,7 +8,7 @@ import pytest
 
 from tests.benchmarks.bench import Kernels, kernels_in
 from tests.benchmarks.bench_peers import THIS_JOB, Run, problem_with, summarize
-from tests.benchmarks.bench_start import END, START, stages_of
+from tests.benchmarks.bench_start import END, START, middle_run, stages_of
 from tests.benchmarks.harness import Training, interleave, run_python, table
 
 
@@ -56,6 +56,11 @@ def test_a_run_without_one_of_the_events_is_refused() -> None:
     del run.lines[-1]
     with pytest.raises(click.ClickException, match="no event report"):
         stages_of(run)
+
+
+def test_the_picture_shows_the_run_of_median_length() -> None:
+    first, second, third = ({"report": 5.0, "exit": one} for one in (3.0, 1.0, 2.0))
+    assert middle_run([first, second, third]) is third
 
 
 def test_rounds_take_all_sides_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
