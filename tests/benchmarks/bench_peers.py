@@ -19,6 +19,7 @@ import click
 
 from tests.benchmarks.harness import (
     Record,
+    Training,
     interleave,
     json_lines,
     options,
@@ -139,16 +140,28 @@ def _installed(peers: Iterable[str], python: str) -> list[str]:
 
 def _run(name: str, data_dir: Path, arguments: str, python: str) -> Run:
     if name == THIS_JOB:
-        training = train(data_dir, arguments)
-        records = json_lines(training.lines)
-        device = training.manifest["devices"][0]["model"]
-        versions = training.manifest["versions"]
-    else:
-        module = f"tests.benchmarks.{PEERS[name][1]}"
-        command = ["-m", module, "--data-dir", data_dir, *arguments.split()]
-        records = json_lines(run_python(command, python=python))
-        device, versions = records[-1]["device"], records[-1]["versions"]
-    return Run([one["seconds"] for one in records if "epoch" in one], device, versions)
+        return run_of_job(train(data_dir, arguments))
+    module = f"tests.benchmarks.{PEERS[name][1]}"
+    command = ["-m", module, "--data-dir", data_dir, *arguments.split()]
+    *epochs, summary = json_lines(run_python(command, python=python))
+    return Run([one["seconds"] for one in epochs], summary["device"], summary["versions"])
+
+
+def run_of_job(training: Training) -> Run:
+    """What counts of a training by this job.
+
+    Raises:
+        UsageError: If it trained on several devices, as no peer does.
+    """
+    manifest = training.manifest
+    if manifest["replicas"] > 1:
+        raise click.UsageError(
+            f"this job trained on {manifest['replicas']} devices, expected one, as the peers take "
+            f"one; set CUDA_VISIBLE_DEVICES=0"
+        )
+    events = json_lines(training.lines)
+    seconds = [event["seconds"] for event in events if event["event"] == "epoch"]
+    return Run(seconds, manifest["devices"][0]["model"], manifest["versions"])
 
 
 def summarize(runs: dict[str, list[Run]], images: int) -> dict[str, Record]:

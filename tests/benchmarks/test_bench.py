@@ -7,7 +7,7 @@ import click
 import pytest
 
 from tests.benchmarks.bench import Kernels, kernels_in
-from tests.benchmarks.bench_peers import THIS_JOB, Run, problem_with, summarize
+from tests.benchmarks.bench_peers import THIS_JOB, Run, problem_with, run_of_job, summarize
 from tests.benchmarks.bench_start import END, START, middle_run, stages_of
 from tests.benchmarks.harness import Training, interleave, run_python, table
 
@@ -95,8 +95,16 @@ def test_a_peer_that_is_not_installed_is_named_with_the_reason() -> None:
 
 
 def test_peers_are_compared_by_their_later_epochs() -> None:
-    times = {THIS_JOB: ([9, 2, 2, 8], [7, 4, 4, 4], [5, 1, 1, 1]), "JAX": ([3, 1], [4, 1], [5, 1])}
+    times = {THIS_JOB: ([5, 1, 1, 1], [7, 4, 4, 4], [9, 2, 2, 8]), "JAX": ([3, 1], [4, 1], [5, 1])}
     runs = {name: [Run(one, "cpu", {}) for one in own] for name, own in times.items()}
     job, jax = summarize(runs, images=100).values()
     assert (job["seconds_first_epoch"], job["seconds_an_epoch"], job["ratio"]) == (7, 2, 1)
     assert (jax["seconds_first_epoch"], jax["images_per_second"], jax["ratio"]) == (4, 100, 0.5)
+
+
+def test_this_job_is_compared_on_one_device_alone() -> None:
+    lines = ['{"event": "epoch", "seconds": 2.5}', '{"event": "checkpoint", "seconds": 0.1}']
+    manifest: dict[str, Any] = {"replicas": 1, "devices": [{"model": "a GPU"}], "versions": {}}
+    assert run_of_job(Training(lines, manifest, 0, 1)) == Run([2.5], "a GPU", {})
+    with pytest.raises(click.UsageError, match="on 2 devices, expected one"):
+        run_of_job(Training(lines, manifest | {"replicas": 2}, 0, 1))
