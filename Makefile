@@ -6,6 +6,10 @@ DEMO_DIR ?= output/demo
 DATA_DIR ?= $(or $(JOB_DATA_DIR),data)
 BENCH_DIR ?= build/bench
 BENCH_ROUNDS ?= 3
+# Another checkout of this project, for bench-start to compare with.
+BASELINE ?=
+# The interpreter that has PyTorch and JAX, for bench-peers.
+PEERS_PYTHON ?= $(BIN)/python
 CHAOS_DIR ?= build/chaos
 CHAOS_ROUNDS ?= 100
 PYTEST_ARGS ?=
@@ -33,7 +37,7 @@ $(foreach name,$(OPTIONS),$(if $(filter command,$(origin $(name))),\
   $(error received $(name), which is no variable of this Makefile; options of the program go into \
   ARGS, as in make train ARGS="--epochs 3")))
 
-TAKE_ARGS := demo train doctor docker-run
+TAKE_ARGS := demo train doctor docker-run bench-start bench-peers
 $(if $(filter command,$(origin ARGS)),$(if $(filter $(TAKE_ARGS),$(MAKECMDGOALS)),,\
   $(error received ARGS, which only these targets pass on: $(TAKE_ARGS); leave it out)))
 
@@ -130,17 +134,25 @@ lint: $(VENV)/.dev ## Formatting, lint, types and the layers of the packages
 	$(BIN)/hadolint docker/Dockerfile tests/integration/base.Dockerfile
 	$(BIN)/shellcheck .ci/run k8s/*.sh slurm/*.sh tests/integration/*.sh
 
+BENCH_OPTIONS = --data-dir $(DATA_DIR) --output-dir $(BENCH_DIR) --rounds $(BENCH_ROUNDS)
+
 .PHONY: bench
 bench: $(VENV)/.dev ## This job against the conventional Keras script, where its time goes, and predict
-	$(BIN)/python -m tests.benchmarks.bench --data-dir $(DATA_DIR) --rounds $(BENCH_ROUNDS) \
-	  --output-dir $(BENCH_DIR)
-	$(BIN)/python -m tests.benchmarks.bench_predict --data-dir $(DATA_DIR) \
-	  --rounds $(BENCH_ROUNDS) --output-dir $(BENCH_DIR)
+	$(BIN)/python -m tests.benchmarks.bench $(BENCH_OPTIONS)
+	$(BIN)/python -m tests.benchmarks.bench_predict $(BENCH_OPTIONS)
 
 .PHONY: bench-workers
 bench-workers: $(VENV)/.dev ## A step by one to four workers on this machine, and what they exchange
-	$(BIN)/python -m tests.benchmarks.bench_workers --data-dir $(DATA_DIR) \
-	  --rounds $(BENCH_ROUNDS) --output-dir $(BENCH_DIR)
+	$(BIN)/python -m tests.benchmarks.bench_workers $(BENCH_OPTIONS)
+
+.PHONY: bench-start
+bench-start: $(VENV)/.dev ## Start, first steps and end of a short run; BASELINE=checkout compares
+	$(BIN)/python -m tests.benchmarks.bench_start $(BENCH_OPTIONS) \
+	  $(if $(BASELINE),--baseline $(BASELINE)) $(ARGS)
+
+.PHONY: bench-peers
+bench-peers: $(VENV)/.dev ## This job, PyTorch and JAX in turn; PEERS_PYTHON is a Python that has them
+	$(BIN)/python -m tests.benchmarks.bench_peers $(BENCH_OPTIONS) --python $(PEERS_PYTHON) $(ARGS)
 
 .PHONY: chaos
 chaos: $(VENV)/.dev ## Kill and resume a small training CHAOS_ROUNDS times, and compare every bit

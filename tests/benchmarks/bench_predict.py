@@ -8,8 +8,6 @@ median over the rounds.
 
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,18 +18,23 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from job import log
 from job.config import TrainConfig
 from job.data import load_dataset
+from tests.benchmarks.harness import (
+    interleave,
+    json_lines,
+    options,
+    run_python,
+    table,
+    write_results,
+)
 
 SIDES = ("evaluation", "prediction")
 PASSES = 4
 
 
 @click.command()
-@click.option("--data-dir", type=click.Path(path_type=Path), required=True)
-@click.option("--output-dir", type=click.Path(path_type=Path), required=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+@options
 @click.option("--side", type=click.Choice(SIDES), help="Measure it in this process.")
 @click.option("--folder", help="Where the PNG files are then.")
 def main(
@@ -42,30 +45,31 @@ def main(
         click.echo(json.dumps(_measure(data_dir, folder, side)))
         return
     images = load_dataset(TrainConfig(data_dir=data_dir)).test_images
-    results: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory() as pngs:
         _write_pngs(Path(pngs), images)
-        for number in range(rounds):
-            results.append({side: _run_side(data_dir, pngs, side) for side in SIDES})
-            click.echo(f"round {number + 1}/{rounds}  {_line(results[-1], 'first')}")
+        speeds = interleave(
+            rounds,
+            SIDES,
+            lambda side: _run_side(data_dir, pngs, side),
+            lambda side, speed: f"{side:<10} {speed['first']:7,.0f} images/s, first pass",
+        )
     medians = {
-        side: {
-            key: statistics.median(result[side][key] for result in results)
-            for key in ("first", "warm")
-        }
-        for side in SIDES
+        key: {side: statistics.median(run[key] for run in speeds[side]) for side in SIDES}
+        for key in ("first", "warm")
     }
-    document = {"time": log.utc_now(), "images": len(images), **medians, "rounds": results}
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "bench_predict.json").write_text(json.dumps(document, indent=2) + "\n")
-    click.echo(f"first pass  {_line(medians, 'first')}\nwarm        {_line(medians, 'warm')}")
+    results = {"images": len(images), "medians": medians, "rounds": speeds}
+    write_results(output_dir, "bench_predict", results)
+    rows = []
+    for key, speed in medians.items():
+        evaluation, prediction = speed.values()
+        ratio = prediction / evaluation
+        rows.append((key, f"{evaluation:,.0f}", f"{prediction:,.0f}", f"{ratio:.2f}"))
+    click.echo(table(("images/s", *SIDES, "ratio"), rows))
 
 
 def _run_side(data_dir: Path, pngs: str, side: str) -> dict[str, float]:
-    options = ["--data-dir", str(data_dir), "--output-dir", pngs, "--folder", pngs, "--side", side]
-    command = [sys.executable, "-m", "tests.benchmarks.bench_predict", *options]
-    result = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-    speeds: dict[str, float] = json.loads(result.stdout)
+    arguments = ["--data-dir", data_dir, "--output-dir", pngs, "--folder", pngs, "--side", side]
+    (speeds,) = json_lines(run_python(["-m", "tests.benchmarks.bench_predict", *arguments]))
     return speeds
 
 
@@ -107,14 +111,6 @@ def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def _line(result: dict[str, dict[str, float]], key: str) -> str:
-    evaluation, prediction = (result[side][key] for side in SIDES)
-    return (
-        f"evaluation {evaluation:7,.0f} images/s   prediction {prediction:7,.0f} images/s   "
-        f"ratio {prediction / evaluation:.2f}"
-    )
 
 
 if __name__ == "__main__":

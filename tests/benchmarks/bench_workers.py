@@ -6,7 +6,6 @@ what the workers say to each other.
 """
 
 import itertools
-import json
 import os
 import shutil
 import statistics
@@ -14,10 +13,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import click
 
+from tests.benchmarks.harness import Record, interleave, options, table, write_results
 from tests.integration.team import Team
 
 LAYOUTS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1))
@@ -26,20 +25,18 @@ OPTIONS = f"--limit {BATCH * STEPS} --batch-size {BATCH} --epochs {EPOCHS} --pre
 
 
 @click.command()
-@click.option("--data-dir", type=click.Path(path_type=Path), required=True)
-@click.option("--output-dir", type=click.Path(path_type=Path), required=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+@options
 def main(data_dir: Path, output_dir: Path, rounds: int) -> None:
     """Print a table and write bench_workers.json."""
-    measured: dict[tuple[int, int], list[tuple[float, float]]] = {one: [] for one in LAYOUTS}
-    for number in range(1, rounds + 1):
-        for layout, results in measured.items():
-            results.append(_measure(data_dir, *layout))
-            seconds, mib = results[-1]
-            click.echo(
-                f"round {number}/{rounds}  {layout[0]} worker(s) x {layout[1]} replica(s)  "
-                f"{seconds * 1000:7.1f} ms a step  {mib:7.2f} MiB a step"
-            )
+    measured = interleave(
+        rounds,
+        LAYOUTS,
+        lambda layout: _measure(data_dir, *layout),
+        lambda layout, result: (
+            f"{layout[0]} worker(s) x {layout[1]} replica(s)  "
+            f"{result[0] * 1000:7.1f} ms a step  {result[1]:7.2f} MiB a step"
+        ),
+    )
     rows = [
         {
             "workers": workers,
@@ -49,16 +46,19 @@ def main(data_dir: Path, output_dir: Path, rounds: int) -> None:
         }
         for (workers, replicas), results in measured.items()
     ]
-    output_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"rounds": rounds, "options": OPTIONS, "rows": rows}, indent=2)
-    (output_dir / "bench_workers.json").write_text(text + "\n")
-    click.echo("| workers | replicas each | ms a step | MiB exchanged a step |")
-    click.echo("| --- | --- | --- | --- |")
-    for row in rows:
-        click.echo(
-            f"| {row['workers']} | {row['replicas_per_worker']} | "
-            f"{row['milliseconds_per_step']:.0f} | {row['mebibytes_per_step']:.2f} |"
+    results = {"rounds": rounds, "options": OPTIONS, "rows": rows}
+    write_results(output_dir, "bench_workers", results)
+    header = ("workers", "replicas each", "ms a step", "MiB exchanged a step")
+    lines = [
+        (
+            f"{row['workers']}",
+            f"{row['replicas_per_worker']}",
+            f"{row['milliseconds_per_step']:.0f}",
+            f"{row['mebibytes_per_step']:.2f}",
         )
+        for row in rows
+    ]
+    click.echo(table(header, lines))
 
 
 def _measure(data_dir: Path, workers: int, replicas: int) -> tuple[float, float]:
@@ -68,11 +68,11 @@ def _measure(data_dir: Path, workers: int, replicas: int) -> tuple[float, float]
             Path(folder),
             workers,
             *("train", *OPTIONS.split(), "--devices", f"cpu:{replicas}"),
-            *("--data-dir", data_dir.absolute(), "--log-format", "json"),
+            *("--data-dir", data_dir, "--log-format", "json"),
             module="tests.integration.cpu_replicas",
         ).start()
         try:
-            lines: list[dict[str, Any]] = []
+            lines: list[Record] = []
             sent = []
             for _ in range(EPOCHS):
                 lines.append(team.workers[0].wait_for("epoch"))

@@ -1,6 +1,15 @@
+import json
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+import click
 import pytest
 
 from tests.benchmarks.bench import Kernels, kernels_in
+from tests.benchmarks.bench_peers import THIS_JOB, Run, problem_with, run_of_job, summarize
+from tests.benchmarks.bench_start import END, START, middle_run, stages_of
+from tests.benchmarks.harness import Training, interleave, run_python, table
 
 
 def test_overlapping_kernels_cover_their_time_once() -> None:
@@ -12,3 +21,90 @@ def test_kernels_outside_of_the_time_count_nothing() -> None:
     # As `_measure_kernels` cuts spans to the time, one outside ends before it begins.
     assert kernels_in([(5.0, 3.0)], start=5.0, end=10.0) == Kernels(0.0, 0.0)
     assert kernels_in([(5.0, 10.0)], start=5.0, end=10.0).covered == pytest.approx(1.0)
+
+
+def a_run(**seconds: float) -> Training:
+    """A run whose events come so many seconds after its start, of 6 s training and 3 s besides."""
+    times = {"start": 4.0, "epoch": 13.0, "checkpoint": 13.5, "evaluation": 16.0, "report": 18.0}
+    fields: dict[str, Any] = {"seconds": 6.0, "elapsed_seconds": 9.0}
+    lines = ["what a library prints"]
+    for name, second in sorted((times | seconds).items(), key=lambda one: one[1]):
+        moment = datetime.fromtimestamp(second, UTC).isoformat()
+        lines.append(json.dumps({"time": moment, "event": name, **fields}))
+    return Training(lines, {"attempts": [{"start": "1970-01-01T00:00:00.500Z"}]}, 0.0, 18.25)
+
+
+@pytest.mark.parametrize("first_checkpoint", [None, 10.5])
+def test_a_run_is_divided_into_its_stages(first_checkpoint: float | None) -> None:
+    # The first version to compare with saves nothing between its steps and its validation.
+    run = a_run()
+    if first_checkpoint:
+        early = a_run(checkpoint=first_checkpoint).lines[2]
+        run.lines.insert(2, early)
+    lengths = (0.5, 3.5, 6.0, 3.5, 2.5, 2.0, 0.25)
+    assert stages_of(run) == pytest.approx(dict(zip(START + END, lengths, strict=True)))
+
+
+def test_what_is_done_early_leaves_a_stage_of_no_length() -> None:
+    stages = stages_of(a_run(evaluation=13.2, report=13.1))
+    assert (stages["saved model evaluated"], stages["report"]) == (0, 0)
+    assert sum(stages.values()) == pytest.approx(18.25)
+
+
+def test_a_run_without_one_of_the_events_is_refused() -> None:
+    run = a_run()
+    del run.lines[-1]
+    with pytest.raises(click.ClickException, match="no event report"):
+        stages_of(run)
+
+
+def test_the_picture_shows_the_run_of_median_length() -> None:
+    first, second, third = ({"report": 5.0, "exit": one} for one in (3.0, 1.0, 2.0))
+    assert middle_run([first, second, third]) is third
+
+
+def test_rounds_take_all_sides_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[str] = []
+
+    def measure(side: str) -> int:
+        calls.append(side)
+        return len(calls)
+
+    results = interleave(2, "ab", measure, lambda side, result: f"{side}{result}")
+    assert (calls, results) == (["a", "b", "a", "b"], {"a": [1, 3], "b": [2, 4]})
+    assert capsys.readouterr().out.splitlines()[-1] == "round 2/2  b4"
+
+
+def test_programs_get_no_options_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOB_LIMIT", "256")
+    show = "import os; print(os.environ.get('JOB_LIMIT'), os.environ['ADDED'])"
+    assert run_python(["-c", show], env={"ADDED": "1"}) == ["None 1"]
+    with pytest.raises(click.ClickException, match=r"(?s)exit code 1.*what went wrong"):
+        run_python(["-c", "raise SystemExit('what went wrong')"])
+
+
+def test_a_table_is_aligned_markdown() -> None:
+    lines = table(("", "s"), [("this job", "1.5"), ("it", "10.25")]).splitlines()
+    assert lines[1:3] == ["| -------- | ----: |", "| this job |   1.5 |"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_a_peer_that_is_not_installed_is_named_with_the_reason() -> None:
+    assert problem_with("json", sys.executable) is None
+    assert "No module named 'no_peer'" in str(problem_with("no_peer", sys.executable))
+
+
+def test_peers_are_compared_by_their_later_epochs() -> None:
+    times = {THIS_JOB: ([5, 1, 1, 1], [7, 4, 4, 4], [9, 2, 2, 8]), "JAX": ([3, 1], [4, 1], [5, 1])}
+    runs = {name: [Run(one, "cpu", {}) for one in own] for name, own in times.items()}
+    job, jax = summarize(runs, images=100).values()
+    assert (job["seconds_first_epoch"], job["seconds_an_epoch"], job["ratio"]) == (7, 2, 1)
+    assert (jax["seconds_first_epoch"], jax["images_per_second"], jax["ratio"]) == (4, 100, 0.5)
+
+
+def test_this_job_is_compared_on_one_device_alone() -> None:
+    lines = ['{"event": "epoch", "seconds": 2.5}', '{"event": "checkpoint", "seconds": 0.1}']
+    manifest: dict[str, Any] = {"replicas": 1, "devices": [{"model": "a GPU"}], "versions": {}}
+    assert run_of_job(Training(lines, manifest, 0, 1)) == Run([2.5], "a GPU", {})
+    with pytest.raises(click.UsageError, match="on 2 devices, expected one"):
+        run_of_job(Training(lines, manifest | {"replicas": 2}, 0, 1))

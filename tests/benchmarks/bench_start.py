@@ -1,0 +1,184 @@
+"""Measure where the time of a short run goes: its start, its first steps and its end.
+
+Each run is the program as a user starts it, on the real data, for one epoch of 15 steps. That is
+one execution, which is compiled when it begins: its end is that of the first steps and of the last.
+With --baseline another checkout of this project runs in turn with this one, by the same Python.
+
+Nothing is added to the program; a stage ends at the first moment at which a version has
+
+1. ``command line``: made the record of its attempt in run.json; options and output folder are good.
+2. ``TensorFlow, devices, data``: logged ``start``; the network is built, nothing is computed yet.
+3. ``first 15 steps, compiled``: the loss of all steps. It has no event in earlier versions, so it
+   is counted back from ``epoch``, by the time in training and validation that was no training. An
+   epoch's lines are written in between, so that it comes out 0.01 s late.
+4. ``validation, checkpoints``: logged ``epoch`` and the last ``checkpoint``.
+5. ``saved model evaluated``: logged ``evaluation`` of the model that was saved and loaded.
+6. ``report``: logged ``report``.
+7. ``exit``: ended as a process.
+
+The clock starts before the process does. What a version does early, while something else goes on,
+leaves a stage of no length. Each figure is the median over interleaved rounds; the picture shows
+the run of median length.
+"""
+
+import statistics
+from collections.abc import Iterable
+from datetime import datetime
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import click
+
+from job.report import isolate_matplotlib
+from tests.benchmarks.harness import (
+    REPOSITORY,
+    Record,
+    Training,
+    interleave,
+    json_lines,
+    options,
+    table,
+    train,
+    write_results,
+)
+
+OPTIONS = "--limit 3840 --epochs 1"
+START = ("command line", "TensorFlow, devices, data", "first 15 steps, compiled")
+END = ("validation, checkpoints", "saved model evaluated", "report", "exit")
+TOTALS = {
+    "process start to the end of the first steps": START,
+    "last step to exit": END,
+    "whole run": START + END,
+}
+
+
+@click.command()
+@options
+@click.option(
+    "--baseline",
+    type=click.Path(path_type=Path, resolve_path=True),
+    help="Another checkout of this project, to compare with.",
+)
+@click.option(
+    "--picture", type=click.Path(path_type=Path, dir_okay=False), help="PNG file for stacked bars."
+)
+def main(
+    data_dir: Path, output_dir: Path, rounds: int, baseline: Path | None, picture: Path | None
+) -> None:
+    """Print a table and write bench_start.json."""
+    checkouts = {"this checkout": REPOSITORY}
+    if baseline:
+        if not (baseline / "job" / "__main__.py").is_file():
+            raise click.BadParameter(
+                f"received {baseline}, expected a checkout of this project, with job/",
+                param_hint="--baseline",
+            )
+        checkouts = {"baseline": baseline, **checkouts}
+    runs = interleave(
+        rounds,
+        checkouts,
+        lambda name: train(data_dir, OPTIONS, checkout=checkouts[name]),
+        lambda name, run: f"{name:<14} {run.ended - run.began:6.2f} s from start to exit",
+    )
+    results = {f"{name} ({_commit(own[0])})": _summary(own) for name, own in runs.items()}
+    write_results(output_dir, "bench_start", {"options": OPTIONS, "results": results})
+    click.echo(f"\n{_table(results)}")
+    if picture:
+        _draw(results, picture)
+
+
+def stages_of(run: Training) -> dict[str, float]:
+    """Seconds of each stage of a run.
+
+    Raises:
+        ClickException: If its log lacks an event that ends a stage.
+    """
+    events = {event["event"]: event for event in json_lines(run.lines)}
+    names = ("start", "epoch", "checkpoint", "evaluation", "report")
+    if missing := [name for name in names if name not in events]:
+        raise click.ClickException(f"a run logged no event {', '.join(missing)}")
+    start, epoch, checkpoint, evaluation, report = (_time(events[name]["time"]) for name in names)
+    no_training = events["epoch"]["elapsed_seconds"] - events["epoch"]["seconds"]
+    moments = (
+        run.began,
+        _time(run.manifest["attempts"][0]["start"]),
+        start,
+        epoch - no_training,
+        max(epoch, checkpoint),
+        evaluation,
+        report,
+        run.ended,
+    )
+    reached = accumulate(moments, max)
+    lengths = (end - begin for begin, end in pairwise(reached))
+    return dict(zip(START + END, lengths, strict=True))
+
+
+def _time(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
+
+
+def _commit(run: Training) -> str:
+    return (run.manifest["git_commit"] or "no commit")[:9]
+
+
+def _summary(runs: Iterable[Training]) -> Record:
+    """Medians of stages and totals, and the stages of each round."""
+    rounds = [stages_of(run) for run in runs]
+    parts = {**{stage: (stage,) for stage in START + END}, **TOTALS}
+    medians = {
+        name: statistics.median(sum(stages[stage] for stage in part) for stages in rounds)
+        for name, part in parts.items()
+    }
+    return {"seconds": medians, "rounds": rounds}
+
+
+def _table(results: dict[str, Record]) -> str:
+    sides = [result["seconds"] for result in results.values()]
+    rows = []
+    for name in (*START, *END, *TOTALS):
+        seconds = [side[name] for side in sides]
+        ratio = [f"{seconds[1] / seconds[0]:.2f}"] if len(sides) > 1 else []
+        rows.append((name, *(f"{value:.2f}" for value in seconds), *ratio))
+    return table(("seconds", *results, *(["ratio"] if len(sides) > 1 else [])), rows)
+
+
+def middle_run(rounds: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The stages of the run of median length: unlike medians of stages they add up to a run."""
+    ordered = sorted(rounds, key=lambda stages: sum(stages.values()))
+    return ordered[len(ordered) // 2]
+
+
+def _draw(results: dict[str, Record], path: Path) -> None:
+    """Draw the stages of each side's middle run as a stacked bar."""
+    isolate_matplotlib()
+    from matplotlib.figure import Figure
+
+    from job.report.pictures import PALETTE, SCREEN_DPI, save_png
+
+    figure = Figure(figsize=(9, 1.9 + 0.6 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    names = [name.replace(" (", "\n(") for name in results]
+    sides = [middle_run(result["rounds"]) for result in results.values()]
+    longest = max(sum(side.values()) for side in sides)
+    left = [0.0 for _ in sides]
+    for stage, colour in zip(START + END, PALETTE, strict=True):
+        widths = [side[stage] for side in sides]
+        bars = axes.barh(names, widths, 0.6, left, color=colour, edgecolor="white", label=stage)
+        axes.bar_label(
+            bars,
+            [f"{width:.1f}" if width > 0.04 * longest else "" for width in widths],
+            label_type="center",
+        )
+        left = [bar.get_x() + bar.get_width() for bar in bars]
+    axes.bar_label(bars, [f"{end:.1f} s" for end in left], padding=4, weight="bold")
+    axes.set(title="A run of 15 steps, from start to exit", xlabel="Seconds")
+    axes.set_xlim(0, 1.08 * longest)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4)
+    save_png(figure, path, SCREEN_DPI)
+
+
+if __name__ == "__main__":
+    main()
