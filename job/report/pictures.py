@@ -34,6 +34,7 @@ mpl.rcParams["text.parse_math"] = False  # names of classes and files are no for
 
 # Okabe and Ito's, which colour-blind people can tell apart, less the pale yellow.
 BLUE, VERMILION = "#0072b2", "#d55e00"
+GREY = "#5f6770"
 PALETTE = (BLUE, VERMILION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
@@ -55,7 +56,6 @@ def save_png(figure: Figure, target: Path | io.BytesIO, dpi: int) -> None:
         figure.savefig(target, format="png", dpi=dpi)
 
 
-_GREY = "#5f6770"
 _WIDTH = 5.0  # inches
 _DPI = 200
 _STYLE: Any = {
@@ -207,7 +207,7 @@ def calibration(result: Reliability) -> bytes:
     figure, (top, bottom) = _figure(5.0, nrows=2, sharex=True, height_ratios=(2.6, 1))
     used = result.counts > 0
     confidence, accuracy = 100 * result.confidence[used], 100 * result.accuracy[used]
-    top.plot([0, 100], [0, 100], "--", color=_GREY, label="perfectly calibrated")
+    top.plot([0, 100], [0, 100], "--", color=GREY, label="perfectly calibrated")
     top.vlines(confidence, confidence, accuracy, color=VERMILION, linewidth=3, label="gap")
     top.plot(confidence, accuracy, "-", color=BLUE, marker="o", label="this model")
     top.set(title="Reliability", ylabel="Accuracy (%)", ylim=(0, 102), xlim=(0, 100))

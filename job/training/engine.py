@@ -8,6 +8,7 @@ crosses between replicas, on whatever worker, and one compiled function does a w
 import hashlib
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,6 +182,33 @@ class Engine:
             if variable.path.endswith("seed_generator_state")
         ]
         self._random_keys = random_keys(plan.seed, len(self._random_states), self._replicas)
+
+    def compile(self) -> None:
+        """Make the first execution quicker; before `restore`.
+
+        XLA compiles what runs. So a thread runs augmentation and update once, while this one traces
+        an execution. The update changes variables, which then get their values back.
+        """
+        if self._compiled_steps:
+            return  # all of it is one program
+        plan = self.plan
+        steps = min(STEPS_PER_EXECUTION, plan.steps_per_epoch)
+        batches = tf.zeros([steps, plan.global_batch_size], tf.int64)
+        draws = self._draw(tf.constant(0))[:steps]
+        state = self.state()
+        with ThreadPoolExecutor(1) as thread:
+            running = thread.submit(self._run_parts, batches[0], draws[0])
+            self._execute.get_concrete_function(batches, draws, tf.constant(0), tf.constant(0.0))
+        running.result()
+        self.restore(state)
+
+    @graph_function
+    def _run_parts(self, batch: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+        """Run the parts of a step that are compiled also where the network is not."""
+        gradients = [tf.zeros(variable.shape) for variable in self.model.trainable_variables]
+        # A function that is run as it is would be compiled for the run alone.
+        self._strategy.run(lambda values: self._update(values), (gradients,))
+        return self._strategy.run(self._replica_batch, (batch, draws))
 
     @property
     def learning_rate(self) -> float:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.benchmarks.bench import Kernels, kernels_in
 from tests.benchmarks.bench_peers import THIS_JOB, Run, problem_with, run_of_job, summarize
-from tests.benchmarks.bench_start import END, START, middle_run, stages_of
+from tests.benchmarks.bench_start import STAGES, middle_run, stages_of
 from tests.benchmarks.harness import Training, interleave, run_python, table
 
 
@@ -24,31 +24,37 @@ def test_kernels_outside_of_the_time_count_nothing() -> None:
 
 
 def a_run(**seconds: float) -> Training:
-    """A run whose events come so many seconds after its start, of 6 s training and 3 s besides."""
-    times = {"start": 4.0, "epoch": 13.0, "checkpoint": 13.5, "evaluation": 16.0, "report": 18.0}
-    fields: dict[str, Any] = {"seconds": 6.0, "elapsed_seconds": 9.0}
+    """A run whose events come so many seconds after its start.
+
+    Its epochs train for 6 and 1 s. The first has 3 s besides.
+    """
+    times = {"start": 4.0, "epoch": 15.5, "checkpoint": 16.0, "evaluation": 18.5, "report": 20.5}
+    events: list[tuple[float, dict[str, Any]]] = [
+        (13.0, {"event": "epoch", "seconds": 6.0, "elapsed_seconds": 9.0}),
+        *((second, {"event": name, "seconds": 1.0}) for name, second in (times | seconds).items()),
+    ]
     lines = ["what a library prints"]
-    for name, second in sorted((times | seconds).items(), key=lambda one: one[1]):
+    for second, fields in sorted(events, key=lambda event: event[0]):
         moment = datetime.fromtimestamp(second, UTC).isoformat()
-        lines.append(json.dumps({"time": moment, "event": name, **fields}))
-    return Training(lines, {"attempts": [{"start": "1970-01-01T00:00:00.500Z"}]}, 0.0, 18.25)
+        lines.append(json.dumps({"time": moment, **fields}))
+    return Training(lines, {"attempts": [{"start": "1970-01-01T00:00:00.500Z"}]}, 0.0, 20.75)
 
 
-@pytest.mark.parametrize("first_checkpoint", [None, 10.5])
-def test_a_run_is_divided_into_its_stages(first_checkpoint: float | None) -> None:
-    # The first version to compare with saves nothing between its steps and its validation.
+@pytest.mark.parametrize(("first_checkpoint", "pause"), [(None, 0.0), (10.5, 0.0), (13.25, 0.25)])
+def test_a_run_is_divided_into_its_stages(first_checkpoint: float | None, pause: float) -> None:
+    # Versions differ in when they save first.
     run = a_run()
     if first_checkpoint:
-        early = a_run(checkpoint=first_checkpoint).lines[2]
-        run.lines.insert(2, early)
-    lengths = (0.5, 3.5, 6.0, 3.5, 2.5, 2.0, 0.25)
-    assert stages_of(run) == pytest.approx(dict(zip(START + END, lengths, strict=True)))
+        early = next(line for line in a_run(checkpoint=first_checkpoint).lines if "check" in line)
+        run.lines.insert(2 if first_checkpoint < 13 else 3, early)
+    lengths = (0.5, 3.5, 6.0, 4.0 + pause, 2.0 - pause, 2.5, 2.0, 0.25)
+    assert stages_of(run) == pytest.approx(dict(zip(STAGES, lengths, strict=True)))
 
 
 def test_what_is_done_early_leaves_a_stage_of_no_length() -> None:
-    stages = stages_of(a_run(evaluation=13.2, report=13.1))
+    stages = stages_of(a_run(evaluation=15.9, report=15.8))
     assert (stages["saved model evaluated"], stages["report"]) == (0, 0)
-    assert sum(stages.values()) == pytest.approx(18.25)
+    assert sum(stages.values()) == pytest.approx(20.75)
 
 
 def test_a_run_without_one_of_the_events_is_refused() -> None:

@@ -210,11 +210,11 @@ def test_a_run_keeps_whether_it_computes_with_onednn(
         monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", users)
     if isinstance(begun, dict):
         environment = Environment("cpu", [], 1, 2, "float32", "auto", True, {}, None, begun)
-        fingerprint = Fingerprint(run_options(TrainConfig()), environment)
+        fingerprint = Fingerprint({**run_options(TrainConfig())}, environment)
         Path("output").mkdir()
         store = CheckpointStore(OutputDir(Path("output")))
         store.save(Checkpoint(1, {}, fingerprint, History()))
-    values = []
+    values: list[str | None] = []
 
     def train(*_: Any) -> None:
         values.append(os.environ.get("TF_ENABLE_ONEDNN_OPTS"))
