@@ -47,7 +47,7 @@ def test_a_run_is_divided_into_its_stages(first_checkpoint: float | None, pause:
     if first_checkpoint:
         early = next(line for line in a_run(checkpoint=first_checkpoint).lines if "check" in line)
         run.lines.insert(2 if first_checkpoint < 13 else 3, early)
-    lengths = (0.5, 3.5, 6.0, 4.0 + pause, 2.0 - pause, 2.5, 2.0, 0.25)
+    lengths = (0.5, 3.5, 5.25, 4.75 + pause, 2.0 - pause, 2.5, 2.0, 0.25)
     assert stages_of(run) == pytest.approx(dict(zip(STAGES, lengths, strict=True)))
 
 
