@@ -232,7 +232,7 @@ def convolutions(model: keras.Model, images: np.ndarray) -> set[str]:
     """Convolution ops of a network, forwards and backwards."""
 
     @tf.function
-    def compute() -> list[tf.Tensor]:
+    def compute() -> Any:
         with tf.GradientTape() as tape:
             outputs = model(images, training=True)
         return tape.gradient(outputs, [v.value for v in model.trainable_variables])
