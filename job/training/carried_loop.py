@@ -11,8 +11,8 @@ import keras
 import tensorflow as tf
 
 _FEW_VALUES = 4096
-"""Values of a float32 variable, at most, that travels with others. Copying more into a vector and
-out of it takes longer than starting a kernel."""
+"""Values of a float32 variable, at most, that travels with others. The vector is copied once a
+step, as larger variables need not be."""
 
 
 def can_carry(optimizer: keras.optimizers.Optimizer) -> bool:
@@ -29,8 +29,9 @@ def run_steps(
     """Run steps one after the other, with variables as tensors of the loop.
 
     Args:
-        variables: What a step reads and assigns. Another variable that it assigns through Keras
-            has that value until the end of the step, and its own one again afterwards.
+        variables: What a step reads and assigns, one of few float32 values at least among them.
+            Another variable that it assigns through Keras has that value until the end of the step,
+            and its own one again afterwards.
         steps: How many.
         run_step: Runs the step of this number from 0, a scalar int32.
     """
@@ -39,8 +40,8 @@ def run_steps(
         for variable in variables
         if variable.dtype == "float32" and math.prod(variable.shape) <= _FEW_VALUES
     ]
-    names = {id(variable) for variable in joined}
-    single = [variable for variable in variables if id(variable) not in names]
+    small = {id(variable) for variable in joined}
+    single = [variable for variable in variables if id(variable) not in small]
     sizes = [math.prod(variable.shape) for variable in joined]
 
     def pack(read: Callable[[keras.Variable], tf.Tensor]) -> list[tf.Tensor]:
