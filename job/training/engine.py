@@ -22,6 +22,7 @@ from job.cluster.devices import Devices, graph_function
 from job.data import Dataset
 from job.recipes import Recipe, resample_by_gather, resample_by_op
 from job.run.checkpoint import Arrays, Progress
+from job.training.carried_loop import can_carry, run_steps
 from job.training.network import build_network, training_network
 
 
@@ -151,11 +152,14 @@ class Engine:
         compilation = devices.compilation
         self._resample = resample_by_gather if compilation.elementwise else resample_by_op
         self._prepare = graph_function(self._prepare_rows, jit_compile=compilation.elementwise)
-        self._gradients = graph_function(self._compute_gradients, jit_compile=compilation.network)
-        self._update = graph_function(self._apply_gradients, jit_compile=compilation.elementwise)
-        self._compiled_steps = (
-            graph_function(self._replica_steps, jit_compile=True) if compilation.loops else None
-        )
+        self._gradients, self._update = self._compute_gradients, self._apply_gradients
+        self._compiled_steps = None
+        if compilation.loops:
+            # All in one: a function within it would keep the tensors that it assigns to variables.
+            self._compiled_steps = graph_function(self._replica_steps, jit_compile=True)
+        else:
+            self._gradients = graph_function(self._gradients, jit_compile=compilation.network)
+            self._update = graph_function(self._update, jit_compile=compilation.elementwise)
 
         self.original = build_network(
             recipe, plan.seed, self._classes, learning_rate, plan.total_steps
@@ -163,14 +167,12 @@ class Engine:
         with self._strategy.scope(), tf.variable_creator_scope(_replica_local):
             self.model = training_network(self.original, devices.precision, compilation.network)
             self._optimizer = recipe.build_optimizer(learning_rate, plan.total_steps)
+            self._carries = compilation.loops and can_carry(self._optimizer)
+            _use_plain_methods(self._optimizer, self._carries)
             self._optimizer.build(self.model.trainable_variables)
             # Loss and correct predictions, and for each worker whether it was told to stop.
-            self._sums = tf.Variable([0.0] * (2 + self.workers.count), trainable=False, name="sums")
-        # Keras's TensorFlow optimizers reduce gradients and leave the replica's context to assign.
-        # Here gradients come summed and each replica assigns its own variables.
-        for method in ("_backend_update_step", "_apply_weight_decay"):
-            plain = types.MethodType(getattr(BaseOptimizer, method), self._optimizer)
-            setattr(self._optimizer, method, plain)
+            zeros = np.zeros(2 + self.workers.count, np.float32)
+            self._sums = keras.Variable(zeros, trainable=False, name="sums")
         self._statistics = [
             variable
             for variable in self.model.non_trainable_variables
@@ -325,7 +327,9 @@ class Engine:
             self._run_steps(batches, draws, first_step)
         if self._replicas > 1 and self._statistics:
             self._strategy.run(self._average_statistics)
-        return self._strategy.reduce("SUM", self._strategy.run(self._sums.read_value), axis=None)
+        return self._strategy.reduce(
+            "SUM", self._strategy.run(self._sums.value.read_value), axis=None
+        )
 
     def _run_steps(self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor) -> None:
         """Run the steps of an execution one after the other on all replicas."""
@@ -346,12 +350,19 @@ class Engine:
 
     def _replica_steps(self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor) -> None:
         """The steps of an execution on the only replica."""
+        steps = batches.shape[0]
 
         def run(step: tf.Tensor) -> tf.Tensor:
             self._replica_step(batches[step], draws[step], first_step + step)
             return step + 1
 
-        tf.while_loop(lambda step: step < batches.shape[0], run, [0])
+        if self._carries:
+            # Not the random states, which each step begins by setting.
+            own = {id(state) for state in self._random_states}
+            variables = [variable for _, variable in self._variables() if id(variable) not in own]
+            run_steps([*variables, self._sums], steps, run)
+        else:
+            tf.while_loop(lambda step: step < steps, run, [0])
 
     def _reset_sums(self, told: tf.Tensor) -> None:
         self._sums.assign(tf.one_hot(2 + self.workers.spec.index, 2 + self.workers.count) * told)
@@ -394,6 +405,8 @@ class Engine:
         """Gradients of the loss averaged over the *global* batch: they sum over the replicas."""
         variables = [variable.value for variable in self.model.trainable_variables]
         with tf.GradientTape() as tape:
+            # Those that a loop carries are tensors, which no tape watches of itself.
+            tape.watch(variables)
             probabilities = self.model(images, training=True)
             losses = keras.losses.get(self.recipe.loss)(
                 tf.one_hot(labels, self._classes), probabilities
@@ -434,6 +447,21 @@ def random_keys(seed: int, states: int, replicas: int) -> list[tf.Tensor]:
     # Keras casts its random states to int32, so keys stay below 2**31.
     keys = [sequence.generate_state(replicas) >> 1 for sequence in sequences]
     return [tf.constant(key.astype(np.int64)) for key in keys]
+
+
+def _use_plain_methods(optimizer: keras.optimizers.Optimizer, carried: bool) -> None:
+    """Replace methods of Keras's TensorFlow optimizers by those of its other optimizers.
+
+    Theirs reduce gradients and leave the replica's context to assign. Here gradients come summed
+    and each replica assigns its own variables. And they assign to `tf.Variable` alone, which a
+    carried variable is not.
+    """
+    methods = ["_backend_update_step", "_apply_weight_decay"]
+    if carried:
+        methods += ["assign", "assign_add", "assign_sub", "_var_key"]
+    for method in methods:
+        plain = types.MethodType(getattr(BaseOptimizer, method), optimizer)
+        setattr(optimizer, method, plain)
 
 
 def _replica_local(next_creator: Any, **options: Any) -> tf.Variable:

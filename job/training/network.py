@@ -1,6 +1,7 @@
 """A recipe's network in the form that trains fastest: same layers, same variables, same results."""
 
 import itertools
+import math
 from typing import Any
 
 import keras
@@ -14,6 +15,10 @@ from job.registry import is_own, module_path, naming_own_code
 from job.run.predictions import require_probabilities
 
 _TRIED_IMAGES = 4
+
+_PATCH_VALUES = 2**20
+"""Most values in the patches of one image that a convolution multiplies: 1 GiB for 256 images in
+float32. Keras's convolution reads larger images without copies."""
 
 
 def build_network(
@@ -142,11 +147,16 @@ def training_network(model: keras.Model, precision: str, compiled: bool = False)
         kind = type(layer)
         if layer.name in poolings:
             config["activation"] = None
-        elif type(layer) is keras.layers.MaxPooling2D:
+        if kind is keras.layers.MaxPooling2D:
             config |= {"relu": layer.name in poolings.values(), "elementwise": compiled}
             kind = TrainingMaxPooling
         elif kind is keras.layers.BatchNormalization and FusedBatchNormalization.can_replace(layer):
+            config["elementwise"] = compiled
             kind = FusedBatchNormalization
+        elif kind is keras.layers.Conv2D and compiled:
+            kind = PatchConvolution
+        elif kind is keras.layers.Dense and compiled:
+            kind = MatrixDense
         return kind.from_config(config)
 
     copy = keras.models.clone_model(model, clone_function=rebuild)
@@ -167,6 +177,98 @@ def _pooled_relu_convolutions(model: keras.Model) -> dict[str, str]:
         and layer.activation is keras.activations.relu
         and type(following) is keras.layers.MaxPooling2D
     }
+
+
+class PatchConvolution(keras.layers.Conv2D):  # type: ignore[misc]
+    """Convolution as a product of matrices: what an output sees is a row of one of them.
+
+    XLA puts all kernels but those of convolutions into CUDA graphs. Each convolution cuts a step in
+    two, and the host launches the parts one after the other.
+    """
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        _, rows, columns, filters = self.compute_output_shape(inputs.shape)
+        kernel = tf.convert_to_tensor(self.kernel)
+        seen = math.prod(kernel.shape[:-1])
+        if (
+            self.groups > 1
+            or self.data_format != "channels_last"
+            or rows * columns * seen > _PATCH_VALUES
+        ):
+            return super().call(inputs)
+        patches = extract_patches(
+            inputs, (rows, columns), self.kernel_size, self.strides, self.dilation_rate
+        )
+        products = product_with_bias(
+            tf.reshape(patches, [-1, seen]), tf.reshape(kernel, [seen, filters]), self.bias
+        )
+        outputs = tf.reshape(products, [-1, rows, columns, filters])
+        return outputs if self.activation is None else self.activation(outputs)
+
+
+class MatrixDense(keras.layers.Dense):  # type: ignore[misc]
+    """A dense layer that adds its bias by `product_with_bias`."""
+
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        if len(inputs.shape) != 2:
+            return super().call(inputs, training=training)
+        outputs = product_with_bias(inputs, tf.convert_to_tensor(self.kernel), self.bias)
+        return outputs if self.activation is None else self.activation(outputs)
+
+
+def product_with_bias(rows: tf.Tensor, kernel: tf.Tensor, bias: keras.Variable | None) -> tf.Tensor:
+    """The product of two matrices and the bias, as a single product.
+
+    The bias is a row of the kernel that meets a column of ones. So its gradient comes with the
+    kernel's, without a kernel or two that add up rows.
+
+    Args:
+        rows: [rows, values].
+        kernel: [values, filters].
+        bias: [filters], or None.
+
+    Returns:
+        [rows, filters].
+    """
+    if bias is None:
+        return tf.matmul(rows, kernel)
+    # With zeros up to a multiple of what a GPU's tensor cores read at once.
+    zeros = -(rows.shape[1] + 1) % 16
+    ones = tf.pad(tf.ones_like(rows[:, :1]), [[0, 0], [0, zeros]])
+    biases = tf.pad(tf.convert_to_tensor(bias)[None], [[0, zeros], [0, 0]])
+    return tf.matmul(tf.concat([rows, ones], axis=1), tf.concat([kernel, biases], axis=0))
+
+
+def extract_patches(
+    images: tf.Tensor,
+    outputs: tuple[int, int],
+    window: tuple[int, int],
+    strides: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tf.Tensor:
+    """`tf.image.extract_patches` in slices: to XLA it is a convolution.
+
+    Args:
+        images: [batch, height, width, channels].
+        outputs: Rows and columns of windows. Those that reach over the edge see zeros there, as
+            many on both sides, or one more below and on the right.
+        window: Pixels that a window sees, down and across.
+        strides: Pixels from one window to the next.
+        dilation: Pixels from one that a window sees to the next.
+
+    Returns:
+        [batch, *outputs, window height * window width * channels].
+    """
+    padding, axes = [[0, 0]], []
+    for size, count, length, stride, step in zip(
+        images.shape[1:3], outputs, window, strides, dilation, strict=True
+    ):
+        last = (count - 1) * stride
+        missing = max(last + (length - 1) * step + 1 - size, 0)
+        padding.append([missing // 2, missing - missing // 2])
+        axes.append([slice(n * step, n * step + last + 1, stride) for n in range(length)])
+    padded = tf.pad(images, [*padding, [0, 0]])
+    return tf.concat([padded[:, *pixels] for pixels in itertools.product(*axes)], axis=-1)
 
 
 class TrainingMaxPooling(keras.layers.MaxPooling2D):  # type: ignore[misc]
@@ -230,11 +332,20 @@ def max_pool_2x2(inputs: tf.Tensor) -> Any:
 
 
 class FusedBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
-    """Keras's BatchNormalization, trained by TensorFlow's fused kernel.
+    """Keras's BatchNormalization, trained by a function of few kernels.
 
     Keras 3 spells the layer out in some thirty elementwise ops, a quarter of the whole training
-    step on a CPU. The fused op computes the same: statistics in float32 whatever the input's dtype.
+    step on a CPU. TensorFlow's fused op computes the same: statistics in float32 whatever the
+    input's dtype.
+
+    Args:
+        elementwise: Whether to normalize by `normalize_batch` instead.
+        options: Those of Keras's layer.
     """
+
+    def __init__(self, elementwise: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self._normalize = normalize_batch if elementwise else _normalize_by_op
 
     @staticmethod
     def can_replace(layer: keras.layers.BatchNormalization) -> bool:
@@ -251,13 +362,70 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[
     def call(self, inputs: tf.Tensor, training: bool | None = None, mask: Any = None) -> tf.Tensor:
         if not training or mask is not None or len(inputs.shape) != 4:
             return super().call(inputs, training=training, mask=mask)
-        outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(
-            inputs, self.gamma.value, self.beta.value, epsilon=self.epsilon, is_training=True
+        outputs, mean, variance = self._normalize(
+            inputs, self.gamma.value, self.beta.value, self.epsilon
         )
-        # The kernel returns the unbiased variance; Keras keeps the biased one.
-        rows = tf.cast(tf.size(inputs) // inputs.shape[-1], tf.float32)
-        variance *= (rows - 1.0) / rows
         keep = self.momentum
         self.moving_mean.assign(self.moving_mean * keep + mean * (1.0 - keep))
         self.moving_variance.assign(self.moving_variance * keep + variance * (1.0 - keep))
         return outputs
+
+
+def _normalize_by_op(
+    inputs: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(
+        inputs, scale, offset, epsilon=epsilon, is_training=True
+    )
+    # The kernel returns the unbiased variance; Keras keeps the biased one.
+    rows = tf.cast(tf.size(inputs) // inputs.shape[-1], tf.float32)
+    return outputs, mean, variance * ((rows - 1.0) / rows)
+
+
+def normalize_batch(
+    inputs: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """`fused_batch_norm`, in ops that XLA fuses with what comes before and after.
+
+    XLA makes a kernel or two of each sum over the batch. Here two sums are the parts of a complex
+    one, forward and backward.
+
+    Args:
+        inputs: [batch, height, width, channels].
+        scale: [channels] float32.
+        offset: [channels] float32.
+        epsilon: Added to the variance.
+
+    Returns:
+        Outputs as the inputs; mean and biased variance, both [channels] float32 without a gradient.
+    """
+    rows = tf.cast(tf.size(inputs) // inputs.shape[-1], tf.float32)
+
+    def means(one: tf.Tensor, other: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        sums = tf.reduce_sum(tf.complex(one, other), axis=[0, 1, 2])
+        return tf.math.real(sums) / rows, tf.math.imag(sums) / rows
+
+    @tf.custom_gradient
+    def normalize(inputs: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> Any:
+        values = tf.cast(inputs, tf.float32)
+        mean, mean_square = means(values, values * values)
+        # Rounding can make a variance of zero negative.
+        variance = tf.maximum(mean_square - mean * mean, 0.0)
+        inverse = tf.math.rsqrt(variance + epsilon)
+        outputs = tf.cast((values - mean) * (inverse * scale) + offset, inputs.dtype)
+
+        def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            slope = tf.cast(upstream, tf.float32)
+            normal = (tf.cast(inputs, tf.float32) - mean) * inverse
+            slope_mean, slope_normal_mean = means(slope, slope * normal)
+            downstream = (slope - slope_mean - normal * slope_normal_mean) * (scale * inverse)
+            return (
+                tf.cast(downstream, inputs.dtype),
+                slope_normal_mean * rows,
+                slope_mean * rows,
+            )
+
+        return (outputs, mean, variance), gradient
+
+    outputs, mean, variance = normalize(inputs, scale, offset)
+    return outputs, mean, variance

@@ -256,6 +256,98 @@ def test_xla_compiles_the_network_to_the_same_steps(
         np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
 
 
+def penalized_model(seed: int, classes: int) -> keras.Model:
+    """All that a step assigns or adds to the loss besides weights; no max pooling.
+
+    That one hands the gradient to another value where two differ by rounding.
+    """
+    keras.utils.set_random_seed(seed)
+    layers = keras.layers
+    penalty = keras.regularizers.L2(0.01)
+    return keras.Sequential(
+        [
+            keras.Input((32, 32, 3)),
+            layers.Conv2D(
+                8, 3, strides=4, padding="same", use_bias=False, kernel_regularizer=penalty
+            ),
+            layers.BatchNormalization(momentum=0.9),
+            layers.Flatten(),
+            layers.Dense(16, activation="gelu", activity_regularizer=penalty),
+            layers.Dropout(0.5, seed=seed),
+            layers.Dense(classes, activation="softmax", kernel_constraint="non_neg"),
+        ]
+    )
+
+
+def test_carried_variables_end_where_those_in_place_end_and_resume_to_the_same_bits(
+    small_dataset: Dataset, make_devices: MakeDevices
+) -> None:
+    recipe = replace(
+        classic.RECIPE,
+        build_model=penalized_model,
+        build_optimizer=lambda learning_rate, steps: keras.optimizers.AdamW(
+            keras.optimizers.schedules.CosineDecay(learning_rate, steps), clipnorm=1.0
+        ),
+    )
+    plan = Plan(global_batch_size=16, steps_per_epoch=20, epochs=1, seed=42)
+
+    def make(loops: bool) -> Engine:
+        devices = make_devices(compilation=Compilation(True, True, loops))
+        return Engine(recipe, devices, small_dataset, plan, 1e-2)
+
+    in_place, carried, resumed = make(False), make(True), make(True)
+    *_, expected = in_place.train_epoch(0)
+    epoch = carried.train_epoch(0)
+    part = next(epoch)
+    saved = carried.state()
+    *_, last = epoch
+    assert last.loss / 320 == pytest.approx(expected.loss / 320, abs=1e-5)
+    assert last.correct == expected.correct
+    ends, expected_ends = carried.state(), in_place.state()
+    assert ends.keys() == expected_ends.keys()
+    assert int(ends["optimizer/0000"]) == plan.total_steps
+    # Set anew at each step, Dropout's random state is not carried.
+    (random,) = (
+        name for name, variable in carried._variables() if "seed_generator" in variable.path
+    )
+    for name in ends.keys() - {random}:
+        np.testing.assert_allclose(ends[name], expected_ends[name], rtol=0, atol=1e-5)
+
+    resumed.restore(saved)
+    *_, again = resumed.train_epoch(0, part)
+    assert again == last
+    for name, value in resumed.state().items():
+        np.testing.assert_array_equal(value, ends[name])
+
+
+@keras.saving.register_keras_serializable()
+class BranchingSgd(keras.optimizers.SGD):  # type: ignore[misc]
+    """Assigns in a branch, whose tensors end with it."""
+
+    def update_step(self, gradient: Any, variable: keras.Variable, learning_rate: Any) -> None:
+        tf.cond(
+            tf.equal(self.iterations.value % 2, 0),
+            lambda: variable.assign(variable - learning_rate * gradient),
+            lambda: tf.convert_to_tensor(variable),
+        )
+
+
+def test_an_optimizer_of_ones_own_updates_variables_in_place(
+    small_dataset: Dataset, make_devices: MakeDevices
+) -> None:
+    recipe = replace(PLAIN, build_optimizer=lambda rate, steps: BranchingSgd(rate))
+    weights = []
+    for loops in (False, True):
+        compilation = Compilation(True, True, loops)
+        engine = make_engine(
+            small_dataset, make_devices, recipe, 3, learning_rate=0.1, compilation=compilation
+        )
+        list(engine.train_epoch(0))
+        weights.append(engine.export().get_weights())
+    for one, two in zip(*weights, strict=True):
+        np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+
+
 def test_a_schedule_in_the_optimizer_is_followed(
     small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
@@ -323,7 +415,7 @@ def test_every_op_of_the_training_step_has_a_gpu_kernel(
     scalar, batches = tf.constant(0), tf.zeros([1, BATCH], tf.int64)
     draws = tf.zeros([1, BATCH, 6])
     checked = {"GPU": 0, "XLA_GPU_JIT": 0}
-    missing = set()
+    missing, jit_ops, body_ops = set(), set(), set()
     for function in (
         engine._execute.get_concrete_function(batches, draws, scalar, tf.constant(0.0)),
         engine._draw.get_concrete_function(scalar),
@@ -333,6 +425,10 @@ def test_every_op_of_the_training_step_has_a_gpu_kernel(
         nodes = [("GPU", node) for node in graph.node]
         for definition in graph.library.function:
             device = "XLA_GPU_JIT" if definition.signature.name in jitted else "GPU"
+            operations = {node.op for node in definition.node_def}
+            if device == "XLA_GPU_JIT":
+                jit_ops |= operations
+                body_ops |= operations if "while_body" in definition.signature.name else set()
             nodes += [(device, node) for node in definition.node_def]
         for device, node in nodes:
             checked[device] += 1
@@ -341,6 +437,10 @@ def test_every_op_of_the_training_step_has_a_gpu_kernel(
     assert sum(checked.values()) > 500
     assert (checked["XLA_GPU_JIT"] > 200) == compilation.network
     assert not missing
+    # Either would cut a step's CUDA graph in two.
+    assert not {op for op in jit_ops if op.startswith("Conv")}
+    assert not {op for op in body_ops if op.endswith("VariableOp")}
+    assert ("MatMul" in body_ops) == compilation.loops
 
 
 def called_by(node: Any) -> set[str]:

@@ -9,8 +9,11 @@ import tensorflow as tf
 
 from job.config import UserError
 from job.recipes import classic
+from job.training import network
 from job.training.network import (
     FusedBatchNormalization,
+    MatrixDense,
+    PatchConvolution,
     TrainingMaxPooling,
     build_network,
     max_pool_2x2,
@@ -31,9 +34,9 @@ def small(seed: int, classes: int, end: str | None = "softmax") -> keras.Model:
 
 
 def with_lambda(seed: int, classes: int) -> keras.Model:
-    network = small(seed, classes)
+    plain = small(seed, classes)
     doubling = keras.layers.Lambda(lambda images: 2 * images)
-    return keras.Sequential([keras.Input((8, 8, 3)), doubling, *network.layers])
+    return keras.Sequential([keras.Input((8, 8, 3)), doubling, *plain.layers])
 
 
 @pytest.mark.parametrize(
@@ -141,6 +144,11 @@ def test_moved_relu_and_elementwise_pooling_give_the_same_bits(
     original: keras.Model, images: np.ndarray, monkeypatch: pytest.MonkeyPatch, compiled: bool
 ) -> None:
     monkeypatch.setattr(FusedBatchNormalization, "can_replace", lambda layer: False)
+    for matrix, layer in (
+        (PatchConvolution, keras.layers.Conv2D),
+        (MatrixDense, keras.layers.Dense),
+    ):
+        monkeypatch.setattr(matrix, "call", layer.call)
     fast = training_network(original, "float32", compiled)
     assert isinstance(fast.layers[1], TrainingMaxPooling)
     outputs, values = gradients(fast, images)
@@ -173,7 +181,71 @@ def test_elementwise_pooling_equals_tensorflows_where_values_tie(
         np.testing.assert_array_equal(result.numpy(), right.numpy())
 
 
-def test_fused_batch_normalization_computes_what_keras_computes(images: np.ndarray) -> None:
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "same": {"padding": "same"},
+    "no bias": {"use_bias": False, "activation": "gelu"},
+    "strides": {"strides": (2, 3), "padding": "same"},
+    "strides, valid": {"kernel_size": (2, 4), "strides": 2},
+    "dilation": {"dilation_rate": (2, 1), "padding": "same"},
+    "pointwise": {"kernel_size": 1},
+}
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
+def test_layers_as_products_of_matrices_compute_what_keras_computes(
+    options: dict[str, Any],
+) -> None:
+    layers = keras.layers
+    keras.utils.set_random_seed(3)
+    convolution = layers.Conv2D(
+        **{"filters": 5, "kernel_size": 3, "bias_initializer": "normal"} | options
+    )
+    end = [layers.Flatten(), layers.Dense(3, bias_initializer="normal", activation="softmax")]
+    original = keras.Sequential([keras.Input((9, 8, 4)), convolution, *end])
+    fast = training_network(original, "float32", compiled=True)
+    assert [type(layer) for layer in fast.layers[::2]] == [PatchConvolution, MatrixDense]
+    images = np.random.default_rng(0).random((8, 9, 8, 4), np.float32)
+    outputs, values = gradients(fast, images)
+    expected_outputs, expected_values = gradients(original, images)
+    np.testing.assert_allclose(outputs, expected_outputs, rtol=0, atol=1e-6)
+    for value, expected in zip(values, expected_values, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-6)
+        assert np.abs(expected).max() > 1e-3
+    assert convolutions(original, images)
+    assert not convolutions(fast, images)
+
+
+@pytest.mark.parametrize(("groups", "values"), [(2, 288), (1, 287)], ids=["groups", "large"])
+def test_convolutions_that_no_patches_suit_are_left_to_keras(
+    monkeypatch: pytest.MonkeyPatch, groups: int, values: int
+) -> None:
+    monkeypatch.setattr(network, "_PATCH_VALUES", values)
+    original = keras.Sequential([keras.Input((9, 8, 4)), keras.layers.Conv2D(4, 1, groups=groups)])
+    fast = training_network(original, "float32", compiled=True)
+    images = np.random.default_rng(0).random((2, 9, 8, 4), np.float32)
+    np.testing.assert_array_equal(fast(images), original(images))
+    assert convolutions(fast, images)
+
+
+def convolutions(model: keras.Model, images: np.ndarray) -> set[str]:
+    """Convolution ops of a network, forwards and backwards."""
+
+    @tf.function
+    def compute() -> Any:
+        with tf.GradientTape() as tape:
+            outputs = model(images, training=True)
+        return tape.gradient(outputs, [v.value for v in model.trainable_variables])
+
+    graph = compute.get_concrete_function().graph.as_graph_def()
+    nodes = [*graph.node, *(node for called in graph.library.function for node in called.node_def)]
+    return {node.op for node in nodes if node.op.startswith("Conv")}
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_fused_batch_normalization_computes_what_keras_computes(
+    images: np.ndarray, compiled: bool
+) -> None:
     """Max pooling is left out here.
 
     It hands the gradient to the largest of four values, and where the two largest differ by no more
@@ -195,7 +267,7 @@ def test_fused_batch_normalization_computes_what_keras_computes(images: np.ndarr
             ]
         )
     )
-    fast = training_network(original, "float32")
+    fast = training_network(original, "float32", compiled)
     assert isinstance(fast.layers[2], FusedBatchNormalization)
     outputs, values = gradients(fast, images)
     expected_outputs, expected_values = gradients(original, images)
@@ -238,10 +310,11 @@ def test_other_layers_and_networks_are_left_as_they_are() -> None:
     np.testing.assert_array_equal(fast(x), model(x))
 
 
-def test_fused_batch_normalization_keeps_the_biased_variance() -> None:
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_fused_batch_normalization_keeps_the_biased_variance(elementwise: bool) -> None:
     # Of eight values a channel, where the unbiased variance is a seventh larger.
     x = np.random.default_rng(0).normal(size=(2, 2, 2, 3)).astype(np.float32)
-    fused, stock = FusedBatchNormalization(), keras.layers.BatchNormalization()
+    fused, stock = FusedBatchNormalization(elementwise), keras.layers.BatchNormalization()
     fused(x, training=True)
     stock(x, training=True)
     np.testing.assert_allclose(fused.moving_variance, stock.moving_variance, rtol=0, atol=1e-6)
