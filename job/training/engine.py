@@ -8,7 +8,6 @@ crosses between replicas, on whatever worker, and one compiled function does a w
 import hashlib
 import types
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,10 +85,6 @@ def _gather(variable: tf.Variable, rows: tf.Tensor) -> tf.Tensor:
 STEPS_PER_EXECUTION = 15
 """Steps of an execution, which is one compiled call. Fixed: what happens between two calls is part
 of a run's result."""
-
-STEPS_UNROLLED = 5
-"""Steps an iteration of the compiled loop. TensorFlow finishes one iteration before it starts the
-next, so only steps of the same one can prepare their images while an earlier one trains."""
 
 
 @dataclass(frozen=True)
@@ -184,33 +179,6 @@ class Engine:
             if variable.path.endswith("seed_generator_state")
         ]
         self._random_keys = random_keys(plan.seed, len(self._random_states), self._replicas)
-
-    def compile(self) -> None:
-        """Make the first execution quicker; before `restore`.
-
-        XLA compiles what runs. So a thread runs augmentation and update once, while this one traces
-        an execution. The update changes variables, which then get their values back.
-        """
-        if self._compiled_steps:
-            return  # all of it is one program
-        plan = self.plan
-        steps = min(STEPS_PER_EXECUTION, plan.steps_per_epoch)
-        batches = tf.zeros([steps, plan.global_batch_size], tf.int64)
-        draws = self._draw(tf.constant(0))[:steps]
-        state = self.state()
-        with ThreadPoolExecutor(1) as thread:
-            running = thread.submit(self._run_parts, batches[0], draws[0])
-            self._execute.get_concrete_function(batches, draws, tf.constant(0), tf.constant(0.0))
-        running.result()
-        self.restore(state)
-
-    @graph_function
-    def _run_parts(self, batch: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
-        """Run the parts of a step that are compiled also where the network is not."""
-        gradients = [tf.zeros(variable.shape) for variable in self.model.trainable_variables]
-        # A function that is run as it is would be compiled for the run alone.
-        self._strategy.run(lambda values: self._update(values), (gradients,))
-        return self._strategy.run(self._replica_batch, (batch, draws))
 
     @property
     def learning_rate(self) -> float:
@@ -334,26 +302,26 @@ class Engine:
     def _run_steps(self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor) -> None:
         """Run the steps of an execution one after the other on all replicas."""
         steps = batches.shape[0]
-        unrolled = steps - steps % STEPS_UNROLLED
 
-        def run(first: tf.Tensor, count: int) -> tf.Tensor:
-            for step in (first + offset for offset in range(count)):
-                arguments = (batches[step], draws[step], first_step + step)
-                self._strategy.run(self._replica_step, arguments)
-            return first + count
+        def prepare(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            images, labels = self._strategy.run(self._replica_batch, (batches[step], draws[step]))
+            return images, labels
 
-        # A loop without an iteration would be traced and compiled all the same.
-        if unrolled:
-            tf.while_loop(lambda step: step < unrolled, lambda step: run(step, STEPS_UNROLLED), [0])
-        if unrolled < steps:
-            tf.while_loop(lambda step: step < steps, lambda step: run(step, 1), [unrolled])
+        def run(step: tf.Tensor, *batch: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            # Processors that the network leaves idle augment the next images meanwhile.
+            following = prepare(tf.minimum(step + 1, steps - 1))
+            self._strategy.run(self._replica_step, (*batch, first_step + step))
+            return step + 1, *following
+
+        tf.while_loop(lambda step, *_: step < steps, run, [0, *prepare(tf.constant(0))])
 
     def _replica_steps(self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor) -> None:
         """The steps of an execution on the only replica."""
         steps = batches.shape[0]
 
         def run(step: tf.Tensor) -> tf.Tensor:
-            self._replica_step(batches[step], draws[step], first_step + step)
+            batch = self._replica_batch(batches[step], draws[step])
+            self._replica_step(*batch, first_step + step)
             return step + 1
 
         if self._carries:
@@ -367,17 +335,16 @@ class Engine:
     def _reset_sums(self, told: tf.Tensor) -> None:
         self._sums.assign(tf.one_hot(2 + self.workers.spec.index, 2 + self.workers.count) * told)
 
-    def _replica_step(self, batch: tf.Tensor, draws: tf.Tensor, step: tf.Tensor) -> None:
+    def _replica_step(self, images: tf.Tensor, labels: tf.Tensor, step: tf.Tensor) -> None:
         """One replica's part of a step.
 
         Args:
-            batch: [global_batch_size] int64 rows of the training set.
-            draws: [global_batch_size, ...] what augments them.
+            images: [rows, height, width, channels] float32, augmented.
+            labels: [rows] int64.
             step: Scalar int32, global step of the run.
         """
         context = tf.distribute.get_replica_context()
         replica = context.replica_id_in_sync_group
-        images, labels = self._replica_batch(batch, draws)
         # Each replica drops units of its own, as a function of nothing but seed, replica and step.
         for keys, state in zip(self._random_keys, self._random_states, strict=True):
             state.assign(tf.stack([keys[replica], tf.cast(step, keys.dtype)]))

@@ -301,7 +301,6 @@ def _set_up(
     devices.workers.require_equal(
         {**fingerprint.run, "variables": fingerprint.environment.variables}
     )
-    engine.compile()
     history = _resume(engine, fingerprint, attempt)
     _record_start(config, attempt, history, fingerprint, devices, dataset, plan)
     evaluator = Evaluator(engine.model, recipe, devices, dataset.test_images, dataset.test_labels)

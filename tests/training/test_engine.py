@@ -200,29 +200,6 @@ def test_the_same_run_gives_the_same_bits(
         np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_what_is_compiled_ahead_is_what_trains_and_changes_nothing(
-    small_dataset: Dataset, make_devices: MakeDevices, replicas: int
-) -> None:
-    # Its decay moves the variables without a gradient, too.
-    recipe = replace(
-        classic.RECIPE,
-        build_optimizer=lambda learning_rate, _: keras.optimizers.AdamW(learning_rate, 0.1),
-    )
-    one, two = (
-        make_engine(small_dataset, make_devices, recipe, replicas=replicas) for _ in range(2)
-    )
-    before = one.state()
-    one.compile()
-    for name, values in one.state().items():
-        np.testing.assert_array_equal(values, before[name], err_msg=name)
-    for engine in (one, two):
-        list(engine.train_epoch(0))
-    assert one.digest() == two.digest()
-    for function in ("_prepare", "_update"):
-        assert len(getattr(one, function)._list_all_concrete_functions()) == replicas
-
-
 def test_an_epoch_is_handed_back_in_executions_that_cover_it(
     small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
