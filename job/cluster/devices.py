@@ -130,7 +130,8 @@ class Devices:
             tf.config.experimental.enable_op_determinism()
         # TF32 is how GPUs speed float32 up. Beside bfloat16 the little that is float32 stays exact,
         # and so the saved model's evaluation, which is too, can be compiled during the training.
-        tf.config.experimental.enable_tensor_float_32_execution(precision == "float32")
+        in_tf32 = self.kind == "gpu" and precision == "float32"
+        tf.config.experimental.enable_tensor_float_32_execution(in_tf32)
         compile_network = jit == "on" or (jit == "auto" and self.kind == "gpu")
         return replace(
             self,

@@ -34,7 +34,7 @@ from job.commands.terminal import DownloadBar, EpochBar, printable
 from job.config import ExitCode, JobError, TrainConfig
 from job.environment import explain, require_capable_machine, require_threads
 from job.registry import naming_own_code
-from job.report import spare_the_run
+from job.report import MATPLOTLIB_VARIABLES, spare_the_run
 from job.run.stop import StopRequest, Watchdog
 
 
@@ -148,6 +148,7 @@ def _train_alone(
             write_finished(config, attempt)
             return
         from job.data import load_ahead
+        from job.run.fingerprint import ONEDNN
 
         load = load_ahead(config, download_bar)
         onednn: str | None = "1"
@@ -348,10 +349,6 @@ def _report(message: str, exit_code: ExitCode, stderr: TextIO) -> None:
         log.event(name, level, message=line, exit_code=int(exit_code))
 
 
-ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
-"""Whether TensorFlow computes with oneDNN on processors: "1" or "0"."""
-
-
 def load_tensorflow(*, verbose: bool = False, onednn: str | None = "1") -> list[str]:
     """Import TensorFlow and look for GPUs, holding back what the native code prints.
 
@@ -360,9 +357,9 @@ def load_tensorflow(*, verbose: bool = False, onednn: str | None = "1") -> list[
     Args:
         verbose: Whether to ask for all of its messages; otherwise only errors are news. A level
             that the user sets in TF_CPP_MIN_LOG_LEVEL stays.
-        onednn: The value of ONEDNN on x86-64, where the user sets none. By itself TensorFlow uses
-            oneDNN only on processors with VNNI, bfloat16 or AMX; on others a step in float32 takes
-            a third less time with it. None leaves it to TensorFlow.
+        onednn: The value of `fingerprint.ONEDNN` on x86-64, where the user sets none. By itself
+            TensorFlow uses oneDNN only on processors with VNNI, bfloat16 or AMX; on others a step
+            in float32 takes a third less time with it. None leaves it to TensorFlow.
 
     Returns:
         The lines that went to stderr meanwhile. Where a GPU is not found they say why.
@@ -382,6 +379,10 @@ def load_tensorflow(*, verbose: bool = False, onednn: str | None = "1") -> list[
     os.environ["TEST_TMPDIR"] = os.devnull
     # Native code reads the level once, when it is loaded.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "2")
+    # Later a variable cannot be set while TensorFlow's threads may be reading others.
+    os.environ |= MATPLOTLIB_VARIABLES
+    from job.run.fingerprint import ONEDNN
+
     if onednn and platform.machine() == "x86_64":
         os.environ.setdefault(ONEDNN, onednn)
     lines: list[str] = []

@@ -47,7 +47,8 @@ def make_dataset(seed: int, limit: int | None = None) -> Dataset:
         limit: How many of the first training images to draw; None is all of them.
 
     Returns:
-        50,000 training and 10,000 test images of 32x32x3, the ten classes equally frequent.
+        50,000 training images, or the first `limit`, and 10,000 test images, all of 32x32x3; in the
+        whole set the ten classes are equally frequent.
     """
     train_images, train_labels = draw(TRAIN_EXAMPLES, seed, stream=0, limit=limit)
     test_images, test_labels = draw(TEST_EXAMPLES, seed, stream=1)
@@ -79,7 +80,7 @@ def draw(
         limit: How many of the first ones to draw, the same as without a limit; None is all of them.
 
     Returns:
-        Images [examples, 32, 32, 3] uint8 and labels [examples] int32 in random order.
+        Images [examples or limit, 32, 32, 3] uint8 and as many labels, int32, in random order.
     """
     rng = np.random.default_rng([seed, stream])
     labels = rng.permutation(np.arange(examples, dtype=np.int32) % len(CLASS_NAMES))

@@ -9,6 +9,13 @@ from collections.abc import Iterator
 from job import log
 from job.config import JobError
 
+MATPLOTLIB_VARIABLES = {
+    "MPLBACKEND": "agg",
+    "MATPLOTLIBRC": os.devnull,
+    "MPL_IGNORE_SYSTEM_FONTS": "1",
+}
+"""The environment in which matplotlib loads with its own defaults and fonts."""
+
 
 def isolate_matplotlib() -> None:
     """Load matplotlib with its own defaults and fonts in place of the user's.
@@ -16,7 +23,8 @@ def isolate_matplotlib() -> None:
     Only the run decides the bytes of its pictures. matplotlib gets no folder for a cache: a
     container may have none, and a process that is killed would leave one behind.
     """
-    os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull, "MPL_IGNORE_SYSTEM_FONTS": "1"}
+    if not MATPLOTLIB_VARIABLES.items() <= os.environ.items():
+        os.environ |= MATPLOTLIB_VARIABLES
     with _hidden_from_matplotlib("matplotlibrc"):
         import matplotlib as mpl
     for folder in ("get_cachedir", "get_configdir"):

@@ -25,14 +25,18 @@ if TYPE_CHECKING:  # this module is used before TensorFlow is imported
     from job.cluster.devices import Devices
     from job.data import Dataset
 
+ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
+"""The environment variable by which TensorFlow computes with oneDNN on processors: "1" or "0"."""
+
 # Environment variables by which TensorFlow computes other bits.
 _VARIABLES = (
     "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
     "ONEDNN_MAX_CPU_ISA",
     "TF_CUDNN_DETERMINISTIC",
     "TF_CUDNN_USE_AUTOTUNE",
     "TF_DETERMINISTIC_OPS",
-    "TF_ENABLE_ONEDNN_OPTS",
+    ONEDNN,
     "TF_XLA_FLAGS",
     "XLA_FLAGS",
 )
@@ -116,7 +120,7 @@ def take_fingerprint(
 
 
 def computing_variables() -> dict[str, str]:
-    """The environment variables by which TensorFlow computes other bits, as the user set them."""
+    """The environment variables by which TensorFlow computes other bits, and their values."""
     return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
 
 

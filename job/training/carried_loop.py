@@ -1,7 +1,7 @@
 """A loop over steps that carries variables as tensors: read before it, assigned after it.
 
 XLA updates a variable in a kernel of its own. Of tensors it joins what it can: those of few values
-travel as one vector, which a single kernel computes.
+travel as one vector, which a single kernel computes. The engine's step is the same in either loop.
 """
 
 import math
@@ -18,7 +18,8 @@ step, as larger variables need not be."""
 def can_carry(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether `run_steps` can carry what an optimizer assigns.
 
-    Keras's own assign through Keras alone, and not within `tf.cond`, whose tensors end with it.
+    Keras's own assign through Keras alone. Within `tf.cond`, whose tensors end with it, they assign
+    only with options that no loop of the engine can run.
     """
     return type(optimizer).__module__.startswith("keras.")
 

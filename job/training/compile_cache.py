@@ -8,6 +8,8 @@ only after everything about the entry there was verified.
 XLA also fails one of two compilations at the same time. So there is a cache where a whole loop is
 one program, on a single GPU; with several replicas they compile side by side. For CPUs XLA's only
 cache is a folder of its own, on whose damaged entries it fails as well.
+
+The training opens it and knows no more of it than an observer.
 """
 
 import contextlib
@@ -25,9 +27,10 @@ import msgspec
 from job import log
 from job.cluster.devices import Devices
 from job.cluster.gpus import driver_version, xla_tools
-from job.config import StoppedError, TrainConfig
+from job.config import StoppedError, TrainConfig, UserError
 from job.environment import remedy
 from job.run.fingerprint import computing_variables
+from job.run.lease import LeaseLostError
 from job.run.manifest import versions
 from job.run.record import EpochRecord
 from job.training.observer import Observer
@@ -78,7 +81,8 @@ class Store:
 
     def __init__(self, folder: Path, key: str) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _require_private(folder.lstat(), folder)  # a link has mode 0777
+        _require(not folder.is_symlink(), f"{folder} is a link, expected the folder itself")
+        _require_private(folder.lstat(), folder)
         self._key, self.path = key, folder / f"{key}{_SUFFIX}"
 
     def read(self) -> Entry:
@@ -107,7 +111,7 @@ class Store:
         return entry
 
     def write(self, entry: Entry) -> None:
-        """Replace the entry, unless the new one is too large; the oldest others make room.
+        """Replace the entry, or remove it if the new one is too large; the oldest others make room.
 
         Raises:
             OSError: If it cannot be written; the one before is still there then.
@@ -115,6 +119,7 @@ class Store:
         payload = msgspec.msgpack.encode(entry)
         content = _head(payload) + payload
         if len(content) > MAX_BYTES:
+            self.remove()  # XLA only adds to what it is given, so that no later one would fit
             return
         # Nothing waits for the disk: what a crash leaves of it is found to be damaged.
         descriptor, name = tempfile.mkstemp(_SUFFIX, ".", self.path.parent)
@@ -199,6 +204,10 @@ class CompileCache(Observer):
 
     def finish_epoch(self, line: EpochRecord) -> None:
         """Keep what the first epoch has compiled, in case that the process is killed."""
+        self.keep_once()
+
+    def keep_once(self) -> None:
+        """Keep what XLA has compiled by the end of the first epoch; later it may be compiling."""
         if not self._has_kept:
             self.keep()
 
@@ -207,7 +216,7 @@ class CompileCache(Observer):
         self._has_kept = True
         kernels, autotuning = self._kernels.read_bytes(), self._autotuning.read_bytes()
         entry = Entry(self._entry.key, kernels, autotuning)
-        if entry == self._entry or not (is_whole(kernels) and is_whole(autotuning)):
+        if entry == self._entry:
             return
         self._entry = entry
         try:
@@ -221,42 +230,12 @@ class CompileCache(Observer):
             self._store.remove()
 
 
-def is_whole(message: bytes) -> bool:
-    """Whether a protobuf message ends with one of its fields; one that is being written may not.
-
-    A message that ends between two fields is a smaller cache, and as good.
-
-    Args:
-        message: With integers, strings and messages as its fields, as XLA's caches are. See
-            https://protobuf.dev/programming-guides/encoding.
-    """
-    position = 0
-
-    def read_integer() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = message[position]
-            position, value, shift = position + 1, value | (byte & 0x7F) << shift, shift + 7
-            if byte < 0x80:
-                return value
-
-    try:
-        while position < len(message):
-            tag, value = read_integer(), read_integer()
-            if tag & 7 == 2:  # the value is the length of what follows
-                position += value
-    except IndexError:
-        return False
-    return position == len(message)
-
-
 @contextlib.contextmanager
 def open_compile_cache(config: TrainConfig, devices: Devices) -> Iterator[Sequence[Observer]]:
     """Let XLA use and fill the cache for the time of the body; before the first compilation.
 
-    Whatever is wrong with the folder is one warning and costs a compilation. An attempt that ends
-    neither done nor stopped removes the entry, which may have been the cause.
+    Whatever is wrong with the folder is one warning and costs a compilation. An attempt that fails
+    for no reason that is known removes the entry, which may have been the cause.
 
     Args:
         config: The folder's name, if the user names one.
@@ -280,7 +259,9 @@ def open_compile_cache(config: TrainConfig, devices: Devices) -> Iterator[Sequen
     try:
         yield [cache]
     except StoppedError:
-        cache.keep()
+        cache.keep_once()
+        raise
+    except (UserError, LeaseLostError):  # no fault of what was compiled
         raise
     except BaseException:
         cache.discard()

@@ -308,7 +308,8 @@ class Engine:
             return images, labels
 
         def run(step: tf.Tensor, *batch: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            # Processors that the network leaves idle augment the next images meanwhile.
+            # Processors that the network leaves idle augment the next images meanwhile. The last
+            # step's are augmented once more, for nothing.
             following = prepare(tf.minimum(step + 1, steps - 1))
             self._strategy.run(self._replica_step, (*batch, first_step + step))
             return step + 1, *following

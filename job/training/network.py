@@ -16,9 +16,9 @@ from job.run.predictions import require_probabilities
 
 _TRIED_IMAGES = 4
 
-_PATCH_VALUES = 2**20
-"""Most values in the patches of one image that a convolution multiplies: 1 GiB for 256 images in
-float32. Keras's convolution reads larger images without copies."""
+_PATCH_VALUES = 2**16
+"""Most values in the patches of one image that a convolution multiplies: 64 MiB for 256 images in
+float32. Keras's convolution needs no copies of larger ones."""
 
 
 def build_network(
@@ -53,7 +53,8 @@ def _require_kind(name: str, value: object, kind: type) -> None:
 
 def _try_recipe(recipe: Recipe, model: keras.Model, seed: int, classes: int) -> None:
     """Do everything that a recipe is for with a few images."""
-    training_network(model, "bfloat16")
+    for compiled in (False, True):
+        training_network(model, "bfloat16", compiled)
     images = _try_augmentation(recipe, seed, (_TRIED_IMAGES, *model.input_shape[1:]))
     probabilities = model(images, training=False)
     _require_shape(recipe, "the network", probabilities, (_TRIED_IMAGES, classes))

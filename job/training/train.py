@@ -305,7 +305,8 @@ def _set_up(
     _record_start(config, attempt, history, fingerprint, devices, dataset, plan)
     evaluator = Evaluator(engine.model, recipe, devices, dataset.test_images, dataset.test_labels)
     preparation = _Preparation(lambda: _prepare_end(engine.original, recipe, devices, dataset))
-    observers = [*observers, preparation]
+    if attempt.is_chief:
+        observers = [*observers, preparation]
     name = f"{devices.replicas} x {devices.descriptions[0].model}"
     for observer in observers:
         observer.begin(Start(devices.precision, name, plan.steps_per_epoch, history))
@@ -317,7 +318,8 @@ class _Preparation(Observer):
     """Prepares the end of a training in a thread, once an epoch was trained as a whole.
 
     Then the training itself has nothing left to compile, and XLA can fail where two compilations
-    share a cache at the same time. What fails in the thread is done again at its place.
+    share a cache at the same time. What fails in the thread is done again at its place. The thread
+    takes the memory of an evaluation beside that of a training step.
 
     Args:
         prepare: Is called in the thread.

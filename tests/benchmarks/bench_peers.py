@@ -94,7 +94,8 @@ def main(
     """Print a table and write bench_peers-PRECISION.json."""
     if not shutil.which(python):
         raise click.BadParameter(
-            f"received {python}, expected a Python interpreter", param_hint="--python"
+            f"received {python}, expected a Python interpreter; name its path",
+            param_hint="--python",
         )
     arguments = f"--precision {precision} --epochs {epochs} --limit {limit}"
     runs = interleave(

@@ -1,8 +1,8 @@
 """Measure where the time of a short run goes: its start, its first steps and its end.
 
 Each run is the program as a user starts it, on the real data, for two epochs of 60 steps. An
-execution has 15 steps; the first one is compiled.
-With --baseline another checkout of this project runs in turn with this one, by the same Python.
+execution has 15 steps. With --baseline another checkout of this project runs in turn with this one,
+by the same Python.
 
 Nothing is added to the program; a stage ends at the first moment at which a version has
 
@@ -12,8 +12,8 @@ Nothing is added to the program; a stage ends at the first moment at which a ver
    is counted back from ``epoch``: by the time in training and validation that was no training, and
    by the other steps at the second epoch's pace. An epoch's lines are written in between, so that
    it comes out 0.01 s late.
-4. ``105 steps more, validation``: the loss of the last step. It is counted from what was logged last
-   before the second epoch, by that epoch's ``seconds``.
+4. ``105 steps more, validation``: the loss of the last step. It is counted from what was logged
+   last before the second epoch, by that epoch's ``seconds``.
 5. ``validation, checkpoints``: logged ``epoch`` and the last ``checkpoint``.
 6. ``saved model evaluated``: logged ``evaluation`` of the model that was saved and loaded.
 7. ``report``: logged ``report``.
@@ -75,7 +75,8 @@ def main(
     if baseline:
         if not (baseline / "job" / "__main__.py").is_file():
             raise click.BadParameter(
-                f"received {baseline}, expected a checkout of this project, with job/",
+                f"received {baseline}, expected a checkout of this project, with job/; name "
+                f"the folder of a git clone or worktree",
                 param_hint="--baseline",
             )
         checkouts = {"baseline": baseline, **checkouts}
@@ -162,19 +163,21 @@ def _draw(results: dict[str, Record], path: Path) -> None:
     """Draw the stages of each side's middle run as a stacked bar."""
     from job.report.pictures import GREY, PALETTE, SCREEN_DPI, Figure, save_png
 
+    *colours, black = PALETTE
     figure = Figure(figsize=(9, 1.9 + 0.6 * len(results)), layout="constrained")
     axes = figure.subplots()
     names = [name.replace(" (", "\n(") for name in results]
     sides = [middle_run(result["rounds"]) for result in results.values()]
     longest = max(sum(side.values()) for side in sides)
     left = [0.0 for _ in sides]
-    for stage, colour in zip(STAGES, (*PALETTE, GREY), strict=True):
+    for stage, colour in zip(STAGES, (*colours, GREY, black), strict=True):
         widths = [side[stage] for side in sides]
         bars = axes.barh(names, widths, 0.6, left, color=colour, edgecolor="white", label=stage)
         axes.bar_label(
             bars,
             [f"{width:.1f}" if width > 0.04 * longest else "" for width in widths],
             label_type="center",
+            color="white" if colour == GREY else "black",
         )
         left = [bar.get_x() + bar.get_width() for bar in bars]
     axes.bar_label(bars, [f"{end:.1f} s" for end in left], padding=4, weight="bold")

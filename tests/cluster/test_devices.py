@@ -74,6 +74,22 @@ def test_auto_takes_every_gpu_and_is_deterministic_on_cpus(opened: Any) -> None:
     assert (cpu.deterministic, cpu.compilation.network) == (True, False)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "precision", "in_tf32"),
+    [(1, "float32", True), (1, "bfloat16", False), (0, "float32", False)],
+)
+def test_only_a_training_in_float32_on_gpus_computes_in_tf32(
+    opened: Any, gpus: int, precision: str, in_tf32: bool
+) -> None:
+    is_enabled = tf.config.experimental.tensor_float_32_execution_enabled
+    before = is_enabled()
+    try:
+        opened(gpus, "new", "auto", precision=precision)
+        assert is_enabled() == in_tf32
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(before)
+
+
 def test_auto_keeps_what_the_attempt_before_came_to(opened: Any) -> None:
     cpu = opened(0, "", "auto", PREVIOUS)
     assert (cpu.replicas, cpu.precision, cpu.jit) == (2, "bfloat16", "off")

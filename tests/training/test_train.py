@@ -3,6 +3,7 @@ import io
 import itertools
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,13 +32,14 @@ from job.run.record import (
 )
 from job.run.stop import StopRequest, Watchdog
 from job.training import saved_model
-from job.training.observer import Observer, Start
+from job.training.evaluate import Evaluator
+from job.training.observer import Observer, Start, Status
 from job.training.tensorboard import TAGS
-from job.training.train import UnwrittenDir, run_attempt
+from job.training.train import UnwrittenDir, _Preparation, run_attempt
 from tests.conftest import MakeDevices
 from tests.training.test_prometheus import samples
 from tests.training.test_tensorboard import curve
-from tests.training.test_trainer import RecordingWatchdog
+from tests.training.test_trainer import LINE, RecordingWatchdog
 
 EPOCHS = 2
 METRICS_KEYS = [
@@ -407,6 +409,23 @@ def test_memory_running_out_names_the_batch_size(
         run(config, observers=[Failing(error)])
 
 
+def test_one_replica_evaluates_the_saved_model_by_what_was_compiled_meanwhile(
+    config: TrainConfig, run: Run, make_devices: MakeDevices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluators = []
+    prepare = saved_model.prepare_evaluation
+
+    def note(*arguments: Any) -> Evaluator:
+        evaluators.append(prepare(*arguments))
+        return evaluators[0]
+
+    monkeypatch.setattr("job.training.train.prepare_evaluation", note)
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    run(replace(config, devices=DeviceRequest("cpu:1")), devices=make_devices(1))
+    (evaluator,) = evaluators
+    assert evaluator.predict()[0].loss == evaluation_of(config).loss
+
+
 def test_a_loss_that_is_no_number_ends_the_run(config: TrainConfig, run: Run) -> None:
     with pytest.raises(JobError, match=r"the training loss became (nan|inf) in epoch \d") as error:
         run(replace(config, learning_rate=1e300))
@@ -481,3 +500,22 @@ def test_a_worker_that_is_not_the_chief_changes_nothing(tmp_path: Path) -> None:
     output.check()
     assert visible(tmp_path) == ["run.json"]
     assert (tmp_path / "run.json").read_text() == "the chief's"
+
+
+def test_the_end_is_prepared_in_a_thread_after_a_whole_epoch_and_may_fail() -> None:
+    threads = []
+
+    def prepare() -> None:
+        threads.append(threading.current_thread())
+        raise MemoryError
+
+    preparation = _Preparation(prepare)
+    preparation.show(Status("compiling", 1, 3, steps=15, steps_per_epoch=30))  # resumed within it
+    preparation.finish_epoch(LINE)
+    assert (preparation.result(), threads) == (None, [])
+    preparation.show(Status("training", 2, 3, steps=0, steps_per_epoch=30))
+    for _ in range(2):
+        preparation.finish_epoch(LINE)
+        assert preparation.result() is None
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
