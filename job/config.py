@@ -193,7 +193,7 @@ class TrainConfig:
         "job. A later attempt takes the folder over from an earlier one.",
     )
     compile_cache: Path | None = _option(
-        None, "Folder for the code that XLA compiles for a GPU; else one in --output-dir."
+        None, "Folder for the code that XLA compiles for a single GPU; else one in --output-dir."
     )
     tensorboard: bool = _option(
         False, "Write an event file for TensorBoard into the output folder."
