@@ -44,6 +44,6 @@ def test_a_second_run_goes_on_with_what_the_first_has_compiled(
             *("--devices", "gpu:1", "--compile-cache", "code", "--output-dir", output),
         )
         assert result.returncode == 0, result.stderr
-        assert ("goes on with the compiled code" in result.stdout) == has_code
+        assert ("reuses the compiled code" in result.stdout) == has_code
     (entry,) = (tmp_path / "code").iterdir()
     assert entry.stat().st_size > 10_000

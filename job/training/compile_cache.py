@@ -9,7 +9,7 @@ XLA also fails one of two compilations at the same time. So there is a cache whe
 one program, on a single GPU; with several replicas they compile side by side. For CPUs XLA's only
 cache is a folder of its own, on whose damaged entries it fails as well.
 
-The training opens it and knows no more of it than an observer.
+The training sees it as an observer.
 """
 
 import contextlib
@@ -234,8 +234,8 @@ class CompileCache(Observer):
 def open_compile_cache(config: TrainConfig, devices: Devices) -> Iterator[Sequence[Observer]]:
     """Let XLA use and fill the cache for the time of the body; before the first compilation.
 
-    Whatever is wrong with the folder is one warning and costs a compilation. An attempt that fails
-    for no reason that is known removes the entry, which may have been the cause.
+    Any problem with the folder is one warning and costs a compilation. An attempt that fails for an
+    unknown reason removes the entry, which may be the cause.
 
     Args:
         config: The folder's name, if the user names one.
@@ -289,7 +289,7 @@ def _open(folder: Path, key: str) -> CompileCache | None:
         _warn(f"cannot use {folder}: {error.strerror}; {remedy(error)}")
         return None
     if entry.kernels:
-        log.event("compile_cache", message=f"goes on with the compiled code in {store.path}")
+        log.event("compile_cache", message=f"reuses the compiled code in {store.path}")
     return cache
 
 

@@ -119,7 +119,7 @@ class Evaluator:
             self._loop = graph_function(self._loop, jit_compile=True)
 
     def compile(self) -> None:
-        """Do ahead what the first evaluation would take longer for than later ones."""
+        """Trace and compile now, so that the first evaluation takes no longer than later ones."""
         if self._is_compiled:
             self._evaluate()  # XLA compiles when it is called; on a GPU that takes no time
         else:
