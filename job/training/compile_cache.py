@@ -76,12 +76,13 @@ class Store:
 
     Raises:
         OSError: If it cannot be made.
-        UntrustedError: If it is a link, or others can write into it.
+        UntrustedError: If it is a link or a file, or others can write into it.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
+        is_other = folder.is_symlink() or folder.is_file()
+        _require(not is_other, f"{folder} is a link or a file, expected a folder")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _require(not folder.is_symlink(), f"{folder} is a link, expected the folder itself")
         _require_private(folder.lstat(), folder)
         self._key, self.path = key, folder / f"{key}{_SUFFIX}"
 
@@ -167,8 +168,8 @@ def _require_private(status: os.stat_result, path: Path) -> None:
     private = owner == os.geteuid() and not mode & (stat.S_IWGRP | stat.S_IWOTH)
     _require(
         private,
-        f"{path} has owner {owner} and mode {mode:04o}, expected user {os.geteuid()}'s own, "
-        f"which no one else can write",
+        f"{path} has owner {owner} and mode {mode:04o}, expected owner {os.geteuid()} and no write "
+        f"permission for others",
     )
 
 
