@@ -217,6 +217,9 @@ class TrainConfig:
 Value = bool | int | float | str | None
 """An option's value as JSON has it."""
 
+RECIPE_OPTIONS = ("epochs", "batch_size", "learning_rate")
+"""The options that a recipe may have defaults of its own for."""
+
 _RUN_OPTIONS = ("recipe", "dataset", "limit", "seed", "batch_size", "learning_rate")
 
 

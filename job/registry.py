@@ -3,6 +3,7 @@
 Standard library only, as the command line uses it before TensorFlow is imported.
 """
 
+import ast
 import contextlib
 import importlib
 import inspect
@@ -13,7 +14,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, TypeVar
 
-from job.config import JobError, UserError
+from job.config import RECIPE_OPTIONS, JobError, TrainConfig, UserError
 from job.environment import lacks_resources
 
 _PACKAGE = Path(__file__).parent
@@ -21,7 +22,7 @@ _Member = TypeVar("_Member")
 
 # Everything else in these folders is the user's own.
 SHIPPED = {
-    "recipes": ("__init__", "_augment", "classic"),
+    "recipes": ("__init__", "_augment", "classic", "fast"),
     "data": ("__init__", "_http", "cifar10", "image_files", "synthetic"),
 }
 
@@ -51,18 +52,53 @@ def load_member(package: str, name: str, member: str, kind: type[_Member]) -> _M
     return found
 
 
+def recipe_defaults(name: str) -> dict[str, float]:
+    """A recipe's own defaults of options: the literal ``DEFAULTS`` of ``job.recipes.<name>``.
+
+    It is read without importing the module, which would import TensorFlow.
+
+    Returns:
+        By the names of `RECIPE_OPTIONS`; nothing where the module defines none.
+
+    Raises:
+        UserError: If they are none, or the module is no Python.
+    """
+    path = module_path("recipes", name)
+    with naming_own_code(path):
+        defaults: dict[str, float] = {}
+        for node in ast.parse(path.read_bytes(), str(path)).body:
+            match node:
+                case ast.Assign(targets=[ast.Name("DEFAULTS")], value=value):
+                    defaults = ast.literal_eval(value)
+        for option, number in defaults.items():
+            kinds = ("int", "float") if option == "learning_rate" else ("int",)
+            if option not in RECIPE_OPTIONS or type(number).__name__ not in kinds:
+                raise UserError(
+                    f"{_shown(path)} has {option!r}: {number!r} in DEFAULTS, expected numbers for "
+                    f"some of {', '.join(RECIPE_OPTIONS)}; mend it there"
+                )
+        TrainConfig(**defaults)  # type: ignore[arg-type]
+    return defaults
+
+
 def require_parameters(function: Callable[..., Any], name: str, *parameters: str) -> None:
     """Refuse a function that cannot be called with values for these parameters, in this order.
 
     Raises:
         TypeError: If it cannot.
     """
-    signature = inspect.signature(function)
+    if not accepts(function, *parameters):
+        received = f"{name}({', '.join(inspect.signature(function).parameters)})"
+        raise TypeError(f"received {received}, expected {name}({', '.join(parameters)})")
+
+
+def accepts(function: Callable[..., Any], *parameters: str) -> bool:
+    """Whether a function can be called with values for these parameters, in this order."""
     try:
-        signature.bind(*parameters)
-    except TypeError as error:
-        received = f"{name}({', '.join(signature.parameters)})"
-        raise TypeError(f"received {received}, expected {name}({', '.join(parameters)})") from error
+        inspect.signature(function).bind(*parameters)
+    except TypeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def test_errors_carry_the_documented_exit_codes() -> None:
 
 
 def test_recipes_and_data_sets_are_the_modules_of_their_folders(tmp_path: Path) -> None:
-    assert (list_recipes(), list_datasets()) == (("classic",), ("cifar10", "synthetic"))
+    assert (list_recipes(), list_datasets()) == (("classic", "fast"), ("cifar10", "synthetic"))
     # In a copy of the program, beside what an editor leaves.
     (tmp_path / "config.py").write_bytes((REPOSITORY / "job" / "config.py").read_bytes())
     (tmp_path / "recipes").mkdir()

@@ -9,7 +9,7 @@ import job.recipes
 from job import registry
 from job.config import UserError
 from job.recipes import get_recipe
-from job.registry import SHIPPED, naming_own_code
+from job.registry import SHIPPED, naming_own_code, recipe_defaults
 from tests.conftest import REPOSITORY
 
 CHANGED = """from dataclasses import replace
@@ -43,6 +43,32 @@ def test_an_error_in_a_recipe_of_ones_own_is_told_by_its_place(
     monkeypatch.setattr(job.recipes, "__path__", [*job.recipes.__path__, str(folder)])
     with pytest.raises(UserError, match=re.escape(f"job/recipes/own_{name}.py{message}")):
         get_recipe(f"own_{name}")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ('DEFAULTS = {"epochs": 3.5}', " has 'epochs': 3.5 in DEFAULTS, expected numbers for some"),
+        ('DEFAULTS = {"epochs": True}', " has 'epochs': True in DEFAULTS, expected numbers for"),
+        ('DEFAULTS = {"seed": 1}', " has 'seed': 1 in DEFAULTS, expected numbers for some of "),
+        ('DEFAULTS = {"epochs": 0}', ": ValueError: epochs is 0, expected at least 1; mend it"),
+        ("DEFAULTS = dict(epochs=8)", ": ValueError: malformed node or string on line 1"),
+        ("DEFAULTS = {", ", line 1: SyntaxError: '{' was never closed"),
+    ],
+)
+def test_defaults_that_are_none_are_told_by_their_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
+) -> None:
+    (tmp_path / "job" / "recipes").mkdir(parents=True)
+    path = tmp_path / "job" / "recipes" / "mine.py"
+    path.write_text(code)
+    monkeypatch.setattr(registry, "_PACKAGE", tmp_path / "job")
+    with pytest.raises(UserError, match=re.escape(f"job/recipes/mine.py{message}")):
+        recipe_defaults("mine")
+    path.write_text('import nowhere\nDEFAULTS = {"learning_rate": 1, "epochs": 3}\n')
+    assert recipe_defaults("mine") == {"learning_rate": 1, "epochs": 3}
+    path.write_text("import nowhere\n")
+    assert recipe_defaults("mine") == {}
 
 
 def test_every_module_of_the_package_is_known_as_shipped() -> None:

@@ -109,8 +109,12 @@ def preview(
         if plan:
             # Before a download the number of classes is not known, and any will do.
             classes = len(dataset.class_names) if dataset else 2
+            fixed_weights = None
+            if dataset and recipe.initial_weights:
+                fixed_weights = recipe.initial_weights(dataset.train_images)
             model = build_network(
-                recipe, config.seed, classes, config.learning_rate, plan.total_steps
+                *(recipe, config.seed, classes, config.learning_rate, plan.total_steps),
+                fixed_weights,
             )
             require_savable(model, recipe)
             if dataset:

@@ -3,6 +3,7 @@
 Those that describe a run follow from the fields of `TrainConfig`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -16,7 +17,16 @@ import click
 
 from job import log
 from job.commands.terminal import printable, say
-from job.config import DeviceRequest, Option, TrainConfig, UserError, option_name
+from job.config import (
+    RECIPE_OPTIONS,
+    DeviceRequest,
+    Option,
+    TrainConfig,
+    UserError,
+    list_recipes,
+    option_name,
+)
+from job.registry import recipe_defaults
 
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 _TYPES = typing.get_type_hints(TrainConfig)
@@ -67,6 +77,12 @@ class _PathType(click.Path):
 class _Option(click.Option):
     """An option whose errors name what was received and what was expected, whatever its type."""
 
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        extra = super().get_help_extra(ctx)
+        if self.name in RECIPE_OPTIONS and "default" in extra:
+            extra["default"] = f"{self.default}{_defaults_of_recipes(self.name)}"
+        return extra
+
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         try:
             return super().type_cast_value(ctx, value)
@@ -76,6 +92,23 @@ class _Option(click.Option):
                 raise
             message = f"received {printable(str(value))!r}, expected {expected}."
             raise click.BadParameter(message, ctx, self) from error
+
+
+def _defaults_of_recipes(name: str) -> str:
+    """The recipes' own defaults of an option: " (fast: 8)"; nothing where none has any."""
+    found = []
+    for recipe in list_recipes():
+        # A recipe of the user's own that is broken is reported when it is used.
+        with contextlib.suppress(UserError):
+            defaults = recipe_defaults(recipe)
+            found += [f"{recipe}: {defaults[name]}"] if name in defaults else []
+    return f" ({', '.join(found)})" if found else ""
+
+
+def _take_defaults(ctx: click.Context, _parameter: click.Parameter, recipe: str) -> str:
+    """Make a recipe's own defaults those of its options."""
+    ctx.default_map = {**(ctx.default_map or {}), **recipe_defaults(recipe)}
+    return recipe
 
 
 def _expected(kind: click.ParamType[Any]) -> str | None:
@@ -123,11 +156,14 @@ def config_options(*names: str, **helps: str) -> Callable[[Any], Any]:
         for name in reversed(names or tuple(_FIELDS)):
             field = _FIELDS[name]
             settings: Option = field.metadata["option"]
+            # Parsed before those whose defaults it decides.
+            eager = {"is_eager": True, "callback": _take_defaults} if name == "recipe" else {}
             command = option(
                 option_name(name),
                 help=helps.get(name, settings.help),
                 default=field.default,
                 **_kind(_TYPES[name], settings),
+                **eager,
             )(command)
         return command
 

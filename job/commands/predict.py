@@ -17,14 +17,12 @@ from job.commands.terminal import padded, printable, say, write_lines
 from job.config import UserError, list_recipes
 from job.data.image_files import MODES, ImageFile, ImageShape, decode_batches
 from job.log import plural
-from job.recipes import get_recipe, unchanged
+from job.recipes import Views, get_recipe, unchanged
 from job.run.folder import EVALUATION, OutputDir, sha256_of
 from job.run.predictions import require_probabilities
 from job.run.record import read_evaluation, read_manifest, unless_damaged
 from job.training.evaluate import ROWS_PER_REPLICA, mean_over_views
 from job.training.saved_model import load_classifier
-
-View = Callable[[tf.Tensor], tf.Tensor]
 
 
 class Predictor:
@@ -37,6 +35,7 @@ class Predictor:
         views: The test-time augmentation of its recipe.
         devices: Where to compute.
         rows: Images a replica and batch.
+        weights: The weight of each view; they sum to 1. Empty are equal weights.
 
     Attributes:
         class_names: As given.
@@ -49,11 +48,13 @@ class Predictor:
         self,
         model: keras.Model,
         class_names: tuple[str, ...],
-        views: tuple[View, ...],
+        views: Views,
         devices: Devices,
         rows: int = ROWS_PER_REPLICA,
+        weights: tuple[float, ...] = (),
     ) -> None:
         self.class_names, self.views = class_names, views
+        self._weights = weights or (1.0 / len(views),) * len(views)
         self.image_shape: ImageShape = model.input_shape[1:]
         self.batch_size = devices.replicas * rows
         self._model, self._strategy = model, devices.strategy
@@ -89,7 +90,8 @@ class Predictor:
 
     def _probabilities(self, pixels: tf.Tensor) -> tf.Tensor:
         images = tf.cast(pixels, tf.float32) * (1.0 / 255.0)
-        return mean_over_views(self._model, self.views, images)
+        mean, _ = mean_over_views(self._model, self.views, self._weights, images)
+        return mean
 
 
 def load_predictor(path: Path, devices: Devices, rows: int = ROWS_PER_REPLICA) -> Predictor:
@@ -118,15 +120,17 @@ def load_predictor(path: Path, devices: Devices, rows: int = ROWS_PER_REPLICA) -
     evaluation = unless_damaged(read_evaluation, path.parent)
     classes = model.output_shape[-1]
     names = tuple(evaluation.classes) if evaluation else ()
-    views: tuple[View, ...] = (unchanged,)
+    views: Views = (unchanged,)
+    weights: tuple[float, ...] = ()
     if evaluation is None or evaluation.model_sha256 != sha256_of(path) or len(names) != classes:
         say(f"no {EVALUATION} of this model is beside {path}, so its classes go by numbers")
         names = tuple(f"class {label}" for label in range(classes))
     else:
         run = unless_damaged(read_manifest, path.parent)
         if run and run.config.recipe in list_recipes():
-            views = get_recipe(run.config.recipe).tta_views
-    return Predictor(model, names, views, devices, rows)
+            recipe = get_recipe(run.config.recipe)
+            views, weights = recipe.tta_views, recipe.tta_weights
+    return Predictor(model, names, views, devices, rows, weights)
 
 
 PICTURES = 100

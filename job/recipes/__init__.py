@@ -1,16 +1,26 @@
 """What the engine asks of a recipe, so that it need not know any."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import keras
+import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 # What other packages take from the private module.
 from job.recipes._augment import Resample as Resample
 from job.recipes._augment import resample_by_gather as resample_by_gather
 from job.recipes._augment import resample_by_op as resample_by_op
-from job.registry import load_member, require_parameters
+from job.registry import accepts, load_member, require_parameters
+
+Weights = Mapping[str, npt.NDArray[np.float32]]
+"""Values of a network's variables by layer and variable, such as "conv1/kernel"."""
+
+Views = tuple[Callable[[tf.Tensor], tf.Tensor], ...]
+"""Functions of images [batch, height, width, channels] float32, 0 to 1, that return such images."""
 
 
 def unchanged(images: tf.Tensor) -> tf.Tensor:
@@ -31,47 +41,104 @@ class Recipe:
         loss: Keras name of the loss of one-hot labels and probabilities.
         draw_augmentation: From (seed, epoch, steps, batch size) to what augments one epoch,
             [steps, batch size, ...] float32; nothing else may decide it. The epoch is a scalar
-            int32 from 0.
+            int32 from 0. A function that needs a fifth argument is also given the rows of the
+            training set, [steps, batch size] int64.
         augment: From (images, draws, resample) to augmented images, both
             [batch, height, width, channels] float32, 0 to 1. The draws are the images' rows of
             what `draw_augmentation` gave.
-        tta_views: Test images are evaluated as the mean probability over these views,
-            each a function of [batch, height, width, channels] float32 images, 0 to 1.
+        tta_views: The saved model is evaluated by the mean probability over these views of each
+            test image, and predicts by it.
+        tta_weights: The weight of each view in that mean; they sum to 1. Empty are equal weights.
+        label_smoothing: The share of each one-hot label, 0 to 1, that a training spreads evenly
+            over the classes. Evaluations use the labels as they are.
+        loss_reduction: Whether a training minimizes the mean of the losses over the global batch
+            or their sum.
+        initial_weights: From training images [examples, height, width, channels] uint8 to values
+            of variables. They replace what `build_model` drew and are not trained. They are part
+            of the run: other values are another run. None if no variable depends on images.
 
-    The last three become graphs without AutoGraph: on tensors they use TensorFlow's control flow.
+    Augmentation and views become graphs without AutoGraph: on tensors they use TensorFlow's control
+    flow.
     """
 
     name: str
     build_model: Callable[[int, int], keras.Model]
     build_optimizer: Callable[[float, int], keras.optimizers.Optimizer]
     loss: str
-    draw_augmentation: Callable[[int, tf.Tensor, int, int], tf.Tensor]
+    draw_augmentation: Callable[..., tf.Tensor]
     augment: Callable[[tf.Tensor, tf.Tensor, Resample], tf.Tensor]
-    tta_views: tuple[Callable[[tf.Tensor], tf.Tensor], ...] = (unchanged,)
+    tta_views: Views = (unchanged,)
+    tta_weights: tuple[float, ...] = ()
+    label_smoothing: float = 0.0
+    loss_reduction: Literal["mean", "sum"] = "mean"
+    initial_weights: Callable[[npt.NDArray[np.uint8]], Weights] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse functions with other parameters, and no view at all.
+        """Refuse functions with other parameters, and values out of their range.
 
         Raises:
             TypeError: If there is such a function.
-            ValueError: If there is no view.
+            ValueError: If there is such a value.
         """
         require_parameters(self.build_model, "build_model", "seed", "classes")
         require_parameters(self.build_optimizer, "build_optimizer", "learning_rate", "total_steps")
-        require_parameters(
-            self.draw_augmentation, "draw_augmentation", "seed", "epoch", "steps", "batch_size"
-        )
+        if not self._draws_by_rows:
+            require_parameters(self.draw_augmentation, "draw_augmentation", *_DRAW_PARAMETERS)
         require_parameters(self.augment, "augment", "images", "draws", "resample")
         if not self.tta_views:
             raise ValueError("tta_views has no view, expected at least (unchanged,)")
         for view in self.tta_views:
             require_parameters(view, "view", "images")
+        weights = self.tta_weights
+        if weights and (len(weights) != len(self.tta_views) or not math.isclose(sum(weights), 1.0)):
+            raise ValueError(
+                f"tta_weights received {weights}, expected {len(self.tta_views)} numbers, one a "
+                f"view, that sum to 1"
+            )
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(
+                f"label_smoothing received {self.label_smoothing}, expected 0 to 1, below 1"
+            )
+        if self.loss_reduction not in ("mean", "sum"):
+            raise ValueError(
+                f"loss_reduction received {self.loss_reduction!r}, expected 'mean' or 'sum'"
+            )
+        if self.initial_weights:
+            require_parameters(self.initial_weights, "initial_weights", "images")
+
+    @property
+    def _draws_by_rows(self) -> bool:
+        draw = self.draw_augmentation
+        return not accepts(draw, *_DRAW_PARAMETERS) and accepts(draw, *_DRAW_PARAMETERS, "rows")
+
+    @property
+    def view_weights(self) -> tuple[float, ...]:
+        """The weight of each view; they sum to 1."""
+        views = len(self.tta_views)
+        return self.tta_weights or (1.0 / views,) * views
+
+    def draw(self, seed: int, epoch: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+        """Call `draw_augmentation` for the images of an epoch.
+
+        Args:
+            seed: The run's seed.
+            epoch: Scalar int32, from 0.
+            rows: [steps, batch size] int64 rows of the training set.
+
+        Returns:
+            [steps, batch size, ...] float32.
+        """
+        extra = (rows,) if self._draws_by_rows else ()
+        return self.draw_augmentation(seed, epoch, *rows.shape, *extra)
 
     def compile(self, model: keras.Model, learning_rate: float, total_steps: int) -> None:
         """Compile a network with this recipe's optimizer, its variables made, loss and accuracy."""
         optimizer = self.build_optimizer(learning_rate, total_steps)
         optimizer.build(model.trainable_variables)
         model.compile(optimizer=optimizer, loss=self.loss, metrics=["accuracy"])
+
+
+_DRAW_PARAMETERS = ("seed", "epoch", "steps", "batch_size")
 
 
 def get_recipe(name: str) -> Recipe:

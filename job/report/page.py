@@ -12,7 +12,7 @@ import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from job import log
-from job.config import REMOVED, TrainConfig, describe_config, option_name
+from job.config import RECIPE_OPTIONS, REMOVED, TrainConfig, describe_config, option_name
 from job.environment import program
 from job.log import plural
 from job.report.figures import Figure, draw_figures, list_mistakes
@@ -100,13 +100,17 @@ def command_line(command: str, config: TrainConfig, *names: str) -> str:
         names: The options that the command takes; none are all of them.
 
     Returns:
-        The output folder and every option whose value is not the default.
+        The output folder, every option whose value is not the default, and with another recipe
+        than the default every option that it may have defaults for.
     """
     values, usual = describe_config(config), describe_config(TrainConfig())
+    always = {"output_dir"}
+    if values["recipe"] != usual["recipe"]:
+        always.update(RECIPE_OPTIONS)
     words = [command]
     for name in names or values:
         value = values[name]
-        if value != usual[name] or name == "output_dir":
+        if value != usual[name] or name in always:
             words += [option_name(name)] if value is True else [option_name(name), str(value)]
     return f"{program()} {shlex.join(words)}"
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # this module is used before TensorFlow is imported
 
     from job.cluster.devices import Devices
     from job.data import Dataset
+    from job.recipes import Recipe, Weights
 
 ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
 """The environment variable by which TensorFlow computes with oneDNN on processors: "1" or "0"."""
@@ -43,6 +44,9 @@ _VARIABLES = (
 _CONTENTS = {
     "data": "the images and labels are not those that it was trained with",
     "network": "the recipe's network or loss has changed",
+    "label_smoothing": "the recipe's label smoothing has changed",
+    "loss_reduction": "the recipe's loss reduction has changed",
+    "fixed_weights": "the recipe takes other weights from the training images",
 }
 _OPTIMIZER = "optimizer."
 
@@ -77,7 +81,12 @@ class Fingerprint(msgspec.Struct, frozen=True):
 
 
 def take_fingerprint(
-    config: TrainConfig, devices: Devices, dataset: Dataset, model: keras.Model
+    config: TrainConfig,
+    devices: Devices,
+    dataset: Dataset,
+    model: keras.Model,
+    recipe: Recipe,
+    fixed_weights: Weights,
 ) -> Fingerprint:
     """Take the fingerprint of a run that is about to train.
 
@@ -86,6 +95,8 @@ def take_fingerprint(
         devices: What it trains on.
         dataset: What it trains with.
         model: The recipe's network, compiled.
+        recipe: The recipe.
+        fixed_weights: What it has taken from the training images.
     """
     network = {
         "layers": [type(layer).__name__ for layer in model.layers],
@@ -100,6 +111,9 @@ def take_fingerprint(
             **run_options(config),
             "data": dataset.fingerprint,
             "network": hashlib.sha256(json.dumps(network).encode()).hexdigest(),
+            "label_smoothing": recipe.label_smoothing,
+            "loss_reduction": recipe.loss_reduction,
+            "fixed_weights": _digest(fixed_weights),
             **{f"{_OPTIMIZER}{key}": value for key, value in optimizer.items()},
         },
         environment=Environment(
@@ -117,6 +131,15 @@ def take_fingerprint(
         ),
         recipe=_recipe_digest(config.recipe, model),
     )
+
+
+def _digest(weights: Weights) -> str:
+    """SHA-256 of names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, values in sorted(weights.items()):
+        digest.update(f"{name} {values.shape} {values.dtype}".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
 
 
 def computing_variables() -> dict[str, str]:

@@ -64,7 +64,7 @@ class ClassRecord(Struct, frozen=True):
     support: Count
 
 
-class EvaluationRecord(Struct, frozen=True):
+class EvaluationRecord(Struct, frozen=True, omit_defaults=True):
     """``evaluation.json``: what the saved model does on the whole test set.
 
     Attributes:
@@ -75,6 +75,8 @@ class EvaluationRecord(Struct, frozen=True):
         confusion_matrix: Rows are true classes, columns predicted ones, entries images.
         model: Name of the model file.
         model_sha256: Its SHA-256.
+        accuracy_without_tta: The accuracy without test-time augmentation, from each image as it is;
+            left out if the recipe has no other view.
     """
 
     loss: float
@@ -84,6 +86,7 @@ class EvaluationRecord(Struct, frozen=True):
     confusion_matrix: Annotated[list[list[Count]], Meta(min_length=1)]
     model: str | None = None
     model_sha256: str | None = None
+    accuracy_without_tta: Share | None = None
 
 
 class BestEpoch(Struct, frozen=True):

@@ -19,9 +19,11 @@ def can_carry(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether `run_steps` can carry what an optimizer assigns.
 
     Keras's own assign through Keras alone. Within `tf.cond`, whose tensors end with it, they assign
-    only with options that no loop of the engine can run.
+    only with options that no loop of the engine can run. Another class declares the same by a true
+    attribute ``assigns_through_keras``.
     """
-    return type(optimizer).__module__.startswith("keras.")
+    is_stock = type(optimizer).__module__.startswith("keras.")
+    return is_stock or getattr(optimizer, "assigns_through_keras", False)
 
 
 def run_steps(

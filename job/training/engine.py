@@ -22,7 +22,7 @@ from job.data import Dataset
 from job.recipes import Recipe, resample_by_gather, resample_by_op
 from job.run.checkpoint import Arrays, Progress
 from job.training.carried_loop import can_carry, run_steps
-from job.training.network import build_network, training_network
+from job.training.network import build_network, frozen_variables, training_network
 
 
 class ResidentImages:
@@ -122,6 +122,7 @@ class Engine:
 
     Attributes:
         original: The recipe's stock network in float32, for files; `export` brings it up to date.
+        fixed_weights: What the recipe has taken from the training images.
         model: The network in training, one set of variables a replica.
         workers: The processes that train it.
         asked_to_stop: Ranks of the workers that were told to stop before the last execution. All
@@ -156,11 +157,19 @@ class Engine:
             self._gradients = graph_function(self._gradients, jit_compile=compilation.network)
             self._update = graph_function(self._update, jit_compile=compilation.elementwise)
 
+        images = dataset.train_images
+        self.fixed_weights = recipe.initial_weights(images) if recipe.initial_weights else {}
         self.original = build_network(
-            recipe, plan.seed, self._classes, learning_rate, plan.total_steps
+            recipe, plan.seed, self._classes, learning_rate, plan.total_steps, self.fixed_weights
         )
         with self._strategy.scope(), tf.variable_creator_scope(_replica_local):
-            self.model = training_network(self.original, devices.precision, compilation.network)
+            self.model = training_network(
+                self.original,
+                devices.precision,
+                compilation.network,
+                elementwise=compilation.elementwise,
+                fixed_weights=self.fixed_weights,
+            )
             self._optimizer = recipe.build_optimizer(learning_rate, plan.total_steps)
             self._carries = compilation.loops and can_carry(self._optimizer)
             _use_plain_methods(self._optimizer, self._carries)
@@ -168,10 +177,11 @@ class Engine:
             # Loss and correct predictions, and for each worker whether it was told to stop.
             zeros = np.zeros(2 + self.workers.count, np.float32)
             self._sums = keras.Variable(zeros, trainable=False, name="sums")
+        frozen = frozen_variables(self.model, self.fixed_weights)
         self._statistics = [
             variable
             for variable in self.model.non_trainable_variables
-            if tf.as_dtype(variable.dtype).is_floating
+            if tf.as_dtype(variable.dtype).is_floating and id(variable) not in frozen
         ]
         self._random_states = [
             variable
@@ -206,7 +216,7 @@ class Engine:
         order = epoch_order(plan.seed, epoch, self._data.examples)
         order = order[: plan.steps_per_epoch * plan.global_batch_size]
         batches = tf.constant(order.reshape(plan.steps_per_epoch, plan.global_batch_size))
-        draws = self._draw(tf.constant(epoch))
+        draws = self._draw(tf.constant(epoch), batches)
         first_step = epoch * plan.steps_per_epoch
         done = done or Progress()
         for start in range(done.steps, plan.steps_per_epoch, STEPS_PER_EXECUTION):
@@ -266,11 +276,8 @@ class Engine:
         return self.original
 
     @graph_function
-    def _draw(self, epoch: tf.Tensor) -> tf.Tensor:
-        plan = self.plan
-        return self.recipe.draw_augmentation(
-            plan.seed, epoch, plan.steps_per_epoch, plan.global_batch_size
-        )
+    def _draw(self, epoch: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+        return self.recipe.draw(self.plan.seed, epoch, rows)
 
     @graph_function
     def _execute(
@@ -370,17 +377,21 @@ class Engine:
     def _compute_gradients(
         self, images: tf.Tensor, labels: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
-        """Gradients of the loss averaged over the *global* batch: they sum over the replicas."""
+        """Gradients of this replica's part of the objective: they sum over the replicas."""
         variables = [variable.value for variable in self.model.trainable_variables]
         with tf.GradientTape() as tape:
             # Those that a loop carries are tensors, which no tape watches of itself.
             tape.watch(variables)
             probabilities = self.model(images, training=True)
+            smoothing = self.recipe.label_smoothing
+            truth = tf.one_hot(labels, self._classes) * (1.0 - smoothing)
             losses = keras.losses.get(self.recipe.loss)(
-                tf.one_hot(labels, self._classes), probabilities
+                truth + smoothing / self._classes, probabilities
             )
             penalties = [tf.cast(loss, tf.float32) for loss in self.model.losses]
-            objective = tf.reduce_sum(losses) / self.plan.global_batch_size
+            objective = tf.reduce_sum(losses)
+            if self.recipe.loss_reduction == "mean":
+                objective /= self.plan.global_batch_size
             objective += tf.add_n([tf.constant(0.0), *penalties]) / self._replicas
         correct = tf.equal(tf.argmax(probabilities, axis=-1), labels)
         return (

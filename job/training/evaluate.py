@@ -1,6 +1,6 @@
 """Exact evaluation: every example counts once, whatever the number of replicas."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from job.cluster.devices import Devices, graph_function
-from job.recipes import Recipe
+from job.recipes import Recipe, Views, unchanged
 from job.run.predictions import confusion_matrix
 from job.run.record import ClassRecord, EvaluationRecord
 from job.training.engine import ResidentImages
@@ -25,10 +25,13 @@ class Evaluation:
     Attributes:
         loss: Mean loss over the examples.
         confusion: [classes, classes] int64: entry (true, predicted) counts examples.
+        accuracy_without_tta: Fraction of examples predicted correctly from the unchanged image
+            alone, 0 to 1; None where that is what the other figures count.
     """
 
     loss: float
     confusion: npt.NDArray[np.int64]
+    accuracy_without_tta: float | None = None
 
     @property
     def examples(self) -> int:
@@ -58,6 +61,7 @@ class Evaluation:
         return EvaluationRecord(
             loss=self.loss,
             accuracy=self.accuracy,
+            accuracy_without_tta=self.accuracy_without_tta,
             examples=self.examples,
             classes=classes,
             confusion_matrix=self.confusion.tolist(),
@@ -67,21 +71,31 @@ class Evaluation:
 
 
 def mean_over_views(
-    model: keras.Model, views: Sequence[Callable[[tf.Tensor], tf.Tensor]], images: tf.Tensor
-) -> tf.Tensor:
-    """The probabilities that a network gives images, averaged over several looks at each.
+    model: keras.Model, views: Views, weights: Sequence[float], images: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The probabilities that a network gives images, averaged over several views of each.
 
     Args:
         model: The network.
         views: A recipe's, at least one.
+        weights: The weight of each view; they sum to 1.
         images: [rows, height, width, channels] float32, 0 to 1.
 
     Returns:
-        [rows, classes] float32.
+        The mean, [rows, classes] float32, and the same of the unchanged images alone.
     """
+    if views == (unchanged,):
+        probabilities = _probabilities(model, images)
+        return probabilities, probabilities
+    outputs = [_probabilities(model, view(images)) for view in views]
+    mean = tf.add_n([output * weight for output, weight in zip(outputs, weights, strict=True)])
+    plain = outputs[views.index(unchanged)] if unchanged in views else _probabilities(model, images)
+    return mean, plain
+
+
+def _probabilities(model: keras.Model, images: tf.Tensor) -> tf.Tensor:
     # A model file may compute in another type.
-    outputs = [tf.cast(model(view(images), training=False), tf.float32) for view in views]
-    return outputs[0] if len(outputs) == 1 else tf.add_n(outputs) / len(outputs)
+    return tf.cast(model(images, training=False), tf.float32)
 
 
 class Evaluator:
@@ -93,6 +107,8 @@ class Evaluator:
         devices: Where to evaluate.
         images: [examples, height, width, channels] uint8.
         labels: [examples] integers.
+        with_tta: Whether to average over the recipe's views instead of evaluating the images as
+            they are.
 
     Attributes:
         model: The network.
@@ -105,8 +121,12 @@ class Evaluator:
         devices: Devices,
         images: npt.NDArray[np.uint8],
         labels: npt.NDArray[np.int32],
+        *,
+        with_tta: bool = True,
     ) -> None:
         self.model, self._recipe = model, recipe
+        self._views = recipe.tta_views if with_tta else (unchanged,)
+        self._weights = recipe.view_weights if with_tta else (1.0,)
         self._strategy, self._replicas = devices.strategy, devices.replicas
         self._data = ResidentImages(devices, images, labels)
         self._labels = labels
@@ -130,53 +150,54 @@ class Evaluator:
         return self.predict()[0]
 
     def predict(self) -> tuple[Evaluation, npt.NDArray[np.float32]]:
-        """Evaluate all examples, and tell what the network makes of each.
+        """Evaluate all examples, and return what the network makes of each.
 
         Returns:
             The evaluation, and the probabilities that it counts, [examples, classes] float32.
         """
-        loss, probabilities = (tensor.numpy() for tensor in self._evaluate())
+        sums, probabilities = (tensor.numpy() for tensor in self._evaluate())
+        loss, plain = (float(one) / self._data.examples for one in sums)
         confusion = confusion_matrix(self._labels, probabilities)
-        return Evaluation(float(loss) / self._data.examples, confusion), probabilities
+        has_tta = self._views != (unchanged,)
+        return Evaluation(loss, confusion, plain if has_tta else None), probabilities
 
     @graph_function
     def _evaluate(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """The sum of the losses, and [examples, classes] probabilities; on every worker all."""
-        loss, rows = self._strategy.run(self._replica_share)
+        """The sums of `_score_rows`, and [examples, classes] probabilities; on every worker all."""
+        sums, rows = self._strategy.run(self._replica_share)
         if self._replicas > 1:
-            loss, rows = self._strategy.experimental_local_results((loss, rows))[0]
+            sums, rows = self._strategy.experimental_local_results((sums, rows))[0]
         classes = self.model.output_shape[-1]
         rows = tf.reshape(rows, [self._replicas, -1, self._rows, classes])
         # A part's rows are in the order of the replicas.
         rows = tf.reshape(tf.transpose(rows, [1, 0, 2, 3]), [-1, classes])
-        return loss, rows[: self._data.examples]
+        return sums, rows[: self._data.examples]
 
     def _replica_share(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """What all replicas together come to: the loss, and [replicas * parts, rows, classes]."""
-        loss, rows = self._loop()
+        """What all replicas together come to: the sums, and [replicas * parts, rows, classes]."""
+        sums, rows = self._loop()
         if self._replicas > 1:
             context = tf.distribute.get_replica_context()
-            loss = context.all_reduce("SUM", loss)
+            sums = context.all_reduce("SUM", sums)
             rows = context.all_gather(rows, axis=0)
-        return loss, rows
+        return sums, rows
 
     def _replica_loop(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """Evaluate this replica's examples: the loss, and probabilities [parts, rows, classes]."""
+        """Evaluate this replica's examples: the sums, and probabilities [parts, rows, classes]."""
         together = self._rows * self._replicas
         shape = [self._rows, self.model.output_shape[-1]]
-        loss = tf.constant(0.0)
         parts = tf.TensorArray(tf.float32, -(-self._data.examples // together), element_shape=shape)
 
         def score_part(
-            part: tf.Tensor, loss: tf.Tensor, parts: tf.TensorArray
+            part: tf.Tensor, sums: tf.Tensor, parts: tf.TensorArray
         ) -> tuple[tf.Tensor, tf.Tensor, tf.TensorArray]:
-            part_loss, rows = self._replica_part(tf.cast(part, tf.int64) * together)
-            return part + 1, loss + part_loss, parts.write(part, rows)
+            part_sums, rows = self._replica_part(tf.cast(part, tf.int64) * together)
+            return part + 1, sums + part_sums, parts.write(part, rows)
 
-        _, loss, parts = tf.while_loop(
-            lambda part, *_: part < parts.size(), score_part, [0, loss, parts]
+        _, sums, parts = tf.while_loop(
+            lambda part, *_: part < parts.size(), score_part, [0, tf.zeros(2), parts]
         )
-        return loss, parts.stack()
+        return sums, parts.stack()
 
     def _replica_part(self, start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
@@ -186,14 +207,23 @@ class Evaluator:
         counts = tf.cast(rows < self._data.examples, tf.float32)
         rows = tf.minimum(rows, self._data.examples - 1)
         pixels, labels = self._data.gather(rows)
-        loss, probabilities = self._score(pixels, labels, counts)
-        return loss, probabilities
+        sums, probabilities = self._score(pixels, labels, counts)
+        return sums, probabilities
 
     def _score_rows(
         self, pixels: tf.Tensor, labels: tf.Tensor, counts: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Evaluate rows.
+
+        Returns:
+            The sum of the losses and the images whose class the network predicts without views, [2]
+            float32; the probabilities, [rows, classes] float32.
+        """
         images = self._data.decode(pixels)
-        probabilities = mean_over_views(self.model, self._recipe.tta_views, images)
+        probabilities, plain = mean_over_views(self.model, self._views, self._weights, images)
         truth = tf.one_hot(labels, probabilities.shape[-1])
         losses = keras.losses.get(self._recipe.loss)(truth, probabilities)
-        return tf.reduce_sum(losses * counts), probabilities
+        hits = tf.cast(tf.equal(tf.argmax(plain, axis=-1), labels), tf.float32)
+        return tf.stack(
+            [tf.reduce_sum(losses * counts), tf.reduce_sum(hits * counts)]
+        ), probabilities

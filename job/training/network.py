@@ -1,7 +1,10 @@
 """A recipe's network in the form that trains fastest: same layers, same variables, same results."""
 
+import contextlib
+import functools
 import itertools
 import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -10,7 +13,7 @@ import tensorflow as tf
 
 from job.cluster.devices import graph_function
 from job.config import UserError
-from job.recipes import Recipe, resample_by_op
+from job.recipes import Recipe, Weights, resample_by_op
 from job.registry import is_own, module_path, naming_own_code
 from job.run.predictions import require_probabilities
 
@@ -22,12 +25,26 @@ float32. Keras's convolution needs no copies of larger ones."""
 
 
 def build_network(
-    recipe: Recipe, seed: int, classes: int, learning_rate: float, total_steps: int
+    recipe: Recipe,
+    seed: int,
+    classes: int,
+    learning_rate: float,
+    total_steps: int,
+    fixed_weights: Weights | None = None,
 ) -> keras.Model:
     """Build and compile a recipe's network.
 
     What would fail in the middle or at the end of a training with a recipe of the user's own fails
     here. The tests do the same for those that come with the program.
+
+    Args:
+        recipe: The recipe.
+        seed: Of its initial weights.
+        classes: Units of its output.
+        learning_rate: Of its optimizer.
+        total_steps: Steps of the run.
+        fixed_weights: Variables that the training leaves as they are, and their values; none where
+            no training images are at hand.
 
     Raises:
         UserError: If such a recipe gives something that cannot be trained.
@@ -40,10 +57,44 @@ def build_network(
             require_classifier(model, f"the network of {path.name}")
             optimizer = recipe.build_optimizer(learning_rate, total_steps)
             _require_kind("build_optimizer", optimizer, keras.optimizers.Optimizer)
-        recipe.compile(model, learning_rate, total_steps)
+        # Frozen only while the optimizer looks: a file lists frozen variables last, and Keras would
+        # not load it, as it does not know of them.
+        with _frozen(model, fixed_weights or {}):
+            recipe.compile(model, learning_rate, total_steps)
         if is_own(path):
             _try_recipe(recipe, model, seed, classes)
     return model
+
+
+@contextlib.contextmanager
+def _frozen(model: keras.Model, weights: Weights) -> Iterator[None]:
+    """Set variables to these values, and freeze them during the body."""
+    variables = _named_variables(model)
+    for name, values in weights.items():
+        if name not in variables:
+            raise ValueError(f"initial_weights has {name}, expected one of {', '.join(variables)}")
+        variables[name].assign(values)
+        variables[name].trainable = False
+    yield
+    for name in weights:
+        variables[name].trainable = True
+
+
+def _named_variables(model: keras.Model) -> dict[str, keras.Variable]:
+    return {
+        f"{layer.name}/{variable.name}": variable
+        for layer in model.layers
+        for variable in layer.weights
+    }
+
+
+def frozen_variables(model: keras.Model, fixed_weights: Iterable[str]) -> set[int]:
+    """Identities of the variables that nothing assigns: fixed ones, and those of frozen layers."""
+    named = _named_variables(model)
+    layers = [layer for layer in model.layers if not layer.trainable]
+    variables = [named[name] for name in fixed_weights]
+    variables += [variable for layer in layers for variable in layer.variables]
+    return set(map(id, variables))
 
 
 def _require_kind(name: str, value: object, kind: type) -> None:
@@ -68,8 +119,8 @@ def _try_recipe(recipe: Recipe, model: keras.Model, seed: int, classes: int) -> 
 def _try_augmentation(recipe: Recipe, seed: int, shape: tuple[int, ...]) -> tf.Tensor:
     """Augment noise of this shape as a training does, and look at it as an evaluation does."""
     noise = tf.constant(np.random.default_rng(seed).random(shape, np.float32))
-    draw, augment = graph_function(recipe.draw_augmentation), graph_function(recipe.augment)
-    draws = draw(seed, tf.constant(0), 1, _TRIED_IMAGES)
+    draw, augment = graph_function(recipe.draw), graph_function(recipe.augment)
+    draws = draw(seed, tf.constant(0), tf.range(_TRIED_IMAGES, dtype=tf.int64)[None])
     _require_shape(recipe, "draw_augmentation", draws, (1, _TRIED_IMAGES, *np.shape(draws)[2:]))
     images = augment(noise, draws[0], resample_by_op)
     _require_shape(recipe, "augment", images, shape)
@@ -126,7 +177,14 @@ def require_classifier(model: keras.Model, what: str) -> None:
             )
 
 
-def training_network(model: keras.Model, precision: str, compiled: bool = False) -> keras.Model:
+def training_network(
+    model: keras.Model,
+    precision: str,
+    compiled: bool = False,
+    *,
+    elementwise: bool = False,
+    fixed_weights: Iterable[str] = (),
+) -> keras.Model:
     """Rebuild a network for training.
 
     Args:
@@ -134,6 +192,9 @@ def training_network(model: keras.Model, precision: str, compiled: bool = False)
         precision: "float32", or "bfloat16" to compute all but the last layer in bfloat16; the
             variables are float32 in both.
         compiled: Whether XLA is to compile it.
+        elementwise: Whether XLA is to compile chains of small operations where it does not compile
+            the network.
+        fixed_weights: Names of the variables that are not trained.
 
     Returns:
         A network with variables of its own, one for each of the model's and with their values.
@@ -158,11 +219,31 @@ def training_network(model: keras.Model, precision: str, compiled: bool = False)
             kind = PatchConvolution
         elif kind is keras.layers.Dense and compiled:
             kind = MatrixDense
+        elif kind is keras.layers.Activation and layer.activation is keras.activations.gelu:
+            kind = FusedGelu if elementwise and not compiled else kind
         return kind.from_config(config)
 
-    copy = keras.models.clone_model(model, clone_function=rebuild)
+    copy = clone_network(model, rebuild)
     copy.set_weights(model.get_weights())
+    variables = _named_variables(copy)
+    for name in fixed_weights:
+        variables[name].trainable = False
     return copy
+
+
+def clone_network(
+    model: keras.Model, rebuild: Callable[[keras.Layer], keras.Layer] | None = None
+) -> keras.Model:
+    """Build a network's layers anew, whatever class its optimizer has.
+
+    Args:
+        model: A Sequential or Functional network.
+        rebuild: From a layer to the new one; by default of the same class and settings.
+    """
+    kind = type(getattr(model, "optimizer", None))
+    # Keras compiles the copy, too, and looks for classes that are not its own by their names.
+    with keras.saving.custom_object_scope({kind.__name__: kind}):
+        return keras.models.clone_model(model, clone_function=rebuild)
 
 
 def _pooled_relu_convolutions(model: keras.Model) -> dict[str, str]:
@@ -332,6 +413,54 @@ def max_pool_2x2(inputs: tf.Tensor) -> Any:
     return pooled, gradient
 
 
+class FusedGelu(keras.layers.Activation):  # type: ignore[misc]
+    """GELU in two kernels that XLA compiles: one forward, one backward.
+
+    TensorFlow computes it by a chain of operations, each of which reads and writes all values. On
+    CPUs that takes eight times as long.
+    """
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        return gelu(inputs)
+
+
+@tf.custom_gradient
+def gelu(inputs: tf.Tensor) -> Any:
+    """`keras.activations.gelu`: x P(X <= x) for a standard normal X.
+
+    Source: Hendrycks and Gimpel, "Gaussian error linear units", 2016.
+
+    Args:
+        inputs: Of any shape and floating-point dtype.
+
+    Returns:
+        The same shape and dtype; computed in float32.
+    """
+
+    def gradient(upstream: tf.Tensor) -> tf.Tensor:
+        return _gelu_gradient(inputs, upstream)
+
+    return _gelu(inputs), gradient
+
+
+def _normal_distribution(values: tf.Tensor) -> tf.Tensor:
+    return 0.5 * (1.0 + tf.math.erf(values * math.sqrt(0.5)))
+
+
+@functools.partial(graph_function, jit_compile=True)
+def _gelu(inputs: tf.Tensor) -> tf.Tensor:
+    values = tf.cast(inputs, tf.float32)
+    return tf.cast(values * _normal_distribution(values), inputs.dtype)
+
+
+@functools.partial(graph_function, jit_compile=True)
+def _gelu_gradient(inputs: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
+    values = tf.cast(inputs, tf.float32)
+    density = tf.exp(-0.5 * values * values) * (1.0 / math.sqrt(2.0 * math.pi))
+    slope = _normal_distribution(values) + values * density
+    return tf.cast(slope * tf.cast(upstream, tf.float32), inputs.dtype)
+
+
 class FusedBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     """Keras's BatchNormalization, trained by a function of few kernels.
 
@@ -354,7 +483,6 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[
         return (
             layer.axis in (-1, 3)
             and layer.center
-            and layer.scale
             and layer.trainable
             and not layer.renorm
             and not layer.synchronized
@@ -363,9 +491,8 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[
     def call(self, inputs: tf.Tensor, training: bool | None = None, mask: Any = None) -> tf.Tensor:
         if not training or mask is not None or len(inputs.shape) != 4:
             return super().call(inputs, training=training, mask=mask)
-        outputs, mean, variance = self._normalize(
-            inputs, self.gamma.value, self.beta.value, self.epsilon
-        )
+        scale = self.gamma.value if self.scale else tf.ones_like(self.beta.value)
+        outputs, mean, variance = self._normalize(inputs, scale, self.beta.value, self.epsilon)
         keep = self.momentum
         self.moving_mean.assign(self.moving_mean * keep + mean * (1.0 - keep))
         self.moving_variance.assign(self.moving_variance * keep + variance * (1.0 - keep))
@@ -375,8 +502,9 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[
 def _normalize_by_op(
     inputs: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(
-        inputs, scale, offset, epsilon=epsilon, is_training=True
+    # `tf.nn` would raise the epsilon to 1e-5, which only cuDNN before 7.5 needed.
+    outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=inputs, scale=scale, offset=offset, mean=[], variance=[], epsilon=epsilon
     )
     # The kernel returns the unbiased variance; Keras keeps the biased one.
     rows = tf.cast(tf.size(inputs) // inputs.shape[-1], tf.float32)

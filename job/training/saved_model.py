@@ -39,11 +39,13 @@ from job.run.predictions import Predictions, most_confident_mistakes, require_pr
 from job.run.record import encode, read_manifest, unless_damaged
 from job.run.stop import Watchdog
 from job.training.evaluate import Evaluator
-from job.training.network import require_classifier
+from job.training.network import clone_network, require_classifier
 
 
 def save_model(model: keras.Model, output: OutputDir, name: str) -> None:
     """Save architecture, weights, loss, metrics and optimizer state as HDF5.
+
+    In place of an optimizer that is not Keras's own the file has a plain SGD, without a state.
 
     Raises:
         UserError: If the file cannot be written.
@@ -70,6 +72,12 @@ def _encode(model: keras.Model) -> io.BytesIO:
         save_model_to_hdf5(model, file)
         network = json.loads(file.attrs["model_config"], object_hook=_without_defaults)
         file.attrs["model_config"] = json.dumps(network)
+        if not type(model.optimizer).__module__.startswith("keras."):
+            # Keras could not load it, and so not the network either. Its default stands in.
+            training = json.loads(file.attrs["training_config"])
+            training["optimizer_config"] = {"class_name": "SGD", "config": {}}
+            file.attrs["training_config"] = json.dumps(training)
+            del file["optimizer_weights"]
     return buffer
 
 
@@ -210,7 +218,7 @@ def prepare_evaluation(
         dataset: Its test images are evaluated.
     """
     with devices.strategy.scope():
-        network = _as_classifier(keras.models.clone_model(model))
+        network = _as_classifier(clone_network(model))
     evaluator = Evaluator(network, recipe, devices, dataset.test_images, dataset.test_labels)
     evaluator.compile()
     return evaluator
@@ -325,31 +333,33 @@ def _keep_for_report(
         mistake_images=dataset.test_images[mistakes],
         originals=originals,
         original_labels=dataset.train_labels[rows],
-        augmented=augmented_sample(recipe, originals, seed, epochs),
+        augmented=augmented_sample(recipe, originals, seed, epochs, rows),
     ).save(output)
 
 
 def augmented_sample(
-    recipe: Recipe, images: npt.NDArray[np.uint8], seed: int, epochs: int
+    recipe: Recipe,
+    images: npt.NDArray[np.uint8],
+    seed: int,
+    epochs: int,
+    rows: npt.NDArray[np.intp] | None = None,
 ) -> npt.NDArray[np.uint8]:
     """Augment images as a training from this seed augments those at the start of each epoch.
 
     Args:
-        recipe: Says how.
+        recipe: Augments.
         images: [images, height, width, channels] uint8.
         seed: The run's seed.
         epochs: How many of the first epochs.
+        rows: Their rows in the training set, [images] integers; by default the first ones.
 
     Returns:
         [images, epochs, height, width, channels] uint8.
     """
     scaled = tf.cast(images, tf.float32) * (1.0 / 255.0)
+    step = tf.constant([np.arange(len(images)) if rows is None else rows], tf.int64)
     augmented = [
-        recipe.augment(
-            scaled,
-            recipe.draw_augmentation(seed, tf.constant(epoch), 1, len(images))[0],
-            resample_by_op,
-        )
+        recipe.augment(scaled, recipe.draw(seed, tf.constant(epoch), step)[0], resample_by_op)
         for epoch in range(epochs)
     ]
     pixels = np.rint(np.stack([one.numpy() for one in augmented], axis=1) * 255.0)

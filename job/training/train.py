@@ -296,14 +296,19 @@ def _set_up(
     engine = Engine(recipe, devices, dataset, plan, config.learning_rate)
     require_fitting(engine.original, dataset, recipe)
     require_savable(engine.original, recipe)
-    fingerprint = take_fingerprint(config, devices, dataset, engine.original)
+    fingerprint = take_fingerprint(
+        config, devices, dataset, engine.original, recipe, engine.fixed_weights
+    )
     # By these each worker computes its part of the same bits.
     devices.workers.require_equal(
         {**fingerprint.run, "variables": fingerprint.environment.variables}
     )
     history = _resume(engine, fingerprint, attempt)
     _record_start(config, attempt, history, fingerprint, devices, dataset, plan)
-    evaluator = Evaluator(engine.model, recipe, devices, dataset.test_images, dataset.test_labels)
+    # By the images as they are: several views of each would take as long as half an epoch.
+    evaluator = Evaluator(
+        engine.model, recipe, devices, dataset.test_images, dataset.test_labels, with_tta=False
+    )
     preparation = _Preparation(lambda: _prepare_end(engine.original, recipe, devices, dataset))
     if attempt.is_chief:
         observers = [*observers, preparation]

@@ -47,24 +47,24 @@ class Cifar10(NamedTuple):
         return len(self.train_images) // BATCH_SIZE
 
 
-def option_parser(description: str | None) -> argparse.ArgumentParser:
+def option_parser(description: str | None, epochs: int = 50) -> argparse.ArgumentParser:
     """The options that every peer has; one adds its own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data-dir", type=Path, required=True, help="has cifar-10-batches-py/")
-    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--limit", type=int, help="only this many training images; all 50,000")
     return parser
 
 
-def load(data_dir: Path, limit: int | None) -> Cifar10:
-    """Load CIFAR-10, of the training images the first `limit`."""
+def load(data_dir: Path, limit: int | None, batch_size: int = BATCH_SIZE) -> Cifar10:
+    """Load CIFAR-10, of the training images the first `limit`, at least a batch."""
     folder = data_dir / "cifar-10-batches-py"
     if not folder.is_dir():
         raise SystemExit(f"no cifar-10-batches-py in {data_dir}; name another --data-dir")
-    if limit is not None and limit < BATCH_SIZE:
-        raise SystemExit(f"received --limit {limit}, expected at least a batch of {BATCH_SIZE}")
+    if limit is not None and limit < batch_size:
+        raise SystemExit(f"received --limit {limit}, expected at least a batch of {batch_size}")
     train_images, train_labels = _read(folder, [f"data_batch_{number}" for number in range(1, 6)])
     return Cifar10(train_images[:limit], train_labels[:limit], *_read(folder, ["test_batch"]))
 

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ OTHERS = TrainConfig(
     dataset="synthetic",
     cifar10_url="https://mirror/c.tar.gz",
     seed=7,
-    recipe="classic",
+    recipe="fast",
     epochs=3,
     batch_size=96,
     learning_rate=0.5,
@@ -78,10 +78,8 @@ def test_every_field_of_the_configuration_is_an_option_of_train_with_its_variabl
     for name in FIELDS:
         monkeypatch.delenv(f"JOB_{name.upper()}", raising=False)
     assert values_of(parse()) == values_of(TrainConfig())
-    # A new option needs another value above; there is one recipe alone.
-    assert [one for one in values_of(OTHERS) if one in values_of(TrainConfig())] == [
-        ("recipe", str, "classic")
-    ]
+    # A new option needs another value above.
+    assert not [one for one in values_of(OTHERS) if one in values_of(TrainConfig())]
     arguments = []
     for name, kind, _ in values_of(OTHERS):
         arguments += [option_name(name)] if kind is bool else [option_name(name), TEXTS[name]]
@@ -89,6 +87,23 @@ def test_every_field_of_the_configuration_is_an_option_of_train_with_its_variabl
     for name, text in TEXTS.items():
         monkeypatch.setenv(f"JOB_{name.upper()}", text)
     assert values_of(parse()) == values_of(OTHERS)
+
+
+def test_a_recipes_defaults_are_those_of_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = TrainConfig(recipe="fast", epochs=8, batch_size=2000, learning_rate=0.24)
+    assert parse("--recipe", "fast") == fast
+    assert parse("--epochs", "3", "--recipe", "fast") == replace(fast, epochs=3)
+    # A value that is the other recipe's default is a value given.
+    assert parse("--recipe", "fast", "--batch-size", "256") == replace(fast, batch_size=256)
+    monkeypatch.setenv("JOB_RECIPE", "fast")
+    monkeypatch.setenv("JOB_LEARNING_RATE", "0.1")
+    assert parse() == replace(fast, learning_rate=0.1)
+    assert parse("--recipe", "classic") == replace(TrainConfig(), learning_rate=0.1)
+    for arguments in (["train", "--help"], ["train", "--recipe", "classic", "--help"]):
+        text = " ".join(CliRunner().invoke(cli, arguments).output.split())
+        assert "default: 50 (fast: 8);" in text
+        assert "default: 256 (fast: 2000);" in text
+        assert "default: 0.0001 (fast: 0.24);" in text
 
 
 def test_help_tells_commands_exit_codes_variables_and_ranges() -> None:
@@ -240,7 +255,7 @@ BAD_OPTIONS = [
     ("--checkpoint-every 0", "'--checkpoint-every'"),
     ("--stop-after soon", "received 'soon', expected a finite number above 0."),
     ("--deterministic yes", "received 'yes', expected auto, on or off."),
-    ("--recipe modern", "received 'modern', expected classic."),
+    ("--recipe modern", "received 'modern', expected classic or fast."),
     ("--dataset mnist", "received 'mnist', expected cifar10 or synthetic."),
     ("--precision float16", "received 'float16', expected auto, float32 or bfloat16."),
     ("--devices tpu:1", "expected auto, cpu:N or gpu:N"),

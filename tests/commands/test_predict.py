@@ -9,6 +9,7 @@ import keras
 import msgspec
 import numpy as np
 import pytest
+import tensorflow as tf
 from click.testing import CliRunner
 from PIL import Image
 
@@ -122,13 +123,22 @@ def test_without_its_evaluation_a_models_classes_are_numbers(
 
 
 def test_the_views_are_those_of_the_recipe_that_trained_the_model(
-    model_output: OutputDir, make_devices: MakeDevices, monkeypatch: pytest.MonkeyPatch
+    model: keras.Model,
+    small_dataset: Dataset,
+    model_output: OutputDir,
+    make_devices: MakeDevices,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path, views = model_output.path / MODEL, (unchanged, unchanged)
-    monkeypatch.setattr(classic, "RECIPE", replace(classic.RECIPE, tta_views=views))
+    path, views = model_output.path / MODEL, (unchanged, tf.zeros_like)
+    recipe = replace(classic.RECIPE, tta_views=views, tta_weights=(0.75, 0.25))
+    monkeypatch.setattr(classic, "RECIPE", recipe)
     assert load_predictor(path, make_devices(1)).views == (unchanged,)
     RunManifest(model_output, NO_RUN).begin(TrainConfig())
-    assert load_predictor(path, make_devices(1)).views == views
+    predictor = load_predictor(path, make_devices(1))
+    assert predictor.views == views
+    image = small_dataset.test_images[:1]
+    plain, dark = (model.predict(one / np.float32(255), verbose=0) for one in (image, image * 0))
+    np.testing.assert_allclose(predictor(image), 0.75 * plain + 0.25 * dark, atol=1e-6)
     change(model_output.path, recipe="of another version")
     assert load_predictor(path, make_devices(1)).views == (unchanged,)
 

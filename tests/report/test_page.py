@@ -356,6 +356,12 @@ def test_only_the_folder_and_options_that_differ_from_the_defaults_are_named() -
         (TrainConfig(data_dir=Path("d")), "--output-dir output-again --data-dir d"),
         (TrainConfig(dataset="synthetic"), "--output-dir output-again --dataset synthetic"),
         (TrainConfig(output_dir=Path()), "--output-dir .-again"),
+        # Whatever the recipe's own defaults are, these were the run's.
+        (
+            TrainConfig(recipe="fast"),
+            "--output-dir output-again --recipe fast --epochs 50 --batch-size 256 "
+            "--learning-rate 0.0001",
+        ),
     ):
         assert rerun_command(as_recorded(config)) == f"{program()} train {options}"
 

@@ -9,7 +9,7 @@ import pytest
 
 from job.config import TrainConfig, UserError, run_options
 from job.data import Dataset
-from job.recipes import classic
+from job.recipes import Weights, classic
 from job.run.fingerprint import Fingerprint, require_same_run, take_fingerprint
 from tests.conftest import MakeDevices
 
@@ -18,11 +18,17 @@ CONFIG = TrainConfig(dataset="synthetic")
 
 @pytest.fixture
 def take(make_devices: MakeDevices, small_dataset: Dataset) -> Any:
-    def take(dataset: Dataset = small_dataset, model: keras.Model | None = None) -> Fingerprint:
+    def take(
+        dataset: Dataset = small_dataset,
+        model: keras.Model | None = None,
+        weights: Weights | None = None,
+    ) -> Fingerprint:
         if model is None:
             model = classic.RECIPE.build_model(CONFIG.seed, 10)
             classic.RECIPE.compile(model, CONFIG.learning_rate, 100)
-        return take_fingerprint(CONFIG, make_devices(1), dataset, model)
+        return take_fingerprint(
+            CONFIG, make_devices(1), dataset, model, classic.RECIPE, weights or {}
+        )
 
     return take
 

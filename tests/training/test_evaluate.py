@@ -3,12 +3,13 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from job.cluster.devices import Compilation
 from job.data import Dataset
-from job.recipes import classic
+from job.recipes import classic, unchanged
 from job.run.predictions import confusion_matrix
-from job.run.record import ClassRecord, EvaluationRecord
+from job.run.record import ClassRecord, EvaluationRecord, encode
 from job.training.evaluate import Evaluation, Evaluator
 from tests.conftest import MakeDevices
 
@@ -67,6 +68,52 @@ def test_views_are_averaged(
     expected = -np.log(mean[np.arange(len(labels)), labels]).mean()
     assert evaluation.loss == pytest.approx(expected, abs=1e-5)
     assert evaluation.accuracy == pytest.approx((mean.argmax(axis=1) == labels).mean())
+
+
+@pytest.mark.parametrize("compilation", [None, COMPILED], ids=["plain", "compiled"])
+def test_weighted_views_equal_a_reference_beside_the_accuracy_without_them(
+    model: keras.Model,
+    small_dataset: Dataset,
+    make_devices: MakeDevices,
+    compilation: Compilation | None,
+) -> None:
+    def mirrored(images: tf.Tensor) -> tf.Tensor:
+        return images[:, :, ::-1]
+
+    def black(images: tf.Tensor) -> tf.Tensor:
+        return images * 0.0
+
+    last = model.layers[-1].kernel
+    last.assign(np.random.default_rng(1).normal(size=last.shape))  # else every image is alike to it
+    images, labels = small_dataset.test_images[:299], small_dataset.test_labels[:299]
+    scaled = images / np.float32(255)
+    plain, flipped, dark = (
+        model.predict(view, verbose=0) for view in (scaled, scaled[:, :, ::-1], scaled * 0)
+    )
+    # Labels that the unchanged images give, so that the two accuracies differ.
+    labels = np.where(np.arange(299) % 4, plain.argmax(axis=1), labels).astype(np.int32)
+    for views, expected in (
+        ((unchanged, mirrored, black), 0.5 * plain + 0.2 * flipped + 0.3 * dark),
+        ((mirrored, black, black), 0.5 * flipped + 0.2 * dark + 0.3 * dark),
+    ):
+        recipe = replace(classic.RECIPE, tta_views=views, tta_weights=(0.5, 0.2, 0.3))
+        devices = make_devices(1 if compilation else 2, compilation=compilation)
+        evaluator = Evaluator(model, recipe, devices, images, labels)
+        evaluation, probabilities = evaluator.predict()
+        np.testing.assert_allclose(probabilities, expected, atol=1e-6)
+        assert evaluation.accuracy == pytest.approx((expected.argmax(axis=1) == labels).mean())
+        accuracy = (plain.argmax(axis=1) == labels).mean()
+        assert evaluation.accuracy_without_tta == pytest.approx(accuracy)
+        assert evaluation.accuracy < accuracy
+        record = evaluation.record(("a",) * 10, "model.h5", "")
+        assert record.accuracy_without_tta == evaluation.accuracy_without_tta
+        # As a training validates.
+        evaluator = Evaluator(model, recipe, devices, images, labels, with_tta=False)
+        evaluation, probabilities = evaluator.predict()
+        np.testing.assert_allclose(probabilities, plain, atol=1e-6)
+        assert evaluation.accuracy == pytest.approx(accuracy)
+        assert evaluation.accuracy_without_tta is None
+        assert b"accuracy_without_tta" not in encode(evaluation.record(("a",) * 10, "m", ""))
 
 
 def test_the_record_has_precision_recall_and_support_of_each_class() -> None:

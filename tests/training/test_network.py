@@ -12,10 +12,12 @@ from job.recipes import classic
 from job.training import network
 from job.training.network import (
     FusedBatchNormalization,
+    FusedGelu,
     MatrixDense,
     PatchConvolution,
     TrainingMaxPooling,
     build_network,
+    gelu,
     max_pool_2x2,
     training_network,
 )
@@ -300,7 +302,7 @@ def test_other_layers_and_networks_are_left_as_they_are() -> None:
     joined = keras.layers.Concatenate()(
         [keras.layers.Flatten()(pooled), keras.layers.Flatten()(shared)]
     )
-    normal = keras.layers.BatchNormalization(scale=False)(joined)
+    normal = keras.layers.BatchNormalization(center=False)(joined)
     model = keras.Model(inputs, keras.layers.Dense(2)(normal))
     fast = training_network(model, "float32")
     expected = [type(layer) for layer in model.layers]
@@ -308,6 +310,54 @@ def test_other_layers_and_networks_are_left_as_they_are() -> None:
     assert [type(layer) for layer in fast.layers] == expected
     x = np.random.default_rng(0).random((4, 8, 8, 3), np.float32)
     np.testing.assert_array_equal(fast(x), model(x))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_fused_batch_normalization_takes_any_epsilon_and_needs_no_scale(compiled: bool) -> None:
+    layers = keras.layers
+    norm = layers.BatchNormalization(scale=False, momentum=0.6, epsilon=1e-12)
+    original = keras.Sequential([keras.Input((4, 4, 3)), norm])
+    fast = training_network(original, "float32", compiled)
+    assert isinstance(fast.layers[0], FusedBatchNormalization)
+    # Beside their variance an epsilon of 1e-5 would be large.
+    x = np.random.default_rng(0).normal(size=(8, 4, 4, 3)).astype(np.float32) * 1e-3
+    outputs, values = gradients(fast, x)
+    expected_outputs, expected_values = gradients(original, x)
+    np.testing.assert_allclose(outputs, expected_outputs, rtol=1e-4, atol=1e-4)
+    assert np.std(outputs) == pytest.approx(1.0, abs=1e-3)
+    for value, expected in zip(values, expected_values, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
+    for weight, expected in zip(fast.get_weights(), original.get_weights(), strict=True):
+        np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fused_gelu_and_its_gradient_are_keras_s(dtype: str) -> None:
+    values = tf.cast(tf.linspace(-12.0, 12.0, 4001), dtype)
+    exact = tf.cast(values, tf.float32)
+    tolerances: Any = {"rtol": 1e-5, "atol": 2e-6}
+    if dtype == "bfloat16":
+        tolerances = {"rtol": 1e-2, "atol": 1e-2}
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([values, exact])
+        received = gelu(values)
+        expected = keras.activations.gelu(exact, approximate=False)
+    assert received.dtype == dtype
+    np.testing.assert_allclose(tf.cast(received, tf.float32), expected, **tolerances)
+    slope = tf.cast(tape.gradient(received, values), tf.float32)
+    np.testing.assert_allclose(slope, tape.gradient(expected, exact), **tolerances)
+
+
+def test_gelu_is_fused_where_xla_does_not_compile_the_network() -> None:
+    layers = keras.layers
+    activations = [layers.Activation("gelu"), layers.Activation("relu")]
+    model = keras.Sequential([keras.Input((4,)), *activations, layers.Dense(2)])
+
+    def kinds(**options: Any) -> list[type]:
+        return [type(layer) for layer in training_network(model, "float32", **options).layers[:2]]
+
+    assert kinds(elementwise=True) == [FusedGelu, layers.Activation]
+    assert kinds() == kinds(elementwise=True, compiled=True) == [layers.Activation] * 2
 
 
 @pytest.mark.parametrize("elementwise", [True, False])

@@ -26,6 +26,7 @@ from job.run.stop import Watchdog
 from job.training import saved_model
 from job.training.engine import Engine, Plan
 from job.training.evaluate import Evaluator
+from job.training.network import build_network
 from job.training.saved_model import load_model, save_model
 from tests.conftest import MakeDevices
 from tests.run_folders import TRAINING
@@ -229,6 +230,31 @@ def test_a_picture_that_cannot_be_drawn_costs_no_evaluation(
     assert evaluation["event"] == "evaluation"
     names = {path.name for path in output.path.iterdir()}
     assert names == {"cifar10_model.h5", "evaluation.json", "predictions.npz", "run.json"}
+
+
+class Own(keras.optimizers.SGD):  # type: ignore[misc]
+    """An optimizer that Keras does not have."""
+
+
+def test_an_optimizer_of_ones_own_keeps_nobody_from_loading_the_file(
+    tmp_path: Path, small_dataset: Dataset
+) -> None:
+    recipe = dataclasses.replace(
+        classic.RECIPE, build_optimizer=lambda rate, steps: Own(rate, momentum=0.9)
+    )
+    weights = {"conv1/kernel": np.ones((3, 3, 3, 32), np.float32)}
+    model = build_network(recipe, 1, 10, 0.1, 5, weights)
+    # The optimizer leaves fixed weights alone; in the file they have their place among the others.
+    assert len(model.optimizer.variables) == 2 + len(model.trainable_variables) - 1
+    save_model(model, OutputDir(tmp_path), "model.h5")
+    loaded = keras.models.load_model(tmp_path / "model.h5")
+    images = small_dataset.test_images[:64] / np.float32(255)
+    one_hot = keras.utils.to_categorical(small_dataset.test_labels[:64], 10)
+    np.testing.assert_allclose(
+        loaded.evaluate(images, one_hot, verbose=0), model.evaluate(images, one_hot, verbose=0)
+    )
+    assert type(loaded.optimizer) is keras.optimizers.SGD
+    np.testing.assert_array_equal(loaded.layers[0].kernel, weights["conv1/kernel"])
 
 
 def test_the_augmented_sample_is_drawn_as_a_training_draws_it(small_dataset: Dataset) -> None:
