@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import keras
@@ -56,6 +56,8 @@ class Recipe:
         initial_weights: From training images [examples, height, width, channels] uint8 to values
             of variables. They replace what `build_model` drew and are not trained. They are part
             of the run: other values are another run. None if no variable depends on images.
+        early_variables: Variables, by names as in `Weights`, that have a gradient only in this
+            share of a run's epochs, from the first. Later it is zero, and CPUs do not compute it.
 
     Augmentation and views become graphs without AutoGraph: on tensors they use TensorFlow's control
     flow.
@@ -72,6 +74,7 @@ class Recipe:
     label_smoothing: float = 0.0
     loss_reduction: Literal["mean", "sum"] = "mean"
     initial_weights: Callable[[npt.NDArray[np.uint8]], Weights] | None = None
+    early_variables: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse functions with other parameters, and values out of their range.

@@ -343,4 +343,5 @@ RECIPE = Recipe(
     label_smoothing=0.2,
     loss_reduction="sum",
     initial_weights=whitening_weights,
+    early_variables={"whitening/bias": WHITENING_BIAS_SHARE},
 )

@@ -22,7 +22,12 @@ from job.data import Dataset
 from job.recipes import Recipe, resample_by_gather, resample_by_op
 from job.run.checkpoint import Arrays, Progress
 from job.training.carried_loop import can_carry, run_steps
-from job.training.network import build_network, frozen_variables, training_network
+from job.training.network import (
+    build_network,
+    frozen_variables,
+    named_variables,
+    training_network,
+)
 
 
 class ResidentImages:
@@ -177,6 +182,8 @@ class Engine:
             # Loss and correct predictions, and for each worker whether it was told to stop.
             zeros = np.zeros(2 + self.workers.count, np.float32)
             self._sums = keras.Variable(zeros, trainable=False, name="sums")
+        self._skips_late_gradients = not compilation.network
+        self._early_epochs = self._find_early_epochs()
         frozen = frozen_variables(self.model, self.fixed_weights)
         self._statistics = [
             variable
@@ -189,6 +196,15 @@ class Engine:
             if variable.path.endswith("seed_generator_state")
         ]
         self._random_keys = random_keys(plan.seed, len(self._random_states), self._replicas)
+
+    def _find_early_epochs(self) -> dict[int, int]:
+        """For the number of each of the recipe's early variables its epochs with a gradient."""
+        named = named_variables(self.model)
+        numbers = {id(one): number for number, one in enumerate(self.model.trainable_variables)}
+        return {
+            numbers[id(named[name])]: round(share * self.plan.epochs)
+            for name, share in self.recipe.early_variables.items()
+        }
 
     @property
     def learning_rate(self) -> float:
@@ -218,12 +234,15 @@ class Engine:
         batches = tf.constant(order.reshape(plan.steps_per_epoch, plan.global_batch_size))
         draws = self._draw(tf.constant(epoch), batches)
         first_step = epoch * plan.steps_per_epoch
+        late: tuple[int, ...] = ()
+        if self._skips_late_gradients:  # to compile a second form of the step would take longer
+            late = tuple(one for one, epochs in self._early_epochs.items() if epoch >= epochs)
         done = done or Progress()
         for start in range(done.steps, plan.steps_per_epoch, STEPS_PER_EXECUTION):
             end = min(start + STEPS_PER_EXECUTION, plan.steps_per_epoch)
             told = tf.constant(float(is_told_to_stop()))
             step = tf.constant(first_step + start)
-            sums = self._execute(batches[start:end], draws[start:end], step, told)
+            sums = self._execute(batches[start:end], draws[start:end], step, told, late)
             # Reading the sums waits for the devices: the execution is over.
             loss, correct, *asked = sums.numpy()
             self.asked_to_stop = tuple(int(rank) for rank in np.flatnonzero(asked))
@@ -281,7 +300,12 @@ class Engine:
 
     @graph_function
     def _execute(
-        self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor, told: tf.Tensor
+        self,
+        batches: tf.Tensor,
+        draws: tf.Tensor,
+        first_step: tf.Tensor,
+        told: tf.Tensor,
+        late: tuple[int, ...] = (),
     ) -> tf.Tensor:
         """Run the steps of an execution.
 
@@ -290,6 +314,7 @@ class Engine:
             draws: [steps, global_batch_size, ...] what augments them.
             first_step: Scalar int32, step of the run that the execution begins with.
             told: Scalar float32, 1 if this worker is told to stop, else 0.
+            late: Numbers of the trainable variables whose gradients are not computed.
 
         Returns:
             [2 + workers] float32: the sum of the losses and the correct predictions, exact up to
@@ -299,14 +324,16 @@ class Engine:
         if self._compiled_steps:
             self._strategy.run(self._compiled_steps, (batches, draws, first_step))
         else:
-            self._run_steps(batches, draws, first_step)
+            self._run_steps(batches, draws, first_step, late)
         if self._replicas > 1 and self._statistics:
             self._strategy.run(self._average_statistics)
         return self._strategy.reduce(
             "SUM", self._strategy.run(self._sums.value.read_value), axis=None
         )
 
-    def _run_steps(self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor) -> None:
+    def _run_steps(
+        self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor, late: tuple[int, ...]
+    ) -> None:
         """Run the steps of an execution one after the other on all replicas."""
         steps = batches.shape[0]
 
@@ -318,7 +345,7 @@ class Engine:
             # Processors that the network leaves idle augment the next images meanwhile. The last
             # step's are augmented once more, for nothing.
             following = prepare(tf.minimum(step + 1, steps - 1))
-            self._strategy.run(self._replica_step, (*batch, first_step + step))
+            self._strategy.run(self._replica_step, (*batch, first_step + step, late))
             return step + 1, *following
 
         tf.while_loop(lambda step, *_: step < steps, run, [0, *prepare(tf.constant(0))])
@@ -343,20 +370,26 @@ class Engine:
     def _reset_sums(self, told: tf.Tensor) -> None:
         self._sums.assign(tf.one_hot(2 + self.workers.spec.index, 2 + self.workers.count) * told)
 
-    def _replica_step(self, images: tf.Tensor, labels: tf.Tensor, step: tf.Tensor) -> None:
+    def _replica_step(
+        self, images: tf.Tensor, labels: tf.Tensor, step: tf.Tensor, late: tuple[int, ...] = ()
+    ) -> None:
         """One replica's part of a step.
 
         Args:
             images: [rows, height, width, channels] float32, augmented.
             labels: [rows] int64.
             step: Scalar int32, global step of the run.
+            late: Numbers of the trainable variables whose gradients are not computed.
         """
         context = tf.distribute.get_replica_context()
         replica = context.replica_id_in_sync_group
         # Each replica drops units of its own, as a function of nothing but seed, replica and step.
         for keys, state in zip(self._random_keys, self._random_states, strict=True):
             state.assign(tf.stack([keys[replica], tf.cast(step, keys.dtype)]))
-        gradients, loss, correct = self._gradients(images, labels)
+        gradients, loss, correct = self._gradients(images, labels, late)
+        for number, epochs in self._early_epochs.items():
+            is_early = step < epochs * self.plan.steps_per_epoch
+            gradients[number] *= tf.cast(is_early, tf.float32)
         if self._replicas > 1:
             gradients = context.all_reduce("SUM", gradients)
         self._update(gradients)
@@ -375,13 +408,13 @@ class Engine:
         return self.recipe.augment(self._data.decode(pixels), draws, self._resample)
 
     def _compute_gradients(
-        self, images: tf.Tensor, labels: tf.Tensor
+        self, images: tf.Tensor, labels: tf.Tensor, late: tuple[int, ...]
     ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
         """Gradients of this replica's part of the objective: they sum over the replicas."""
         variables = [variable.value for variable in self.model.trainable_variables]
-        with tf.GradientTape() as tape:
-            # Those that a loop carries are tensors, which no tape watches of itself.
-            tape.watch(variables)
+        watched = [one for number, one in enumerate(variables) if number not in late]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(watched)
             probabilities = self.model(images, training=True)
             smoothing = self.recipe.label_smoothing
             truth = tf.one_hot(labels, self._classes) * (1.0 - smoothing)
@@ -394,8 +427,12 @@ class Engine:
                 objective /= self.plan.global_batch_size
             objective += tf.add_n([tf.constant(0.0), *penalties]) / self._replicas
         correct = tf.equal(tf.argmax(probabilities, axis=-1), labels)
+        gradients = iter(tape.gradient(objective, watched))
         return (
-            tape.gradient(objective, variables),
+            [
+                tf.zeros(one.shape) if number in late else next(gradients)
+                for number, one in enumerate(variables)
+            ],
             tf.reduce_sum(losses),
             tf.reduce_sum(tf.cast(correct, tf.float32)),
         )

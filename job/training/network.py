@@ -69,7 +69,7 @@ def build_network(
 @contextlib.contextmanager
 def _frozen(model: keras.Model, weights: Weights) -> Iterator[None]:
     """Set variables to these values, and freeze them during the body."""
-    variables = _named_variables(model)
+    variables = named_variables(model)
     for name, values in weights.items():
         if name not in variables:
             raise ValueError(f"initial_weights has {name}, expected one of {', '.join(variables)}")
@@ -80,7 +80,8 @@ def _frozen(model: keras.Model, weights: Weights) -> Iterator[None]:
         variables[name].trainable = True
 
 
-def _named_variables(model: keras.Model) -> dict[str, keras.Variable]:
+def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
+    """A network's variables by layer and variable, such as "conv1/kernel"."""
     return {
         f"{layer.name}/{variable.name}": variable
         for layer in model.layers
@@ -90,7 +91,7 @@ def _named_variables(model: keras.Model) -> dict[str, keras.Variable]:
 
 def frozen_variables(model: keras.Model, fixed_weights: Iterable[str]) -> set[int]:
     """Identities of the variables that nothing assigns: fixed ones, and those of frozen layers."""
-    named = _named_variables(model)
+    named = named_variables(model)
     layers = [layer for layer in model.layers if not layer.trainable]
     variables = [named[name] for name in fixed_weights]
     variables += [variable for layer in layers for variable in layer.variables]
@@ -225,7 +226,7 @@ def training_network(
 
     copy = clone_network(model, rebuild)
     copy.set_weights(model.get_weights())
-    variables = _named_variables(copy)
+    variables = named_variables(copy)
     for name in fixed_weights:
         variables[name].trainable = False
     return copy

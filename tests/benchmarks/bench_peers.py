@@ -1,4 +1,4 @@
-"""Measure this job, PyTorch and JAX in turn on the same device: the recipe `classic` in each.
+"""Measure this job, PyTorch and JAX in turn on the same device: the same recipe in each.
 
 PyTorch and JAX are installed apart, as their CUDA libraries and TensorFlow's do not fit into one
 environment; --python names the interpreter that has them. One that it lacks is left out.
@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import click
 
+from job.config import TrainConfig
+from job.registry import recipe_defaults
 from tests.benchmarks.harness import (
     Record,
     Training,
@@ -28,11 +30,15 @@ from tests.benchmarks.harness import (
     train,
     write_results,
 )
-from tests.benchmarks.peer import BATCH_SIZE
 
 THIS_JOB = "this job"
-# The package that each needs, and the module that trains with it.
-PEERS = {"PyTorch": ("torch", "peer_pytorch"), "JAX": ("jax", "peer_jax")}
+# The package that each needs.
+PEERS = {"PyTorch": "torch", "JAX": "jax"}
+# For each recipe the module by which each of them trains it.
+MODULES = {
+    "classic": {"PyTorch": "peer_pytorch", "JAX": "peer_jax"},
+    "fast": {"PyTorch": "peer_pytorch_fast"},
+}
 
 
 class Run(NamedTuple):
@@ -56,6 +62,7 @@ class Run(NamedTuple):
 
 @click.command()
 @options
+@click.option("--recipe", type=click.Choice([*MODULES]), default="classic", show_default=True)
 @click.option(
     "--precision",
     type=click.Choice(("float32", "bfloat16")),
@@ -73,7 +80,7 @@ class Run(NamedTuple):
 @click.option("--epochs", type=click.IntRange(min=2), default=3, show_default=True)
 @click.option(
     "--limit",
-    type=click.IntRange(min=BATCH_SIZE),
+    type=click.IntRange(min=1),
     default=50_000,
     show_default=True,
     help="Only the first N training images.",
@@ -85,29 +92,36 @@ def main(
     data_dir: Path,
     output_dir: Path,
     rounds: int,
+    recipe: str,
     precision: str,
     peer: tuple[str, ...],
     epochs: int,
     limit: int,
     python: str,
 ) -> None:
-    """Print a table and write bench_peers-PRECISION.json."""
+    """Print a table and write bench_peers-RECIPE-PRECISION.json."""
     if not shutil.which(python):
         raise click.BadParameter(
             f"received {python}, expected a Python interpreter; name its path",
             param_hint="--python",
         )
+    batch_size = int(recipe_defaults(recipe).get("batch_size", TrainConfig().batch_size))
+    if limit < batch_size:
+        raise click.BadParameter(
+            f"received {limit}, expected at least a batch of {batch_size}", param_hint="--limit"
+        )
     arguments = f"--precision {precision} --epochs {epochs} --limit {limit}"
+    modules = MODULES[recipe]
+    peers = _installed([one for one in peer if one in modules], python)
     runs = interleave(
         rounds,
-        [THIS_JOB, *_installed(peer, python)],
-        lambda name: _run(name, data_dir, arguments, python),
+        [THIS_JOB, *peers],
+        lambda name: _run(modules.get(name), recipe, data_dir, arguments, python),
         lambda name, run: f"{name:<10} {run.later:7.3f} s an epoch, the first {run.seconds[0]:.1f}",
     )
-    results = summarize(runs, limit // BATCH_SIZE * BATCH_SIZE)
-    write_results(
-        output_dir, f"bench_peers-{precision}", {"options": arguments, "results": results}
-    )
+    results = summarize(runs, limit // batch_size * batch_size)
+    document = {"recipe": recipe, "options": arguments, "results": results}
+    write_results(output_dir, f"bench_peers-{recipe}-{precision}", document)
     click.echo(f"\n{_table(results, precision)}")
     for name, result in results.items():
         libraries = ", ".join(f"{library} {one}" for library, one in result["versions"].items())
@@ -127,7 +141,7 @@ def _installed(peers: Iterable[str], python: str) -> list[str]:
     """The peers that the interpreter can run; why it cannot run others goes to stderr."""
     installed = []
     for name in peers:
-        package, _ = PEERS[name]
+        package = PEERS[name]
         if problem := problem_with(package, python):
             click.echo(
                 f"{name} is left out: {python} cannot load it ({problem}); install it there by "
@@ -139,11 +153,11 @@ def _installed(peers: Iterable[str], python: str) -> list[str]:
     return installed
 
 
-def _run(name: str, data_dir: Path, arguments: str, python: str) -> Run:
-    if name == THIS_JOB:
-        return run_of_job(train(data_dir, arguments))
-    module = f"tests.benchmarks.{PEERS[name][1]}"
-    command = ["-m", module, "--data-dir", data_dir, *arguments.split()]
+def _run(module: str | None, recipe: str, data_dir: Path, arguments: str, python: str) -> Run:
+    """Train by a peer's module, or by this job."""
+    if module is None:
+        return run_of_job(train(data_dir, f"--recipe {recipe} {arguments}"))
+    command = ["-m", f"tests.benchmarks.{module}", "--data-dir", data_dir, *arguments.split()]
     *epochs, summary = json_lines(run_python(command, python=python))
     return Run([one["seconds"] for one in epochs], summary["device"], summary["versions"])
 

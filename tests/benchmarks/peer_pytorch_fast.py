@@ -3,9 +3,10 @@
     python -m tests.benchmarks.peer_pytorch_fast --data-dir data --epochs 8 --precision bfloat16
 
 Memory is channels last, and the network computes under autocast. Inductor compiles network and
-gradients on a GPU. The saved epochs of a CUDA graph would be few: a step takes milliseconds.
+gradients on a GPU.
 """
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - what all of PyTorch's users call it
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.benchmarks import peer
 
@@ -34,6 +36,7 @@ class Network(nn.Module):  # type: ignore[misc]
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
+        self.trains_whitening_bias = True
         self.whitening = nn.Conv2d(3, 24, 2)
         self.whitening.weight.requires_grad = False
         nn.init.zeros_(self.whitening.bias)
@@ -54,7 +57,9 @@ class Network(nn.Module):  # type: ignore[misc]
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         device, mixed = images.device.type, self.dtype != torch.float32
         with torch.autocast(device, self.dtype, enabled=mixed, cache_enabled=False):
-            x = F.gelu(self.whitening(images))
+            bias = self.whitening.bias
+            bias = bias if self.trains_whitening_bias else bias.detach()
+            x = F.gelu(F.conv2d(images, self.whitening.weight, bias))
             layers = zip(self.convolutions, self.norms, strict=True)
             for number, (convolution, norm) in enumerate(layers):
                 x = convolution(x)
@@ -118,6 +123,10 @@ class Trainer:
         dtype: What to compute in; parameters and statistics are float32.
         epochs: Of the run.
         compiled: Compiles a function.
+
+    Attributes:
+        model: The network.
+        steps: Of an epoch.
     """
 
     def __init__(
@@ -151,8 +160,8 @@ class Trainer:
             nesterov=True,
         )
         self._muon = Muon([convolution.weight for convolution in model.convolutions])
-        self._steps = len(data.train_images) // BATCH_SIZE
-        self._total, self._done = self._steps * epochs, 0
+        self.steps = len(data.train_images) // BATCH_SIZE
+        self._total, self._done = self.steps * epochs, 0
         self._bias_steps = math.ceil(3 / 8 * self._total)
 
     def train_epoch(self, epoch: int) -> float:
@@ -160,16 +169,26 @@ class Trainer:
         self.model.train()
         images = torch.where(self._flips ^ (epoch % 2 == 1), self._images.flip(-1), self._images)
         images = self._shift(images)
-        order = torch.randperm(len(images), device=self._device)[: self._steps * BATCH_SIZE]
+        order = torch.randperm(len(images), device=self._device)[: self.steps * BATCH_SIZE]
         loss_sum = torch.zeros((), device=self._device)
         for rows in order.split(BATCH_SIZE):
             batch = images[rows].contiguous(memory_format=torch.channels_last)
-            loss = self._loss(self.model, batch, self._labels[rows])
-            loss.backward()
-            self._step()
-            loss_sum += loss.detach()
+            loss_sum += self._train_batch(batch, self._labels[rows])
         self._synchronize()
         return float(loss_sum) / len(order)
+
+    def train_step(self, *, late: bool = False) -> None:
+        """Train a step on the first images, of those after the whitening layer's if `late`."""
+        self._done = self._bias_steps if late else 0
+        images = self._images[:BATCH_SIZE].contiguous(memory_format=torch.channels_last)
+        self._train_batch(images, self._labels[:BATCH_SIZE])
+
+    def _train_batch(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.model.trains_whitening_bias = self._done < self._bias_steps
+        loss = self._loss(self.model, images, labels)
+        loss.backward()
+        self._step()
+        return loss.detach()
 
     def validate(self) -> float:
         """Accuracy on the test images, each as it is."""
@@ -232,9 +251,29 @@ class Trainer:
             torch.cuda.synchronize()
 
 
+def count_multiply_adds(trainer: Trainer, epochs: int) -> dict[str, int]:
+    """Multiply-adds of a run, by what PyTorch counts in one epoch of each kind."""
+
+    def count(function: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            function()
+        return int(counter.get_total_flops()) // 2
+
+    early = round(3 / 8 * epochs)
+    counts = {
+        "training": early * count(trainer.train_step)
+        + (epochs - early) * count(lambda: trainer.train_step(late=True)),
+        "validations": epochs * count(trainer.validate),
+        "evaluation": count(trainer.validate_views),
+    }
+    counts["training"] *= trainer.steps
+    return {**counts, "total": sum(counts.values())}
+
+
 def main() -> None:
     """Train and report."""
     parser = peer.option_parser(__doc__, epochs=8)
+    parser.add_argument("--count", action="store_true", help="count multiply-adds instead")
     options = parser.parse_args()
     data = peer.load(options.data_dir, options.limit, BATCH_SIZE)
     on_gpu = torch.cuda.is_available()
@@ -248,6 +287,9 @@ def main() -> None:
         return torch.compile(function, dynamic=False) if on_gpu else function
 
     trainer = Trainer(data, device, dtype, options.epochs, compiled)
+    if options.count:
+        print(json.dumps(count_multiply_adds(trainer, options.epochs)))
+        return
     about = {
         "versions": {
             "torch": torch.__version__,

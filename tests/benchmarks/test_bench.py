@@ -5,11 +5,17 @@ from typing import Any
 
 import click
 import pytest
+import tensorflow as tf
 
+from job.cluster.devices import Compilation
+from job.data import Dataset
+from job.training.engine import Plan
 from tests.benchmarks.bench import Kernels, kernels_in
 from tests.benchmarks.bench_peers import THIS_JOB, Run, problem_with, run_of_job, summarize
 from tests.benchmarks.bench_start import STAGES, middle_run, stages_of
 from tests.benchmarks.harness import Training, interleave, run_python, table
+from tests.benchmarks.multiply_adds import count, count_run
+from tests.conftest import MakeDevices
 
 
 def test_overlapping_kernels_cover_their_time_once() -> None:
@@ -98,6 +104,38 @@ def test_a_table_is_aligned_markdown() -> None:
 def test_a_peer_that_is_not_installed_is_named_with_the_reason() -> None:
     assert problem_with("json", sys.executable) is None
     assert "No module named 'no_peer'" in str(problem_with("no_peer", sys.executable))
+
+
+def test_multiply_adds_are_those_of_what_is_computed() -> None:
+    images, kernel, matrix = tf.ones([2, 8, 8, 3]), tf.ones([3, 3, 3, 4]), tf.ones([256, 5])
+    convolution, product = 2 * 8 * 8 * 4 * (9 * 3), 2 * 5 * 256
+
+    def compute(images: tf.Tensor) -> tf.Tensor:
+        with tf.GradientTape() as tape:
+            tape.watch(matrix)
+            hidden = tf.reshape(tf.nn.conv2d(images, kernel, 1, "SAME"), [2, 256])
+            loss = tf.reduce_sum((hidden @ matrix) ** 2)
+        return tape.gradient(loss, matrix)
+
+    # Two products with the matrix, none with the convolution's gradient.
+    assert count(compute, images) == convolution + 2 * product
+    assert count(tf.function(compute), images) == convolution + 2 * product
+
+
+def test_the_fast_recipe_multiplies_what_its_network_needs(
+    small_dataset: Dataset, make_devices: MakeDevices
+) -> None:
+    devices = make_devices(1, compilation=Compilation(False, False))
+    counts = count_run("fast", small_dataset, devices, Plan(16, 1, epochs=8, seed=1), 10)
+    whitening, second, forward = 276_768, 13_284_864, 118_147_360
+    muon = 3_166_765_056
+    # Nothing for the whitening filters and the images' gradient; later no gradient of its outputs.
+    early = 16 * (3 * forward - 2 * whitening) + muon
+    assert counts == {
+        "training": 8 * early - 5 * 16 * second,
+        "validations": 8 * 10 * forward,
+        "evaluation": 6 * 10 * forward,
+    }
 
 
 def test_peers_are_compared_by_their_later_epochs() -> None:

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import keras
@@ -36,7 +37,7 @@ def plain_model(seed: int, classes: int) -> keras.Model:
     return keras.Sequential(
         [
             keras.Input((32, 32, 3)),
-            layers.Conv2D(8, 3, activation="relu"),
+            layers.Conv2D(8, 3, activation="relu", name="conv"),
             layers.MaxPooling2D(),
             layers.Flatten(),
             layers.Dense(classes, activation="softmax"),
@@ -148,15 +149,10 @@ def test_weights_taken_from_the_images_are_trained_by_nothing(
 
     def look(images: np.ndarray) -> dict[str, np.ndarray]:
         assert images is small_dataset.train_images
-        return {"conv2d/kernel": kernel}
-
-    def build_model(seed: int, classes: int) -> keras.Model:
-        model = plain_model(seed, classes)
-        model.layers[0].name = "conv2d"
-        return model
+        return {"conv/kernel": kernel}
 
     plan = Plan(63, steps_per_epoch=2, epochs=1, seed=42)
-    recipe = replace(PLAIN, build_model=build_model, initial_weights=look)
+    recipe = replace(PLAIN, initial_weights=look)
     # Their mean over three replicas would be rounded.
     engine = Engine(recipe, make_devices(3), small_dataset, plan, 0.1)
     before = engine.original.get_weights()
@@ -164,11 +160,30 @@ def test_weights_taken_from_the_images_are_trained_by_nothing(
     after = engine.export().get_weights()
     np.testing.assert_array_equal(after[0], kernel)
     assert all((one != other).any() for one, other in zip(before[1:], after[1:], strict=True))
-    assert len(engine.fixed_weights) == 1
-    assert [variable.shape for variable in engine._optimizer.variables[2:]] == []
     wrong = replace(recipe, initial_weights=lambda images: {"conv9/kernel": kernel})
     with pytest.raises(ValueError, match="initial_weights has conv9/kernel, expected one of conv"):
         Engine(wrong, make_devices(1), small_dataset, plan, 0.1)
+
+
+@pytest.mark.parametrize(
+    "compilation", [None, Compilation(True, True, loops=True)], ids=["plain", "compiled"]
+)
+def test_early_variables_have_no_gradient_in_later_epochs(
+    small_dataset: Dataset, make_devices: MakeDevices, compilation: Compilation | None
+) -> None:
+    recipe = replace(PLAIN, early_variables={"conv/bias": 0.5})
+    engine = make_engine(
+        small_dataset, make_devices, recipe, learning_rate=0.1, steps=2, compilation=compilation
+    )
+    states = [engine.export().get_weights()]
+    for epoch in range(2):
+        list(engine.train_epoch(epoch))
+        states.append(engine.export().get_weights())
+    moved = [
+        [bool((one != other).any()) for one, other in zip(*pair, strict=True)]
+        for pair in pairwise(states)
+    ]
+    assert moved == [[True, True, True, True], [True, False, True, True]]
 
 
 def test_augmented_batch_is_the_same_bits_on_any_number_of_replicas(
