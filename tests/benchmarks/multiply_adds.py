@@ -1,6 +1,6 @@
-"""Count the multiply-adds of a run of the recipe `fast`, from the graphs that it computes.
+"""Count the multiply-adds of a run on CIFAR-10, from the graphs that it computes.
 
-    python -m tests.benchmarks.multiply_adds
+    python -m tests.benchmarks.multiply_adds fast
 
 Convolutions and products of matrices count, forwards and backwards, as their shapes have it: a
 padded border is multiplied, too. PyTorch's own counter (`peer_pytorch_fast --count`) does the same.
@@ -11,7 +11,10 @@ padded border is multiplied, too. PyTorch's own counter (`peer_pytorch_fast --co
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+
+import click
 
 from job.commands.cli import load_tensorflow
 
@@ -20,9 +23,10 @@ load_tensorflow()
 import tensorflow as tf
 
 from job.cluster.devices import Devices, open_visible_devices
-from job.config import TrainConfig
+from job.config import TrainConfig, list_recipes
 from job.data import Dataset, synthetic
 from job.recipes import get_recipe
+from job.registry import recipe_defaults
 from job.training.engine import Engine, Plan
 from job.training.evaluate import mean_over_views
 
@@ -115,13 +119,16 @@ def count_run(
     }
 
 
-def main() -> None:
-    """Print the counts as JSON."""
+@click.command()
+@click.argument("recipe", type=click.Choice(list_recipes()))
+def main(recipe: str) -> None:
+    """Print the counts of a run with the recipe's defaults as JSON."""
+    config = replace(TrainConfig(jit="off"), **recipe_defaults(recipe))  # type: ignore[arg-type]
     images, labels = synthetic.draw(2000, seed=1, stream=0)
     names = synthetic.CLASS_NAMES
     dataset = Dataset("synthetic", names, images, labels, images[:10], labels[:10])
-    devices = open_visible_devices(TrainConfig(jit="off"))
-    counts = count_run("fast", dataset, devices, Plan(2000, 25, 8, 42), 10_000)
+    plan = Plan(config.batch_size, 50_000 // config.batch_size, config.epochs, config.seed)
+    counts = count_run(recipe, dataset, open_visible_devices(config), plan, 10_000)
     print(json.dumps({**counts, "total": sum(counts.values())}))
 
 

@@ -127,7 +127,7 @@ def test_a_broken_picture_is_named(copy: Path) -> None:
 def test_both_names_are_choices_of_the_command_line(copy: Path) -> None:
     help_text = job(copy, "train", "--help").stdout
     assert "[cifar10|leaves|synthetic]" in help_text
-    assert "[classic|leafnet]" in help_text
+    assert "[classic|fast|leafnet]" in help_text
 
 
 def test_an_error_in_ones_own_file_is_one_line_with_its_place(copy: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_network_for_other_images_is_refused_before_training(copy: Path) -> No
 
 def test_every_file_named_is_in_the_repository_or_made_by_the_page(copy: Path) -> None:
     named = set(re.findall(r"`(job/[^`]+)`", PAGE))
-    assert len(named) == 8
+    assert len(named) == 9
     for name in named:
         assert (copy / name).exists(), name
 
