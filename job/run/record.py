@@ -64,7 +64,7 @@ class ClassRecord(Struct, frozen=True):
     support: Count
 
 
-class EvaluationRecord(Struct, frozen=True, omit_defaults=True):
+class EvaluationRecord(Struct, frozen=True):
     """``evaluation.json``: what the saved model does on the whole test set.
 
     Attributes:
@@ -76,7 +76,7 @@ class EvaluationRecord(Struct, frozen=True, omit_defaults=True):
         model: Name of the model file.
         model_sha256: Its SHA-256.
         accuracy_without_tta: The accuracy without test-time augmentation, from each image as it is;
-            left out if the recipe has no other view.
+            None if the recipe has no other view.
     """
 
     loss: float
