@@ -270,14 +270,17 @@ def evaluate_saved(
     # Last, because it tells which model file everything belongs to.
     record = evaluation.record(dataset.class_names, MODEL, sha256_of(path))
     output.write_bytes(EVALUATION, encode(record, indent=True))
+    plain = evaluation.accuracy_without_tta
+    without_tta = "" if plain is None else f" ({plain:.2%} without test-time augmentation)"
     log.event(
         "evaluation",
         loss=evaluation.loss,
         accuracy=evaluation.accuracy,
+        accuracy_without_tta=plain,
         examples=evaluation.examples,
         output_dir=str(output.path),
-        message=f"saved model: test loss {evaluation.loss:.4f}, accuracy {evaluation.accuracy:.2%} "
-        f"of {log.plural(evaluation.examples, 'image')}; artifacts in {output.path}/",
+        message=f"saved model: test loss {evaluation.loss:.4f}, accuracy {evaluation.accuracy:.2%}"
+        f"{without_tta} of {log.plural(evaluation.examples, 'image')}; artifacts in {output.path}/",
     )
 
 

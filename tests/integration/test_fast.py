@@ -15,7 +15,8 @@ from PIL import Image
 from job.config import TrainConfig
 from job.data.cifar10 import SOURCE
 from tests.conftest import REPOSITORY, Job
-from tests.integration.chaos import compare, metrics
+from tests.integration.chaos import compare, metrics, state_of_checkpoint
+from tests.integration.team import Team
 from tests.integration.test_job import STOCK_KERAS
 
 NARROW = """
@@ -40,10 +41,14 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def command(cifar10_dir: Path, output: Path) -> list[str]:
+    words = f"train --recipe narrow --limit 5000 --data-dir {cifar10_dir}".split()
+    return [*words, "--output-dir", str(output)]
+
+
 def start(program: Path, cifar10_dir: Path, output: Path, *options: str) -> Job:
-    command = f"train --recipe narrow --limit 5000 --data-dir {cifar10_dir}".split()
-    command += ["--output-dir", str(output), *options]
-    return Job(program, *command, env={"PYTHONPATH": str(program)})
+    words = [*command(cifar10_dir, output), *options]
+    return Job(program, *words, env={"PYTHONPATH": str(program)})
 
 
 def read(path: Path) -> Any:
@@ -74,6 +79,18 @@ def test_a_short_run_climbs_and_a_killed_one_ends_with_the_same_bits(
     assert [one["first_step"] for one in read(killed / "run.json")["attempts"]] == [0, 15]
     if replicas == 1:
         examine(program, whole, cifar10_dir)
+        return
+    several = tmp_path / "several"
+    team = Team(program, 2, *command(cifar10_dir, several), "--devices", "cpu:1")
+    try:
+        # One process always takes oneDNN.
+        team.start(env={"PYTHONPATH": str(program), "TF_ENABLE_ONEDNN_OPTS": "1"})
+        assert team.finish() == [0, 0], team.errors
+    finally:
+        team.kill()
+    one, two = state_of_checkpoint(whole), state_of_checkpoint(several)
+    assert one.keys() == two.keys()
+    assert not [name for name in one if not np.array_equal(one[name], two[name])]
 
 
 def examine(program: Path, output: Path, cifar10_dir: Path) -> None:
