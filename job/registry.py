@@ -7,6 +7,7 @@ import ast
 import contextlib
 import importlib
 import inspect
+import math
 import re
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, TypeVar
 
-from job.config import RECIPE_OPTIONS, JobError, TrainConfig, UserError
+from job.config import RECIPE_OPTIONS, JobError, UserError
 from job.environment import lacks_resources
 
 _PACKAGE = Path(__file__).parent
@@ -65,20 +66,35 @@ def recipe_defaults(name: str) -> dict[str, float]:
     """
     path = module_path("recipes", name)
     with naming_own_code(path):
-        defaults: dict[str, float] = {}
-        for node in ast.parse(path.read_bytes(), str(path)).body:
-            match node:
-                case ast.Assign(targets=[ast.Name("DEFAULTS")], value=value):
-                    defaults = ast.literal_eval(value)
-        for option, number in defaults.items():
-            kinds = ("int", "float") if option == "learning_rate" else ("int",)
-            if option not in RECIPE_OPTIONS or type(number).__name__ not in kinds:
-                raise UserError(
-                    f"{_shown(path)} has {option!r}: {number!r} in DEFAULTS, expected numbers for "
-                    f"some of {', '.join(RECIPE_OPTIONS)}; mend it there"
-                )
-        TrainConfig(**defaults)  # type: ignore[arg-type]
+        tree = ast.parse(path.read_bytes(), str(path))
+    defaults: dict[str, float] = {}
+    for node in tree.body:
+        match node:
+            case (
+                ast.Assign(targets=[ast.Name("DEFAULTS")], value=ast.expr() as value)
+                | ast.AnnAssign(target=ast.Name("DEFAULTS"), value=ast.expr() as value)
+            ):
+                defaults = _read_defaults(value, path)
     return defaults
+
+
+def _read_defaults(expression: ast.expr, path: Path) -> dict[str, float]:
+    try:
+        defaults = ast.literal_eval(expression)
+    except ValueError:
+        defaults = None
+    if isinstance(defaults, dict) and all(
+        option in RECIPE_OPTIONS
+        and type(number) in ((int, float) if option == "learning_rate" else (int,))
+        and 0 < number < math.inf
+        for option, number in defaults.items()
+    ):
+        return defaults
+    raise UserError(
+        f"{_shown(path)}, line {expression.lineno}: DEFAULTS is {ast.unparse(expression)}, "
+        f"expected a dictionary of numbers above 0 for some of {', '.join(RECIPE_OPTIONS)}, whole "
+        f"ones but for learning_rate; mend it there"
+    )
 
 
 def require_parameters(function: Callable[..., Any], name: str, *parameters: str) -> None:

@@ -29,7 +29,7 @@ from job.training.engine import Plan
 from job.training.network import build_network
 from job.training.prometheus import require_folder
 from job.training.saved_model import require_savable
-from job.training.train import LoadDataset, OpenDevices, make_plan, require_fitting
+from job.training.train import LoadDataset, OpenDevices, make_plan
 
 _LABEL_WIDTH = 13
 
@@ -109,16 +109,10 @@ def preview(
         if plan:
             # Before a download the number of classes is not known, and any will do.
             classes = len(dataset.class_names) if dataset else 2
-            fixed_weights = None
-            if dataset and recipe.initial_weights:
-                fixed_weights = recipe.initial_weights(dataset.train_images)
-            model = build_network(
-                *(recipe, config.seed, classes, config.learning_rate, plan.total_steps),
-                fixed_weights,
+            model, _ = build_network(
+                *(recipe, config.seed, classes, config.learning_rate, plan.total_steps), dataset
             )
             require_savable(model, recipe)
-            if dataset:
-                require_fitting(model, dataset, recipe)
     return found
 
 

@@ -35,7 +35,7 @@ class Predictor:
         views: The test-time augmentation of its recipe.
         devices: Where to compute.
         rows: Images a replica and batch.
-        weights: The weight of each view; they sum to 1. Empty are equal weights.
+        weights: The weight of each view; they sum to 1. By default they are equal.
 
     Attributes:
         class_names: As given.
@@ -129,7 +129,7 @@ def load_predictor(path: Path, devices: Devices, rows: int = ROWS_PER_REPLICA) -
         run = unless_damaged(read_manifest, path.parent)
         if run and run.config.recipe in list_recipes():
             recipe = get_recipe(run.config.recipe)
-            views, weights = recipe.tta_views, recipe.tta_weights
+            views, weights = recipe.tta_views, recipe.view_weights
     return Predictor(model, names, views, devices, rows, weights)
 
 

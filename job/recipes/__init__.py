@@ -53,11 +53,12 @@ class Recipe:
             over the classes. Evaluations use the labels as they are.
         loss_reduction: Whether a training minimizes the mean of the losses over the global batch
             or their sum.
-        initial_weights: From training images [examples, height, width, channels] uint8 to values
+        fixed_weights: From training images [examples, height, width, channels] uint8 to values
             of variables. They replace what `build_model` drew and are not trained. They are part
-            of the run: other values are another run. None if no variable depends on images.
+            of the run: other values are another run. None if none depends on images.
         early_variables: Variables, by names as in `Weights`, that have a gradient only in this
-            share of a run's epochs, from the first. Later it is zero, and CPUs do not compute it.
+            share of a run's epochs, from the first and rounded up. Later it is zero, and CPUs do
+            not compute it.
 
     Augmentation and views become graphs without AutoGraph: on tensors they use TensorFlow's control
     flow.
@@ -73,7 +74,7 @@ class Recipe:
     tta_weights: tuple[float, ...] = ()
     label_smoothing: float = 0.0
     loss_reduction: Literal["mean", "sum"] = "mean"
-    initial_weights: Callable[[npt.NDArray[np.uint8]], Weights] | None = None
+    fixed_weights: Callable[[npt.NDArray[np.uint8]], Weights] | None = None
     early_variables: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,10 +94,14 @@ class Recipe:
         for view in self.tta_views:
             require_parameters(view, "view", "images")
         weights = self.tta_weights
-        if weights and (len(weights) != len(self.tta_views) or not math.isclose(sum(weights), 1.0)):
+        if weights and not (
+            len(weights) == len(self.tta_views)
+            and min(weights) >= 0.0
+            and math.isclose(sum(weights), 1.0)
+        ):
             raise ValueError(
-                f"tta_weights received {weights}, expected {len(self.tta_views)} numbers, one a "
-                f"view, that sum to 1"
+                f"tta_weights received {weights}, expected {len(self.tta_views)} numbers from 0, "
+                f"one a view, that sum to 1"
             )
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(
@@ -106,8 +111,11 @@ class Recipe:
             raise ValueError(
                 f"loss_reduction received {self.loss_reduction!r}, expected 'mean' or 'sum'"
             )
-        if self.initial_weights:
-            require_parameters(self.initial_weights, "initial_weights", "images")
+        for name, share in self.early_variables.items():
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(f"early_variables has {share} for {name!r}, expected 0 to 1")
+        if self.fixed_weights:
+            require_parameters(self.fixed_weights, "fixed_weights", "images")
 
     @property
     def _draws_by_rows(self) -> bool:

@@ -47,6 +47,8 @@ _CONTENTS = {
     "label_smoothing": "the recipe's label smoothing has changed",
     "loss_reduction": "the recipe's loss reduction has changed",
     "fixed_weights": "the recipe takes other weights from the training images",
+    "early_variables": "other variables have a gradient in the first epochs alone (--epochs "
+    "decides how many)",
 }
 _OPTIMIZER = "optimizer."
 
@@ -86,7 +88,9 @@ def take_fingerprint(
     dataset: Dataset,
     model: keras.Model,
     recipe: Recipe,
+    *,
     fixed_weights: Weights,
+    early_epochs: Mapping[str, int],
 ) -> Fingerprint:
     """Take the fingerprint of a run that is about to train.
 
@@ -97,6 +101,7 @@ def take_fingerprint(
         model: The recipe's network, compiled.
         recipe: The recipe.
         fixed_weights: What it has taken from the training images.
+        early_epochs: For each of its early variables the epochs with a gradient.
     """
     network = {
         "layers": [type(layer).__name__ for layer in model.layers],
@@ -114,6 +119,7 @@ def take_fingerprint(
             "label_smoothing": recipe.label_smoothing,
             "loss_reduction": recipe.loss_reduction,
             "fixed_weights": _digest(fixed_weights),
+            "early_variables": [f"{name} {epochs}" for name, epochs in early_epochs.items()],
             **{f"{_OPTIMIZER}{key}": value for key, value in optimizer.items()},
         },
         environment=Environment(

@@ -6,6 +6,7 @@ crosses between replicas, on whatever worker, and one compiled function does a w
 """
 
 import hashlib
+import math
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -128,6 +129,7 @@ class Engine:
     Attributes:
         original: The recipe's stock network in float32, for files; `export` brings it up to date.
         fixed_weights: What the recipe has taken from the training images.
+        early_epochs: For each of the recipe's early variables its epochs with a gradient.
         model: The network in training, one set of variables a replica.
         workers: The processes that train it.
         asked_to_stop: Ranks of the workers that were told to stop before the last execution. All
@@ -162,11 +164,12 @@ class Engine:
             self._gradients = graph_function(self._gradients, jit_compile=compilation.network)
             self._update = graph_function(self._update, jit_compile=compilation.elementwise)
 
-        images = dataset.train_images
-        self.fixed_weights = recipe.initial_weights(images) if recipe.initial_weights else {}
-        self.original = build_network(
-            recipe, plan.seed, self._classes, learning_rate, plan.total_steps, self.fixed_weights
+        self.original, self.fixed_weights = build_network(
+            recipe, plan.seed, self._classes, learning_rate, plan.total_steps, dataset
         )
+        self.early_epochs = {
+            name: math.ceil(share * plan.epochs) for name, share in recipe.early_variables.items()
+        }
         with self._strategy.scope(), tf.variable_creator_scope(_replica_local):
             self.model = training_network(
                 self.original,
@@ -183,7 +186,7 @@ class Engine:
             zeros = np.zeros(2 + self.workers.count, np.float32)
             self._sums = keras.Variable(zeros, trainable=False, name="sums")
         self._skips_late_gradients = not compilation.network
-        self._early_epochs = self._find_early_epochs()
+        self._early = self._number_early_variables()
         frozen = frozen_variables(self.model, self.fixed_weights)
         self._statistics = [
             variable
@@ -197,13 +200,14 @@ class Engine:
         ]
         self._random_keys = random_keys(plan.seed, len(self._random_states), self._replicas)
 
-    def _find_early_epochs(self) -> dict[int, int]:
-        """For the number of each of the recipe's early variables its epochs with a gradient."""
+    def _number_early_variables(self) -> dict[int, int]:
+        """`early_epochs` by the numbers of the trainable variables; fixed ones are none of them."""
         named = named_variables(self.model)
-        numbers = {id(one): number for number, one in enumerate(self.model.trainable_variables)}
+        epochs = {id(named[name]): epochs for name, epochs in self.early_epochs.items()}
         return {
-            numbers[id(named[name])]: round(share * self.plan.epochs)
-            for name, share in self.recipe.early_variables.items()
+            number: epochs[id(variable)]
+            for number, variable in enumerate(self.model.trainable_variables)
+            if id(variable) in epochs
         }
 
     @property
@@ -236,7 +240,7 @@ class Engine:
         first_step = epoch * plan.steps_per_epoch
         late: tuple[int, ...] = ()
         if self._skips_late_gradients:  # to compile a second form of the step would take longer
-            late = tuple(one for one, epochs in self._early_epochs.items() if epoch >= epochs)
+            late = tuple(one for one, epochs in self._early.items() if epoch >= epochs)
         done = done or Progress()
         for start in range(done.steps, plan.steps_per_epoch, STEPS_PER_EXECUTION):
             end = min(start + STEPS_PER_EXECUTION, plan.steps_per_epoch)
@@ -387,9 +391,10 @@ class Engine:
         for keys, state in zip(self._random_keys, self._random_states, strict=True):
             state.assign(tf.stack([keys[replica], tf.cast(step, keys.dtype)]))
         gradients, loss, correct = self._gradients(images, labels, late)
-        for number, epochs in self._early_epochs.items():
+        for number, epochs in self._early.items():
             is_early = step < epochs * self.plan.steps_per_epoch
-            gradients[number] *= tf.cast(is_early, tf.float32)
+            if gradients[number] is not None:
+                gradients[number] *= tf.cast(is_early, tf.float32)
         if self._replicas > 1:
             gradients = context.all_reduce("SUM", gradients)
         self._update(gradients)

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from job.cluster.devices import graph_function
 from job.config import UserError
+from job.data import Dataset
 from job.recipes import Recipe, Weights, resample_by_op
 from job.registry import is_own, module_path, naming_own_code
 from job.run.predictions import require_probabilities
@@ -30,8 +31,8 @@ def build_network(
     classes: int,
     learning_rate: float,
     total_steps: int,
-    fixed_weights: Weights | None = None,
-) -> keras.Model:
+    dataset: Dataset | None = None,
+) -> tuple[keras.Model, Weights]:
     """Build and compile a recipe's network.
 
     What would fail in the middle or at the end of a training with a recipe of the user's own fails
@@ -43,11 +44,14 @@ def build_network(
         classes: Units of its output.
         learning_rate: Of its optimizer.
         total_steps: Steps of the run.
-        fixed_weights: Variables that the training leaves as they are, and their values; none where
-            no training images are at hand.
+        dataset: Its training images; None where they are not at hand.
+
+    Returns:
+        The network, and what the recipe has taken from the training images.
 
     Raises:
-        UserError: If such a recipe gives something that cannot be trained.
+        UserError: If such a recipe gives something that cannot be trained, or the network does not
+            take the images.
     """
     path = module_path("recipes", recipe.name)
     with naming_own_code(path):
@@ -57,22 +61,61 @@ def build_network(
             require_classifier(model, f"the network of {path.name}")
             optimizer = recipe.build_optimizer(learning_rate, total_steps)
             _require_kind("build_optimizer", optimizer, keras.optimizers.Optimizer)
+        fixed_weights: Weights = {}
+        if dataset:
+            _require_fitting(model, dataset, recipe)
+            if recipe.fixed_weights:
+                fixed_weights = recipe.fixed_weights(dataset.train_images)
+                _require_weights(model, fixed_weights)
+        _require_names(model, "early_variables", recipe.early_variables.keys() - fixed_weights)
         # Frozen only while the optimizer looks: a file lists frozen variables last, and Keras would
         # not load it, as it does not know of them.
-        with _frozen(model, fixed_weights or {}):
+        with _frozen(model, fixed_weights):
             recipe.compile(model, learning_rate, total_steps)
         if is_own(path):
             _try_recipe(recipe, model, seed, classes)
-    return model
+    return model, fixed_weights
+
+
+def _require_fitting(model: keras.Model, dataset: Dataset, recipe: Recipe) -> None:
+    """Refuse to train a network on images that it does not take.
+
+    Raises:
+        UserError: If the shapes differ.
+    """
+    received, expected = dataset.train_images.shape[1:], tuple(model.input_shape[1:])
+    if received != expected:
+        raise UserError(
+            f"--dataset {dataset.name} has images of shape {received}, expected {expected}, which "
+            f"--recipe {recipe.name} takes; name another --dataset or --recipe"
+        )
+
+
+def _require_weights(model: keras.Model, weights: object) -> None:
+    if not isinstance(weights, dict):
+        kind = type(weights).__name__
+        raise TypeError(f"fixed_weights returns {kind}, expected a dictionary of arrays")
+    _require_names(model, "fixed_weights", weights)
+    variables = named_variables(model)
+    for name, values in weights.items():
+        received = f"{getattr(values, 'dtype', type(values).__name__)} {list(np.shape(values))}"
+        expected = f"float32 {list(variables[name].shape)}"
+        if received != expected:
+            raise ValueError(f"fixed_weights has {received} for {name}, expected {expected}")
+
+
+def _require_names(model: keras.Model, what: str, names: Iterable[str]) -> None:
+    trained = [name for name, one in named_variables(model).items() if one.trainable]
+    for name in names:
+        if name not in trained:
+            raise ValueError(f"{what} has {name!r}, expected some of {', '.join(trained)}")
 
 
 @contextlib.contextmanager
 def _frozen(model: keras.Model, weights: Weights) -> Iterator[None]:
-    """Set variables to these values, and freeze them during the body."""
+    """Set trainable variables to these values, and freeze them during the body."""
     variables = named_variables(model)
     for name, values in weights.items():
-        if name not in variables:
-            raise ValueError(f"initial_weights has {name}, expected one of {', '.join(variables)}")
         variables[name].assign(values)
         variables[name].trainable = False
     yield
@@ -235,16 +278,18 @@ def training_network(
 def clone_network(
     model: keras.Model, rebuild: Callable[[keras.Layer], keras.Layer] | None = None
 ) -> keras.Model:
-    """Build a network's layers anew, whatever class its optimizer has.
+    """Build a network's layers anew, without an optimizer.
 
     Args:
         model: A Sequential or Functional network.
         rebuild: From a layer to the new one; by default of the same class and settings.
     """
-    kind = type(getattr(model, "optimizer", None))
-    # Keras compiles the copy, too, and looks for classes that are not its own by their names.
-    with keras.saving.custom_object_scope({kind.__name__: kind}):
+    # Keras would compile the copy, too, for which it must know the optimizer's class.
+    is_compiled, model.compiled = model.compiled, False
+    try:
         return keras.models.clone_model(model, clone_function=rebuild)
+    finally:
+        model.compiled = is_compiled
 
 
 def _pooled_relu_convolutions(model: keras.Model) -> dict[str, str]:

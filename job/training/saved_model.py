@@ -21,7 +21,7 @@ from keras.src.legacy.saving.legacy_h5_format import load_model_from_hdf5, save_
 
 from job import log
 from job.cluster.devices import Devices
-from job.config import JobError, TrainConfig, UserError
+from job.config import JobError, TrainConfig, UserError, list_recipes
 from job.data import Dataset
 from job.recipes import Recipe, get_recipe, resample_by_op
 from job.registry import is_own, module_path, naming_own_code
@@ -72,12 +72,23 @@ def _encode(model: keras.Model) -> io.BytesIO:
         save_model_to_hdf5(model, file)
         network = json.loads(file.attrs["model_config"], object_hook=_without_defaults)
         file.attrs["model_config"] = json.dumps(network)
-        if not type(model.optimizer).__module__.startswith("keras."):
-            # Keras could not load it, and so not the network either. Its default stands in.
-            training = json.loads(file.attrs["training_config"])
-            training["optimizer_config"] = {"class_name": "SGD", "config": {}}
-            file.attrs["training_config"] = json.dumps(training)
-            del file["optimizer_weights"]
+        if type(model.optimizer).__module__.startswith("keras."):
+            return buffer
+        # Keras could not load this optimizer, and so not the network either.
+        training = json.loads(file.attrs["training_config"])
+        training["optimizer_config"] = {"class_name": "SGD", "config": {}}
+        file.attrs["training_config"] = json.dumps(training)
+        return _without_optimizer_weights(file)
+
+
+def _without_optimizer_weights(file: h5py.File) -> io.BytesIO:
+    """Copy the rest: what is removed from an HDF5 file goes on taking its place."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as copied:
+        copied.attrs.update(file.attrs)
+        for name in file:
+            if name != "optimizer_weights":
+                file.copy(name, copied)
     return buffer
 
 
@@ -120,6 +131,11 @@ def load_model(path: Path) -> keras.Model:
     """
     with _open_model(path) as file:
         model = load_model_from_hdf5(file)
+        if "optimizer_weights" not in file:
+            raise UserError(
+                f"{path} has no state of an optimizer, as its own is none of Keras's; load it with "
+                f"keras.models.load_model"
+            )
         # The optimizer that Keras loads was built before the network had variables.
         model.compile_from_config(model.get_compile_config())
         group = file["optimizer_weights"]
@@ -193,6 +209,12 @@ def evaluate_output_dir(
         raise UserError(
             f"--dataset received {config.dataset}, expected {trained_on.name}, which the "
             f"run in {output.path} was trained on; add --dataset {trained_on.name}"
+        )
+    if run and run.config.recipe in list_recipes() and run.config.recipe != config.recipe:
+        trained_by = run.config.recipe
+        raise UserError(
+            f"--recipe received {config.recipe}, expected {trained_by}, which the run in "
+            f"{output.path} was trained with; add --recipe {trained_by}"
         )
     with watchdog.watch("the data", seconds=math.inf):
         dataset = load(config)

@@ -294,10 +294,11 @@ def _set_up(
     """Bring the training to where the attempt resumes, and put its start on the record."""
     plan = make_plan(config, len(dataset.train_images))
     engine = Engine(recipe, devices, dataset, plan, config.learning_rate)
-    require_fitting(engine.original, dataset, recipe)
     require_savable(engine.original, recipe)
     fingerprint = take_fingerprint(
-        config, devices, dataset, engine.original, recipe, engine.fixed_weights
+        *(config, devices, dataset, engine.original, recipe),
+        fixed_weights=engine.fixed_weights,
+        early_epochs=engine.early_epochs,
     )
     # By these each worker computes its part of the same bits.
     devices.workers.require_equal(
@@ -382,20 +383,6 @@ def make_plan(config: TrainConfig, examples: int) -> Plan:
             f"training images; lower --batch-size{' or raise --limit' if limited else ''}"
         )
     return Plan(config.batch_size, steps_per_epoch, config.epochs, config.seed)
-
-
-def require_fitting(model: keras.Model, dataset: Dataset, recipe: Recipe) -> None:
-    """Refuse to train a network on images that it does not take.
-
-    Raises:
-        UserError: If the shapes differ.
-    """
-    received, expected = dataset.train_images.shape[1:], tuple(model.input_shape[1:])
-    if received != expected:
-        raise UserError(
-            f"--dataset {dataset.name} has images of shape {received}, expected {expected}, which "
-            f"--recipe {recipe.name} takes; name another --dataset or --recipe"
-        )
 
 
 @contextlib.contextmanager

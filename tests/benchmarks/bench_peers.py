@@ -112,6 +112,9 @@ def main(
         )
     arguments = f"--precision {precision} --epochs {epochs} --limit {limit}"
     modules = MODULES[recipe]
+    for name in peer:
+        if name not in modules:
+            click.echo(f"{name} is left out: it has no form of {recipe}", err=True)
     peers = _installed([one for one in peer if one in modules], python)
     runs = interleave(
         rounds,

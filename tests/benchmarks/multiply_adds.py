@@ -105,7 +105,7 @@ def count_run(
         return count(run)
 
     training = sum(
-        step(tuple(one for one, epochs in engine._early_epochs.items() if epoch >= epochs))
+        step(tuple(one for one, epochs in engine._early.items() if epoch >= epochs))
         for epoch in range(plan.epochs)
     )
     network = engine.original

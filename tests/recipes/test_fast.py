@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -10,6 +13,7 @@ import tensorflow as tf
 
 from job.data import Dataset
 from job.recipes import fast, get_recipe, resample_by_gather
+from tests.conftest import REPOSITORY
 
 Array = npt.NDArray[Any]
 RECIPE = get_recipe("fast")
@@ -38,6 +42,10 @@ def test_whitening_filters_equal_a_reference(small_dataset: Dataset) -> None:
     assert kernel.shape == (2, 2, 3, 24)
     assert kernel.dtype == np.float32
     filters, opposite = np.split(kernel.reshape(12, 24), 2, axis=1)
+    # Eigenvectors come in no order, and with either sign.
+    alike = np.abs(filters.T @ expected) / np.linalg.norm(expected, axis=0) ** 2
+    expected = expected[:, (alike > 0.99).argmax(axis=1)]
+    eigenvalues = eigenvalues[(alike > 0.99).argmax(axis=1)]
     signs = np.sign((filters * expected).sum(axis=0))
     np.testing.assert_allclose(filters, expected * signs, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(opposite, -filters)
@@ -54,6 +62,42 @@ def test_only_the_first_5000_images_are_whitened(monkeypatch: pytest.MonkeyPatch
     some = fast.whitening_weights(images)["whitening/kernel"]
     np.testing.assert_array_equal(fast.whitening_weights(images[:40])["whitening/kernel"], some)
     assert (fast.whitening_weights(images[:39])["whitening/kernel"] != some).any()
+
+
+def test_a_symmetric_matrix_is_decomposed_also_where_eigenvalues_coincide() -> None:
+    rng = np.random.default_rng(8)
+    square = rng.normal(size=(12, 12))
+    grey = np.repeat(np.repeat(square[:4, :4] @ square[:4, :4].T, 3, axis=0), 3, axis=1)
+    for matrix in (square @ square.T, grey, np.eye(12), np.zeros((12, 12))):
+        eigenvalues, eigenvectors = fast.decompose(matrix)
+        np.testing.assert_allclose(eigenvectors.T @ eigenvectors, np.eye(12), atol=1e-12)
+        np.testing.assert_allclose(
+            (eigenvectors * eigenvalues) @ eigenvectors.T, matrix, atol=1e-11
+        )
+        np.testing.assert_allclose(np.sort(eigenvalues), np.linalg.eigvalsh(matrix), atol=1e-11)
+
+
+def test_whitening_has_the_same_bits_whatever_the_processor_s_library() -> None:
+    code = (
+        "from job.recipes import fast; import numpy as np, hashlib\n"
+        "images = np.random.default_rng(1).integers(0, 256, (20, 32, 32, 1), np.uint8)\n"
+        "for one in (images, images // 255):\n"
+        "    weights = fast.whitening_weights(np.repeat(one, 3, axis=3))\n"
+        "    print(hashlib.sha256(weights['whitening/kernel'].tobytes()).hexdigest())\n"
+    )
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "OPENBLAS_CORETYPE": kind},
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for kind in ("Prescott", "Haswell")
+    ]
+    assert printed[0] == printed[1]
+    assert len(printed[0].split()) == 2
 
 
 def test_the_whitening_layer_gives_whitened_patches(small_dataset: Dataset) -> None:

@@ -5,11 +5,12 @@ from typing import Any
 
 import keras
 import msgspec
+import numpy as np
 import pytest
 
 from job.config import TrainConfig, UserError, run_options
 from job.data import Dataset
-from job.recipes import Weights, classic
+from job.recipes import classic
 from job.run.fingerprint import Fingerprint, require_same_run, take_fingerprint
 from tests.conftest import MakeDevices
 
@@ -21,14 +22,13 @@ def take(make_devices: MakeDevices, small_dataset: Dataset) -> Any:
     def take(
         dataset: Dataset = small_dataset,
         model: keras.Model | None = None,
-        weights: Weights | None = None,
+        **changes: Any,
     ) -> Fingerprint:
         if model is None:
             model = classic.RECIPE.build_model(CONFIG.seed, 10)
             classic.RECIPE.compile(model, CONFIG.learning_rate, 100)
-        return take_fingerprint(
-            CONFIG, make_devices(1), dataset, model, classic.RECIPE, weights or {}
-        )
+        settings = {"fixed_weights": {}, "early_epochs": {}, "recipe": classic.RECIPE, **changes}
+        return take_fingerprint(CONFIG, make_devices(1), dataset, model, **settings)
 
     return take
 
@@ -69,6 +69,42 @@ def test_other_images_and_another_network_are_refused(take: Any, small_dataset: 
     other_network = {**take().run, "network": "0" * 64}
     with pytest.raises(UserError, match="the recipe's network or loss has changed"):
         require_same_run(take().run, other_network, Path("out"))
+
+
+KERNEL = np.ones((2, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"fixed_weights": {"conv1/kernel": KERNEL * 2}},
+            "the recipe takes other weights from the training images",
+        ),
+        ({"fixed_weights": {}}, "the recipe takes other weights from the training images"),
+        ({"early_epochs": {"conv1/bias": 4}}, "other variables have a gradient in the first"),
+        (
+            {"recipe": replace(classic.RECIPE, label_smoothing=0.1)},
+            "the recipe's label smoothing has changed",
+        ),
+        (
+            {"recipe": replace(classic.RECIPE, loss_reduction="sum")},
+            "the recipe's loss reduction has changed",
+        ),
+    ],
+)
+def test_what_a_recipe_does_beside_its_network_makes_the_run(
+    take: Any, changes: dict[str, Any], message: str
+) -> None:
+    saved = take(fixed_weights={"conv1/kernel": KERNEL}, early_epochs={"conv1/bias": 3}).run
+    settings = {"fixed_weights": {"conv1/kernel": KERNEL}, "early_epochs": {"conv1/bias": 3}}
+    require_same_run(saved, take(**settings).run, Path("out"))
+    other = take(**{**settings, **changes}).run
+    with pytest.raises(UserError, match=message):
+        require_same_run(saved, other, Path("out"))
+    # Earlier versions have not recorded these.
+    names = ("label_smoothing", "loss_reduction", "fixed_weights", "early_variables")
+    require_same_run({k: v for k, v in saved.items() if k not in names}, other, Path("out"))
 
 
 def test_another_optimizer_is_refused_by_what_differs(take: Any) -> None:

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,7 @@ from tensorflow.python.framework import kernels
 from job.cluster.devices import Compilation
 from job.config import UserError
 from job.data import Dataset
-from job.recipes import Recipe, _augment, classic, get_recipe
+from job.recipes import Recipe, _augment, classic, fast, get_recipe
 from job.training.engine import STEPS_PER_EXECUTION, Engine, Plan, epoch_order, random_keys
 from tests.conftest import MakeDevices
 
@@ -152,7 +153,7 @@ def test_weights_taken_from_the_images_are_trained_by_nothing(
         return {"conv/kernel": kernel}
 
     plan = Plan(63, steps_per_epoch=2, epochs=1, seed=42)
-    recipe = replace(PLAIN, initial_weights=look)
+    recipe = replace(PLAIN, fixed_weights=look)
     # Their mean over three replicas would be rounded.
     engine = Engine(recipe, make_devices(3), small_dataset, plan, 0.1)
     before = engine.original.get_weights()
@@ -160,9 +161,39 @@ def test_weights_taken_from_the_images_are_trained_by_nothing(
     after = engine.export().get_weights()
     np.testing.assert_array_equal(after[0], kernel)
     assert all((one != other).any() for one, other in zip(before[1:], after[1:], strict=True))
-    wrong = replace(recipe, initial_weights=lambda images: {"conv9/kernel": kernel})
-    with pytest.raises(ValueError, match="initial_weights has conv9/kernel, expected one of conv"):
+    wrong = replace(recipe, fixed_weights=lambda images: {"conv9/kernel": kernel})
+    with pytest.raises(ValueError, match="fixed_weights has 'conv9/kernel', expected some of conv"):
         Engine(wrong, make_devices(1), small_dataset, plan, 0.1)
+
+
+def test_muon_computes_the_same_in_the_compiled_loop(
+    small_dataset: Dataset, make_devices: MakeDevices
+) -> None:
+    narrow = partial(fast.build_model, widths=(4, 4, 4))
+    # Steps along orthogonal matrices are long; of rounding they make much in bfloat16.
+    recipe = replace(
+        get_recipe("fast"),
+        build_model=narrow,
+        build_optimizer=lambda rate, steps: fast.Muon(rate, steps, dtype="float32"),
+    )
+    states = []
+    for compilation in (None, Compilation(True, True, loops=True)):
+        engine = make_engine(
+            small_dataset,
+            make_devices,
+            recipe,
+            steps=2,
+            learning_rate=0.01,
+            compilation=compilation,
+        )
+        assert engine._carries == bool(compilation)
+        list(engine.train_epoch(0))
+        states.append(engine.state())
+    moved = False
+    for one, other in zip(*(state.values() for state in states), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+        moved |= bool(np.any(one))
+    assert moved
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from job.config import UserError
+from job.data import Dataset
 from job.recipes import classic
 from job.training import network
 from job.training.network import (
@@ -93,6 +94,103 @@ def test_a_recipe_that_cannot_be_trained_is_refused(changes: dict[str, Any], pro
     build_network(recipe, 1, 3, 0.1, 10)
     with pytest.raises(UserError, match=re.escape(problem)):
         build_network(dataclasses.replace(recipe, **changes), 1, 3, 0.1, 10)
+
+
+def named(seed: int, classes: int) -> keras.Model:
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(2, 3, name="conv"),
+            layers.BatchNormalization(name="norm"),
+            layers.Flatten(name="flatten"),
+            layers.Dense(classes, activation="softmax", name="dense"),
+        ]
+    )
+
+
+KERNEL = np.ones((3, 3, 3, 2), np.float32)
+TRAINED = "conv/kernel, conv/bias, norm/gamma, norm/beta, dense/kernel, dense/bias"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"fixed_weights": lambda images: [KERNEL]},
+            "TypeError: fixed_weights returns list, expected a dictionary of arrays; mend it there",
+        ),
+        (
+            {"fixed_weights": lambda images: {"conv9/kernel": KERNEL}},
+            f"ValueError: fixed_weights has 'conv9/kernel', expected some of {TRAINED}; mend it",
+        ),
+        (
+            {"fixed_weights": lambda images: {"norm/moving_mean": KERNEL}},
+            f"ValueError: fixed_weights has 'norm/moving_mean', expected some of {TRAINED}; mend",
+        ),
+        (
+            {"fixed_weights": lambda images: {"conv/kernel": KERNEL[0]}},
+            "ValueError: fixed_weights has float32 [3, 3, 2] for conv/kernel, expected float32 "
+            "[3, 3, 3, 2]; mend it there",
+        ),
+        (
+            {"fixed_weights": lambda images: {"conv/kernel": KERNEL.astype(int)}},
+            "ValueError: fixed_weights has int64 [3, 3, 3, 2] for conv/kernel, expected float32",
+        ),
+        (
+            {"fixed_weights": lambda images: {"conv/kernel": images[99]}},
+            "IndexError: index 99 is out of bounds for axis 0 with size 4; mend it there",
+        ),
+        (
+            {"early_variables": {"conv/weights": 0.5}},
+            f"ValueError: early_variables has 'conv/weights', expected some of {TRAINED}; mend",
+        ),
+    ],
+)
+def test_variables_that_a_recipe_names_wrongly_are_refused(
+    changes: dict[str, Any], problem: str
+) -> None:
+    recipe = dataclasses.replace(
+        classic.RECIPE,
+        name="mine",
+        build_model=named,
+        draw_augmentation=lambda seed, epoch, steps, rows: tf.zeros([steps, rows, 1]),
+        augment=lambda images, draws, resample: images,
+        fixed_weights=lambda images: {"conv/kernel": KERNEL},
+        early_variables={"conv/kernel": 0.5, "conv/bias": 0.5},
+    )
+    images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, np.int32)
+    dataset = Dataset("some", ("a", "b", "c"), images, labels, images, labels)
+    model, weights = build_network(recipe, 1, 3, 0.1, 10, dataset)
+    assert list(weights) == ["conv/kernel"]
+    np.testing.assert_array_equal(model.get_layer("conv").kernel, KERNEL)
+    with pytest.raises(UserError, match=re.escape(f"job/recipes/mine.py: {problem}")):
+        build_network(dataclasses.replace(recipe, **changes), 1, 3, 0.1, 10, dataset)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"tta_views": ()}, "tta_views has no view, expected at least (unchanged,)"),
+        ({"tta_weights": (0.5, 0.5)}, "tta_weights received (0.5, 0.5), expected 1 numbers from 0"),
+        ({"tta_weights": (0.9,)}, "tta_weights received (0.9,), expected 1 numbers from 0, one a"),
+        (
+            {"tta_views": (tf.identity, tf.identity), "tta_weights": (1.5, -0.5)},
+            "tta_weights received (1.5, -0.5), expected 2 numbers from 0, one a view, that sum to",
+        ),
+        ({"label_smoothing": 1.0}, "label_smoothing received 1.0, expected 0 to 1, below 1"),
+        ({"loss_reduction": "max"}, "loss_reduction received 'max', expected 'mean' or 'sum'"),
+        ({"early_variables": {"a/b": 3}}, "early_variables has 3 for 'a/b', expected 0 to 1"),
+        (
+            {"draw_augmentation": lambda a, b, c, d, e, f: None},
+            "received draw_augmentation(a, b, c, d, e, f), expected draw_augmentation(seed, epoch,",
+        ),
+        ({"fixed_weights": lambda: {}}, "received fixed_weights(), expected fixed_weights(images)"),
+    ],
+)
+def test_settings_out_of_their_range_are_refused(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(problem)):
+        dataclasses.replace(classic.RECIPE, **changes)
 
 
 def with_statistics(model: keras.Model) -> keras.Model:

@@ -152,6 +152,9 @@ def test_only_the_data_that_the_run_was_validated_on_judge_its_model(
     other = dataclasses.replace(small_dataset, test_images=reversed_images)
     with pytest.raises(UserError, match=r"expected those that the run in .* was validated on"):
         evaluate(trained, lambda config: other)
+    other_recipe = dataclasses.replace(trained, recipe="fast")
+    with pytest.raises(UserError, match=r"--recipe received fast, expected classic, which .*; add"):
+        evaluate(other_recipe, lambda config: small_dataset)
     with pytest.raises(UserError, match="received cifar10, expected synthetic"):
         evaluate(
             dataclasses.replace(trained, dataset="cifar10"),
@@ -243,7 +246,8 @@ def test_an_optimizer_of_ones_own_keeps_nobody_from_loading_the_file(
         classic.RECIPE, build_optimizer=lambda rate, steps: Own(rate, momentum=0.9)
     )
     weights = {"conv1/kernel": np.ones((3, 3, 3, 32), np.float32)}
-    model = build_network(recipe, 1, 10, 0.1, 5, weights)
+    recipe = dataclasses.replace(recipe, fixed_weights=lambda images: weights)
+    model, _ = build_network(recipe, 1, 10, 0.1, 5, small_dataset)
     # The optimizer leaves fixed weights alone; in the file they have their place among the others.
     assert len(model.optimizer.variables) == 2 + len(model.trainable_variables) - 1
     save_model(model, OutputDir(tmp_path), "model.h5")
@@ -255,6 +259,10 @@ def test_an_optimizer_of_ones_own_keeps_nobody_from_loading_the_file(
     )
     assert type(loaded.optimizer) is keras.optimizers.SGD
     np.testing.assert_array_equal(loaded.layers[0].kernel, weights["conv1/kernel"])
+    # Nothing is left of the momentums.
+    assert (tmp_path / "model.h5").stat().st_size < 1.1 * 4 * model.count_params()
+    with pytest.raises(UserError, match=r"model.h5 has no state of an optimizer, as its own is"):
+        load_model(tmp_path / "model.h5")
 
 
 def test_the_augmented_sample_is_drawn_as_a_training_draws_it(small_dataset: Dataset) -> None:
