@@ -3,8 +3,9 @@
     cifar10-job train --recipe fast
 
 The methods are those of Keller Jordan's ``airbench94_muon``: whitened patches, the optimizer Muon,
-alternating flips, fast batch statistics, and the mean over shifted and mirrored test images. Batch
-2,000, 8 epochs. See the README for measured times and accuracies.
+alternating flips, fast batch statistics, and the mean over shifted and mirrored test images: of
+probabilities here, of logits there. Batch 2,000, 8 epochs. See the README for measured times and
+accuracies.
 
 Source: github.com/KellerJordan/cifar10-airbench
 """

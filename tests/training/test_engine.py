@@ -1,5 +1,4 @@
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -169,12 +168,8 @@ def test_weights_taken_from_the_images_are_trained_by_nothing(
 def test_muon_computes_the_same_in_the_compiled_loop(
     small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
-    narrow = partial(fast.build_model, widths=(4, 4, 4))
-    # Steps along orthogonal matrices are long; of rounding they make much in bfloat16.
     recipe = replace(
-        get_recipe("fast"),
-        build_model=narrow,
-        build_optimizer=lambda rate, steps: fast.Muon(rate, steps, dtype="float32"),
+        PLAIN, build_optimizer=lambda rate, steps: fast.Muon(rate, steps, dtype="float32")
     )
     states = []
     for compilation in (None, Compilation(True, True, loops=True)):
@@ -189,11 +184,8 @@ def test_muon_computes_the_same_in_the_compiled_loop(
         assert engine._carries == bool(compilation)
         list(engine.train_epoch(0))
         states.append(engine.state())
-    moved = False
     for one, other in zip(*(state.values() for state in states), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
-        moved |= bool(np.any(one))
-    assert moved
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
