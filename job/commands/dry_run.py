@@ -22,6 +22,7 @@ from job.recipes import get_recipe
 from job.registry import naming_own_code
 from job.report.page import command_line
 from job.run.attempt import Attempt, inspect_output_dir
+from job.run.fingerprint import require_same_run, take_fingerprint
 from job.run.folder import OutputDir, prepare_output_dir
 from job.run.lease import read_holder, refusal
 from job.run.stop import StopRequest
@@ -109,10 +110,14 @@ def preview(
         if plan:
             # Before a download the number of classes is not known, and any will do.
             classes = len(dataset.class_names) if dataset else 2
-            model, _ = build_network(
+            model, fixed_weights = build_network(
                 *(recipe, config.seed, classes, config.learning_rate, plan.total_steps), dataset
             )
             require_savable(model, recipe)
+            if dataset and devices and attempt and attempt.checkpoint:
+                current = take_fingerprint(config, devices, dataset, model, recipe, fixed_weights)
+                saved = attempt.checkpoint.fingerprint
+                require_same_run(saved.run, current.run, config.output_dir)
     return found
 
 

@@ -59,6 +59,8 @@ class Recipe:
         early_variables: Variables, by names as in `Weights`, that have a gradient only in this
             share of a run's epochs, from the first and rounded up. Later it is zero, and CPUs do
             not compute it.
+        steps_per_execution: Steps of a compiled call, in which a run cannot stop; best a divisor of
+            an epoch's. None is the engine's number, 15.
 
     Augmentation and views become graphs without AutoGraph: on tensors they use TensorFlow's control
     flow.
@@ -76,6 +78,7 @@ class Recipe:
     loss_reduction: Literal["mean", "sum"] = "mean"
     fixed_weights: Callable[[npt.NDArray[np.uint8]], Weights] | None = None
     early_variables: Mapping[str, float] = field(default_factory=dict)
+    steps_per_execution: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse functions with other parameters, and values out of their range.
@@ -111,6 +114,10 @@ class Recipe:
             raise ValueError(
                 f"loss_reduction received {self.loss_reduction!r}, expected 'mean' or 'sum'"
             )
+        if self.steps_per_execution is not None and self.steps_per_execution < 1:
+            raise ValueError(
+                f"steps_per_execution received {self.steps_per_execution}, expected at least 1"
+            )
         for name, share in self.early_variables.items():
             if not 0.0 <= share <= 1.0:
                 raise ValueError(f"early_variables has {share} for {name!r}, expected 0 to 1")
@@ -127,6 +134,10 @@ class Recipe:
         """The weight of each view; they sum to 1."""
         views = len(self.tta_views)
         return self.tta_weights or (1.0 / views,) * views
+
+    def early_epochs(self, epochs: int) -> dict[str, int]:
+        """For each early variable its epochs with a gradient, of so many in all."""
+        return {name: math.ceil(share * epochs) for name, share in self.early_variables.items()}
 
     def draw(self, seed: int, epoch: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
         """Call `draw_augmentation` for the images of an epoch.

@@ -46,7 +46,8 @@ def _curves(record: RunRecord) -> Iterator[Figure]:
     for name, factor, unit, form, caption in (
         (
             *("accuracy", 100, "Accuracy (%)", "{:.1f}%"),
-            "Training counts augmented images with Dropout, validation all test images without.",
+            "Training counts augmented images, with the recipe's Dropout and label smoothing; "
+            "validation counts all test images as they are.",
         ),
         ("loss", 1, "Cross-entropy (nats)", "{:.3f}", "Lower is better."),
     ):

@@ -49,6 +49,7 @@ _CONTENTS = {
     "fixed_weights": "the recipe takes other weights from the training images",
     "early_variables": "other variables have a gradient in the first epochs alone (--epochs "
     "decides how many)",
+    "steps_per_execution": "the recipe's steps per execution have changed",
 }
 _OPTIMIZER = "optimizer."
 
@@ -88,9 +89,7 @@ def take_fingerprint(
     dataset: Dataset,
     model: keras.Model,
     recipe: Recipe,
-    *,
     fixed_weights: Weights,
-    early_epochs: Mapping[str, int],
 ) -> Fingerprint:
     """Take the fingerprint of a run that is about to train.
 
@@ -101,7 +100,6 @@ def take_fingerprint(
         model: The recipe's network, compiled.
         recipe: The recipe.
         fixed_weights: What it has taken from the training images.
-        early_epochs: For each of its early variables the epochs with a gradient.
     """
     network = {
         "layers": [type(layer).__name__ for layer in model.layers],
@@ -119,7 +117,10 @@ def take_fingerprint(
             "label_smoothing": recipe.label_smoothing,
             "loss_reduction": recipe.loss_reduction,
             "fixed_weights": _digest(fixed_weights),
-            "early_variables": [f"{name} {epochs}" for name, epochs in early_epochs.items()],
+            "early_variables": [
+                f"{name} {epochs}" for name, epochs in recipe.early_epochs(config.epochs).items()
+            ],
+            "steps_per_execution": recipe.steps_per_execution,
             **{f"{_OPTIMIZER}{key}": value for key, value in optimizer.items()},
         },
         environment=Environment(

@@ -6,7 +6,6 @@ crosses between replicas, on whatever worker, and one compiled function does a w
 """
 
 import hashlib
-import math
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,8 +88,8 @@ def _gather(variable: tf.Variable, rows: tf.Tensor) -> tf.Tensor:
 
 
 STEPS_PER_EXECUTION = 15
-"""Steps of an execution, which is one compiled call. Fixed: what happens between two calls is part
-of a run's result."""
+"""Steps of an execution, which is one compiled call, unless the recipe has its own number. Fixed:
+what happens between two calls is part of a run's result."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,6 @@ class Engine:
     Attributes:
         original: The recipe's stock network in float32, for files; `export` brings it up to date.
         fixed_weights: What the recipe has taken from the training images.
-        early_epochs: For each of the recipe's early variables its epochs with a gradient.
         model: The network in training, one set of variables a replica.
         workers: The processes that train it.
         asked_to_stop: Ranks of the workers that were told to stop before the last execution. All
@@ -167,9 +165,6 @@ class Engine:
         self.original, self.fixed_weights = build_network(
             recipe, plan.seed, self._classes, learning_rate, plan.total_steps, dataset
         )
-        self.early_epochs = {
-            name: math.ceil(share * plan.epochs) for name, share in recipe.early_variables.items()
-        }
         with self._strategy.scope(), tf.variable_creator_scope(_replica_local):
             self.model = training_network(
                 self.original,
@@ -201,9 +196,10 @@ class Engine:
         self._random_keys = random_keys(plan.seed, len(self._random_states), self._replicas)
 
     def _number_early_variables(self) -> dict[int, int]:
-        """`early_epochs` by the numbers of the trainable variables; fixed ones are none of them."""
+        """The recipe's early epochs by the numbers of trainable variables; fixed ones are none."""
         named = named_variables(self.model)
-        epochs = {id(named[name]): epochs for name, epochs in self.early_epochs.items()}
+        early = self.recipe.early_epochs(self.plan.epochs)
+        epochs = {id(named[name]): epochs for name, epochs in early.items()}
         return {
             number: epochs[id(variable)]
             for number, variable in enumerate(self.model.trainable_variables)
@@ -242,8 +238,9 @@ class Engine:
         if self._skips_late_gradients:  # to compile a second form of the step would take longer
             late = tuple(one for one, epochs in self._early.items() if epoch >= epochs)
         done = done or Progress()
-        for start in range(done.steps, plan.steps_per_epoch, STEPS_PER_EXECUTION):
-            end = min(start + STEPS_PER_EXECUTION, plan.steps_per_epoch)
+        steps = self.recipe.steps_per_execution or STEPS_PER_EXECUTION
+        for start in range(done.steps, plan.steps_per_epoch, steps):
+            end = min(start + steps, plan.steps_per_epoch)
             told = tf.constant(float(is_told_to_stop()))
             step = tf.constant(first_step + start)
             sums = self._execute(batches[start:end], draws[start:end], step, told, late)

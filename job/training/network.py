@@ -267,12 +267,12 @@ def training_network(
             kind = FusedGelu if elementwise and not compiled else kind
         return kind.from_config(config)
 
-    copy = clone_network(model, rebuild)
-    copy.set_weights(model.get_weights())
-    variables = named_variables(copy)
+    network = clone_network(model, rebuild)
+    network.set_weights(model.get_weights())
+    variables = named_variables(network)
     for name in fixed_weights:
         variables[name].trainable = False
-    return copy
+    return network
 
 
 def clone_network(
@@ -284,12 +284,14 @@ def clone_network(
         model: A Sequential or Functional network.
         rebuild: From a layer to the new one; by default of the same class and settings.
     """
-    # Keras would compile the copy, too, for which it must know the optimizer's class.
-    is_compiled, model.compiled = model.compiled, False
-    try:
-        return keras.models.clone_model(model, clone_function=rebuild)
-    finally:
-        model.compiled = is_compiled
+    # Keras compiles the clone of a compiled one, for which it must know the optimizer's class.
+    if isinstance(model, keras.Sequential):
+        images = model.inputs[0]
+        first = keras.Input(batch_shape=images.shape, dtype=images.dtype, name=images.name)
+        bare = keras.Sequential([first, *model.layers], name=model.name)
+    else:
+        bare = keras.Model(model.input, model.output, name=model.name)
+    return keras.models.clone_model(bare, clone_function=rebuild)
 
 
 def _pooled_relu_convolutions(model: keras.Model) -> dict[str, str]:

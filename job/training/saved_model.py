@@ -280,6 +280,13 @@ def evaluate_saved(
         evaluator.model.set_weights(model.get_weights())
     else:
         evaluator = Evaluator(model, recipe, devices, dataset.test_images, dataset.test_labels)
+    if (views := len(recipe.tta_views)) > 1:
+        # It may take minutes, in which nothing else is logged.
+        log.event(
+            "evaluating",
+            message=f"evaluating the saved model: {views} views of each of "
+            f"{log.plural(len(dataset.test_images), 'test image')}",
+        )
     evaluation, probabilities = evaluator.predict()
     if not math.isfinite(evaluation.loss):
         raise JobError(

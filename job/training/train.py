@@ -296,9 +296,7 @@ def _set_up(
     engine = Engine(recipe, devices, dataset, plan, config.learning_rate)
     require_savable(engine.original, recipe)
     fingerprint = take_fingerprint(
-        *(config, devices, dataset, engine.original, recipe),
-        fixed_weights=engine.fixed_weights,
-        early_epochs=engine.early_epochs,
+        config, devices, dataset, engine.original, recipe, engine.fixed_weights
     )
     # By these each worker computes its part of the same bits.
     devices.workers.require_equal(

@@ -130,6 +130,84 @@ def test_both_names_are_choices_of_the_command_line(copy: Path) -> None:
     assert "[classic|fast|leafnet]" in help_text
 
 
+# What the page's table has, and an optimizer of one's own.
+OWN = """
+from dataclasses import replace
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from job.recipes.leafnet import RECIPE as LEAFNET
+
+DEFAULTS = {"epochs": 4, "batch_size": 16, "learning_rate": 0.05}
+
+
+class Plain(keras.optimizers.Optimizer):
+    assigns_through_keras = True
+
+    def __init__(self, rate, factor):
+        super().__init__(learning_rate=rate, name="plain")
+        self._factor = factor
+
+    def update_step(self, gradient, variable, learning_rate):
+        self.assign(variable, variable - self._factor * learning_rate * gradient)
+
+
+def draw_augmentation(seed, epoch, steps, batch_size, rows):
+    return tf.cast((rows + tf.cast(epoch, tf.int64)) % 2, tf.float32)[..., None]
+
+
+def augment(images, draws, resample):
+    return tf.where(draws[:, :, None, None] > 0, tf.reverse(images, axis=[2]), images)
+
+
+def look(images):
+    mean = np.float32(images.mean() / 255)
+    return {"conv1/kernel": np.full((3, 3, 1, 16), mean, np.float32)}
+
+
+RECIPE = replace(
+    LEAFNET,
+    build_optimizer=lambda rate, steps: Plain(rate, 0.5),
+    draw_augmentation=draw_augmentation,
+    augment=augment,
+    tta_weights=(0.75, 0.25),
+    label_smoothing=0.1,
+    loss_reduction="sum",
+    fixed_weights=look,
+    early_variables={"conv1/bias": 0.375},
+    steps_per_execution=3,
+)
+"""
+
+
+def test_what_else_a_recipe_may_have_trains(copy: Path) -> None:
+    rows = re.findall(r"^\| `(\w+)", PAGE.split("What else a recipe may have")[1], re.MULTILINE)
+    assert len(rows) == 8
+    assert all(name in OWN for name in rows)
+    (copy / "job" / "recipes" / "own.py").write_text(OWN)
+    words = "train --dataset leaves --recipe own --data-dir data/leaves --output-dir output/own"
+    looked = job(copy, *words.split(), "--dry-run")
+    assert looked.returncode == 0, looked.stderr
+    trained = job(copy, *words.split())
+    assert trained.returncode == 0, trained.stderr
+    output = copy / "output" / "own"
+    assert json.loads((output / "run.json").read_text())["config"]["batch_size"] == 16
+    evaluation = json.loads((output / "evaluation.json").read_text())
+    assert evaluation["accuracy_without_tta"] is not None
+    kernel = keras.models.load_model(output / "cifar10_model.h5").get_layer("conv1").kernel
+    assert np.unique(kernel).size == 1
+    # The dry run finds what the training would.
+    code = OWN.replace("conv1/bias", "conv1/bais")
+    (copy / "job" / "recipes" / "own.py").write_text(code)
+    looked = job(copy, *words.split(), "--fresh", "--dry-run")
+    (copy / "job" / "recipes" / "own.py").unlink()
+    assert looked.returncode == 2
+    problem = "job/recipes/own.py: ValueError: early_variables has 'conv1/bais', expected some of"
+    assert problem in looked.stderr
+
+
 def test_an_error_in_ones_own_file_is_one_line_with_its_place(copy: Path) -> None:
     recipe = copy / "job" / "recipes" / "leafnet.py"
     code = recipe.read_text()

@@ -180,6 +180,7 @@ def test_variables_that_a_recipe_names_wrongly_are_refused(
         ),
         ({"label_smoothing": 1.0}, "label_smoothing received 1.0, expected 0 to 1, below 1"),
         ({"loss_reduction": "max"}, "loss_reduction received 'max', expected 'mean' or 'sum'"),
+        ({"steps_per_execution": 0}, "steps_per_execution received 0, expected at least 1"),
         ({"early_variables": {"a/b": 3}}, "early_variables has 3 for 'a/b', expected 0 to 1"),
         (
             {"draw_augmentation": lambda a, b, c, d, e, f: None},
