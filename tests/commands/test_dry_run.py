@@ -104,6 +104,22 @@ def test_a_new_run(config: TrainConfig, find: Find) -> None:
     json.dumps(report)
 
 
+def test_a_run_that_the_recipe_does_not_resume_is_a_problem(
+    config: TrainConfig, find: Find
+) -> None:
+    run(
+        config,
+        save(config, epochs=0, steps=5, **{"optimizer.beta_1": 0.5, "optimizer.name": "Adam"}),
+    )
+    found = find(config)
+    (problem,) = map(str, found.problems)
+    assert (
+        "holds another run: the optimizer's beta_1 (--epochs may set its schedule) rec" in problem
+    )
+    assert "received 0.9, expected 0.5; go on with its settings" in problem
+    assert found.report["output"]["step"] == 5
+
+
 def test_a_run_that_was_stopped_and_then_finished(
     config: TrainConfig, find: Find, tmp_path: Path
 ) -> None:

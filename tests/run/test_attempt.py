@@ -46,8 +46,8 @@ def run(config: TrainConfig, body: Body = lambda attempt: None) -> Attempt:
     return attempt
 
 
-def save(config: TrainConfig, epochs: int, steps: int = 0) -> Body:
-    fingerprint = Fingerprint(dict(run_options(config)), ENVIRONMENT)
+def save(config: TrainConfig, epochs: int, steps: int = 0, **settings: Any) -> Body:
+    fingerprint = Fingerprint({**run_options(config), **settings}, ENVIRONMENT)
     history = History(lines(epochs), Progress(steps))
 
     def body(attempt: Attempt) -> None:
