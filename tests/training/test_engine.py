@@ -207,6 +207,8 @@ def test_early_variables_have_no_gradient_in_later_epochs(
         for pair in pairwise(states)
     ]
     assert moved == [[True, True, True, True], [True, False, True, True]]
+    # Where it pays, a form of the step without this gradient.
+    assert engine._execute.experimental_get_tracing_count() == (1 if compilation else 2)
 
 
 def test_augmented_batch_is_the_same_bits_on_any_number_of_replicas(
