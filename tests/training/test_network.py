@@ -10,18 +10,17 @@ import tensorflow as tf
 from job.config import UserError
 from job.data import Dataset
 from job.recipes import classic
-from job.training import network
-from job.training.network import (
+from job.training import layers as training_layers
+from job.training.layers import (
     FusedBatchNormalization,
     FusedGelu,
     MatrixDense,
     PatchConvolution,
     TrainingMaxPooling,
-    build_network,
     gelu,
     max_pool_2x2,
-    training_network,
 )
+from job.training.network import build_network, training_network
 
 
 @pytest.fixture
@@ -321,7 +320,7 @@ def test_layers_as_products_of_matrices_compute_what_keras_computes(
 def test_convolutions_that_no_patches_suit_are_left_to_keras(
     monkeypatch: pytest.MonkeyPatch, groups: int, values: int
 ) -> None:
-    monkeypatch.setattr(network, "_PATCH_VALUES", values)
+    monkeypatch.setattr(training_layers, "_PATCH_VALUES", values)
     original = keras.Sequential([keras.Input((9, 8, 4)), keras.layers.Conv2D(4, 1, groups=groups)])
     fast = training_network(original, "float32", compiled=True)
     images = np.random.default_rng(0).random((2, 9, 8, 4), np.float32)
