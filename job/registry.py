@@ -92,8 +92,8 @@ def _read_defaults(expression: ast.expr, path: Path) -> dict[str, float]:
         return defaults
     raise UserError(
         f"{_shown(path)}, line {expression.lineno}: DEFAULTS is {ast.unparse(expression)}, "
-        f"expected a dictionary of numbers above 0 for some of {', '.join(RECIPE_OPTIONS)}, whole "
-        f"ones but for learning_rate; mend it there"
+        f"expected a dictionary with numbers above 0 for any of {', '.join(RECIPE_OPTIONS)}, whole "
+        f"numbers except for learning_rate; mend it there"
     )
 
 

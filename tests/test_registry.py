@@ -53,7 +53,7 @@ def test_an_error_in_a_recipe_of_ones_own_is_told_by_its_place(
         ("DEFAULTS = {'seed': 1}", ", line 1: DEFAULTS is {'seed': 1}, expected a dictionary"),
         ("DEFAULTS = {'learning_rate': 0.0}", ", line 1: DEFAULTS is {'learning_rate': 0.0}, "),
         ("\nDEFAULTS: dict = dict(epochs=8)", ", line 2: DEFAULTS is dict(epochs=8), expected a"),
-        ("DEFAULTS = [2**5]", ", line 1: DEFAULTS is [2 ** 5], expected a dictionary of numbers"),
+        ("DEFAULTS = [2**5]", ", line 1: DEFAULTS is [2 ** 5], expected a dictionary with numbers"),
         ("DEFAULTS = {", ", line 1: SyntaxError: '{' was never closed"),
     ],
 )

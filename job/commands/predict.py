@@ -35,7 +35,7 @@ class Predictor:
         views: The test-time augmentation of its recipe.
         devices: Where to compute.
         rows: Images a replica and batch.
-        weights: The weight of each view; they sum to 1. By default they are equal.
+        weights: The weight of each view; they sum to 1. Empty are equal weights.
 
     Attributes:
         class_names: As given.
@@ -53,8 +53,7 @@ class Predictor:
         rows: int = ROWS_PER_REPLICA,
         weights: tuple[float, ...] = (),
     ) -> None:
-        self.class_names, self.views = class_names, views
-        self._weights = weights or (1.0 / len(views),) * len(views)
+        self.class_names, self.views, self._weights = class_names, views, weights
         self.image_shape: ImageShape = model.input_shape[1:]
         self.batch_size = devices.replicas * rows
         self._model, self._strategy = model, devices.strategy
@@ -129,7 +128,7 @@ def load_predictor(path: Path, devices: Devices, rows: int = ROWS_PER_REPLICA) -
         run = unless_damaged(read_manifest, path.parent)
         if run and run.config.recipe in list_recipes():
             recipe = get_recipe(run.config.recipe)
-            views, weights = recipe.tta_views, recipe.view_weights
+            views, weights = recipe.tta_views, recipe.tta_weights
     return Predictor(model, names, views, devices, rows, weights)
 
 

@@ -103,12 +103,13 @@ class Recipe:
             and math.isclose(sum(weights), 1.0)
         ):
             raise ValueError(
-                f"tta_weights received {weights}, expected {len(self.tta_views)} numbers from 0, "
-                f"one a view, that sum to 1"
+                f"tta_weights received {weights}, expected one number for each of the "
+                f"{len(self.tta_views)} views, none below 0, with a sum of 1"
             )
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(
-                f"label_smoothing received {self.label_smoothing}, expected 0 to 1, below 1"
+                f"label_smoothing received {self.label_smoothing}, expected at least 0 and less "
+                f"than 1"
             )
         if self.loss_reduction not in ("mean", "sum"):
             raise ValueError(
@@ -128,12 +129,6 @@ class Recipe:
     def _draws_by_rows(self) -> bool:
         draw = self.draw_augmentation
         return not accepts(draw, *_DRAW_PARAMETERS) and accepts(draw, *_DRAW_PARAMETERS, "rows")
-
-    @property
-    def view_weights(self) -> tuple[float, ...]:
-        """The weight of each view; they sum to 1."""
-        views = len(self.tta_views)
-        return self.tta_weights or (1.0 / views,) * views
 
     def early_epochs(self, epochs: int) -> dict[str, int]:
         """For each early variable its epochs with a gradient, of so many in all."""

@@ -268,7 +268,7 @@ def _key_figures(record: RunRecord, calibration_error: float | None) -> list[tup
         figures.append(("Test accuracy", f"{record.evaluation.accuracy:.2%}", examples))
         plain = record.evaluation.accuracy_without_tta
         if plain is not None:
-            figures.append(("Without TTA", f"{plain:.2%}", "from each image as it is"))
+            figures.append(("Accuracy, one view", f"{plain:.2%}", "each image as it is"))
         figures.append(("Test loss", f"{record.evaluation.loss:.4f}", "nats a test image"))
     if calibration_error is not None:
         figures.append(("Calibration error", f"{calibration_error:.2%}", "expected; 0% is best"))

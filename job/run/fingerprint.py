@@ -47,8 +47,8 @@ _CONTENTS = {
     "label_smoothing": "the recipe's label smoothing has changed",
     "loss_reduction": "the recipe's loss reduction has changed",
     "fixed_weights": "the recipe takes other weights from the training images",
-    "early_variables": "other variables have a gradient in the first epochs alone (--epochs "
-    "decides how many)",
+    "early_variables": "the recipe's early variables have changed, or the number of their epochs, "
+    "which follows from --epochs",
     "steps_per_execution": "the recipe's steps per execution have changed",
 }
 _OPTIMIZER = "optimizer."

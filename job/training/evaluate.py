@@ -78,7 +78,7 @@ def mean_over_views(
     Args:
         model: The network.
         views: A recipe's, at least one.
-        weights: The weight of each view; they sum to 1.
+        weights: The weight of each view; they sum to 1. Empty are equal weights.
         images: [rows, height, width, channels] float32, 0 to 1.
 
     Returns:
@@ -88,6 +88,7 @@ def mean_over_views(
         probabilities = _probabilities(model, images)
         return probabilities, probabilities
     outputs = [_probabilities(model, view(images)) for view in views]
+    weights = weights or (1.0 / len(views),) * len(views)
     mean = tf.add_n([output * weight for output, weight in zip(outputs, weights, strict=True)])
     plain = outputs[views.index(unchanged)] if unchanged in views else _probabilities(model, images)
     return mean, plain
@@ -126,7 +127,7 @@ class Evaluator:
     ) -> None:
         self.model, self._recipe = model, recipe
         self._views = recipe.tta_views if with_tta else (unchanged,)
-        self._weights = recipe.view_weights if with_tta else (1.0,)
+        self._weights = recipe.tta_weights if with_tta else ()
         self._strategy, self._replicas = devices.strategy, devices.replicas
         self._data = ResidentImages(devices, images, labels)
         self._labels = labels

@@ -82,7 +82,7 @@ def _encode(model: keras.Model) -> io.BytesIO:
 
 
 def _without_optimizer_weights(file: h5py.File) -> io.BytesIO:
-    """Copy the rest: what is removed from an HDF5 file goes on taking its place."""
+    """Copy the rest: what is removed from an HDF5 file still takes its space."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as copied:
         copied.attrs.update(file.attrs)
@@ -133,8 +133,8 @@ def load_model(path: Path) -> keras.Model:
         model = load_model_from_hdf5(file)
         if "optimizer_weights" not in file:
             raise UserError(
-                f"{path} has no state of an optimizer, as its own is none of Keras's; load it with "
-                f"keras.models.load_model"
+                f"{path} has no optimizer state, because its optimizer is not a class of Keras; "
+                f"load it with keras.models.load_model"
             )
         # The optimizer that Keras loads was built before the network had variables.
         model.compile_from_config(model.get_compile_config())

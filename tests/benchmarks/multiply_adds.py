@@ -111,7 +111,7 @@ def count_run(
     network = engine.original
     one = images[:1]
     plain = count(lambda: network(one, training=False))
-    views = count(lambda: mean_over_views(network, recipe.tta_views, recipe.view_weights, one))
+    views = count(lambda: mean_over_views(network, recipe.tta_views, recipe.tta_weights, one))
     return {
         "training": training * plan.steps_per_epoch,
         "validations": plain * examples * plan.epochs,

@@ -259,7 +259,7 @@ def test_views_and_weights_equal_a_reference() -> None:
         for view in (one, one[:, :, ::-1])
     ]
     assert len(RECIPE.tta_views) == len(pairs) == 6
-    received = zip(RECIPE.view_weights, RECIPE.tta_views, strict=True)
+    received = zip(RECIPE.tta_weights, RECIPE.tta_views, strict=True)
     for (weight, view), (own_weight, own_view) in zip(pairs, received, strict=True):
         assert weight == own_weight
         np.testing.assert_array_equal(own_view(tf.constant(images)).numpy(), view)

@@ -85,7 +85,7 @@ KERNEL = np.ones((2, 2), np.float32)
         ({"fixed_weights": {}}, "the recipe takes other weights from the training images"),
         (
             {"recipe": replace(classic.RECIPE, early_variables={"conv1/bias": 0.1})},
-            "other variables have a gradient in the first epochs alone (--epochs decides how many)",
+            "the recipe's early variables have changed, or the number of their epochs",
         ),
         (
             {"recipe": replace(classic.RECIPE, steps_per_execution=5)},

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from job.config import UserError
 from job.data import Dataset
-from job.recipes import classic
+from job.recipes import Recipe, classic
 from job.training import layers as training_layers
 from job.training.layers import (
     FusedBatchNormalization,
@@ -33,6 +33,17 @@ def small(seed: int, classes: int, end: str | None = "softmax") -> keras.Model:
     layers = keras.layers
     dense = layers.Dense(classes, end)
     return keras.Sequential([keras.Input((8, 8, 3)), layers.Flatten(), dense])
+
+
+def mine(**changes: Any) -> Recipe:
+    """A recipe of the user's own without augmentation."""
+    return dataclasses.replace(
+        classic.RECIPE,
+        name="mine",
+        draw_augmentation=lambda seed, epoch, steps, rows: tf.zeros([steps, rows, 1]),
+        augment=lambda images, draws, resample: images,
+        **changes,
+    )
 
 
 def with_lambda(seed: int, classes: int) -> keras.Model:
@@ -83,13 +94,7 @@ def with_lambda(seed: int, classes: int) -> keras.Model:
     ],
 )
 def test_a_recipe_that_cannot_be_trained_is_refused(changes: dict[str, Any], problem: str) -> None:
-    recipe = dataclasses.replace(
-        classic.RECIPE,
-        name="mine",
-        build_model=small,
-        draw_augmentation=lambda seed, epoch, steps, rows: tf.zeros([steps, rows, 1]),
-        augment=lambda images, draws, resample: images,
-    )
+    recipe = mine(build_model=small)
     build_network(recipe, 1, 3, 0.1, 10)
     with pytest.raises(UserError, match=re.escape(problem)):
         build_network(dataclasses.replace(recipe, **changes), 1, 3, 0.1, 10)
@@ -149,12 +154,8 @@ TRAINED = "conv/kernel, conv/bias, norm/gamma, norm/beta, dense/kernel, dense/bi
 def test_variables_that_a_recipe_names_wrongly_are_refused(
     changes: dict[str, Any], problem: str
 ) -> None:
-    recipe = dataclasses.replace(
-        classic.RECIPE,
-        name="mine",
+    recipe = mine(
         build_model=named,
-        draw_augmentation=lambda seed, epoch, steps, rows: tf.zeros([steps, rows, 1]),
-        augment=lambda images, draws, resample: images,
         fixed_weights=lambda images: {"conv/kernel": KERNEL},
         early_variables={"conv/kernel": 0.5, "conv/bias": 0.5},
     )
@@ -171,13 +172,19 @@ def test_variables_that_a_recipe_names_wrongly_are_refused(
     ("changes", "problem"),
     [
         ({"tta_views": ()}, "tta_views has no view, expected at least (unchanged,)"),
-        ({"tta_weights": (0.5, 0.5)}, "tta_weights received (0.5, 0.5), expected 1 numbers from 0"),
-        ({"tta_weights": (0.9,)}, "tta_weights received (0.9,), expected 1 numbers from 0, one a"),
+        ({"tta_weights": (0.5, 0.5)}, "tta_weights received (0.5, 0.5), expected one number"),
+        (
+            {"tta_weights": (0.9,)},
+            "tta_weights received (0.9,), expected one number for each of the 1",
+        ),
         (
             {"tta_views": (tf.identity, tf.identity), "tta_weights": (1.5, -0.5)},
-            "tta_weights received (1.5, -0.5), expected 2 numbers from 0, one a view, that sum to",
+            "tta_weights received (1.5, -0.5), expected one number for each of the 2 views, none",
         ),
-        ({"label_smoothing": 1.0}, "label_smoothing received 1.0, expected 0 to 1, below 1"),
+        (
+            {"label_smoothing": 1.0},
+            "label_smoothing received 1.0, expected at least 0 and less than 1",
+        ),
         ({"loss_reduction": "max"}, "loss_reduction received 'max', expected 'mean' or 'sum'"),
         ({"steps_per_execution": 0}, "steps_per_execution received 0, expected at least 1"),
         ({"early_variables": {"a/b": 3}}, "early_variables has 3 for 'a/b', expected 0 to 1"),

@@ -261,7 +261,7 @@ def test_an_optimizer_of_ones_own_keeps_nobody_from_loading_the_file(
     np.testing.assert_array_equal(loaded.layers[0].kernel, weights["conv1/kernel"])
     # Nothing is left of the momentums.
     assert (tmp_path / "model.h5").stat().st_size < 1.1 * 4 * model.count_params()
-    with pytest.raises(UserError, match=r"model.h5 has no state of an optimizer, as its own is"):
+    with pytest.raises(UserError, match=r"model.h5 has no optimizer state, because its optimizer"):
         load_model(tmp_path / "model.h5")
 
 
