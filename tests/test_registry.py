@@ -18,13 +18,20 @@ RECIPE = replace(CLASSIC, build_model=lambda seed: None)
 """
 
 
+# A ValueError before Python 3.11.4.
+try:
+    compile("\0", "", "exec")
+except (SyntaxError, ValueError) as error:
+    NULL_BYTE_ERROR = type(error).__name__
+
+
 @pytest.mark.parametrize(
     ("name", "code", "message"),
     [
         ("syntax", "SIZE = 3\nRECIPE = (", ", line 2: SyntaxError: '(' was never closed"),
         ("name", "SIZE = 3\nlayers.Dense(SIZE)", ", line 2: NameError: name 'layers' is not"),
         ("missing", "import nowhere", ", line 1: ModuleNotFoundError: No module named 'nowhere'"),
-        ("zero", "\0", ": SyntaxError: source code string cannot contain null bytes"),
+        ("zero", "\0", f": {NULL_BYTE_ERROR}: source code string cannot contain null bytes"),
         (
             "signature",
             CHANGED,
