@@ -18,7 +18,7 @@ RECIPE = replace(CLASSIC, build_model=lambda seed: None)
 """
 
 
-# A ValueError before Python 3.11.4.
+# Python 3.11.2 raises a ValueError, 3.11.7 a SyntaxError.
 try:
     compile("\0", "", "exec")
 except (SyntaxError, ValueError) as error:
