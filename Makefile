@@ -30,9 +30,9 @@ LOCK := $(if $(wildcard /dev/nvidia[0-9]*),gpu,cpu)
 BIN := $(VENV)/bin
 
 # EPOCHS=3 on the command line would be ignored, and 50 epochs begin. JOB_EPOCHS=3 is exported by make.
-# The tables of the README name the options; two of them are also variables of this file.
+# The tables of these pages name the options; two of them are also variables of this file.
 OPTIONS := $(filter-out DATA_DIR OUTPUT_DIR,$(shell \
-  sed -n 's/^| `--[a-z0-9-]*` | `JOB_\([A-Z0-9_]*\)` .*/\1 \L\1/p' README.md))
+  sed -n 's/^| `--[a-z0-9-]*` | `JOB_\([A-Z0-9_]*\)` .*/\1 \L\1/p' docs/options.md docs/predict.md))
 $(foreach name,$(OPTIONS),$(if $(filter command,$(origin $(name))),\
   $(error received $(name), which is no variable of this Makefile; options of the program go into \
   ARGS, as in make train ARGS="--epochs 3")))

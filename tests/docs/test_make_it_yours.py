@@ -39,7 +39,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def leave_what_systems_leave(folder: Path) -> None:
-    """Files beside the classes and beside the pictures of one, and a hidden folder."""
+    """Files next to the classes and next to the pictures of a class, and a hidden folder."""
     for name in (".DS_Store", "Thumbs.db", "oak/.DS_Store", "oak/Thumbs.db", "oak/._0.png"):
         (folder / name).write_bytes(b"no picture")
     (folder / ".thumbnails").mkdir()
@@ -59,7 +59,11 @@ def draw_leaves(folder: Path, count: int, label: int, rng: np.random.Generator) 
         else:
             draw.line((x, y, x + 20, y + 18), fill=(30, 90, 40), width=3)
             draw.line((x + 20, y, x, y + 18), fill=(30, 90, 40), width=3)
-        picture.save(folder / f"{number}.png")
+        picture.save(folder / f"{number}{SUFFIXES[number % len(SUFFIXES)]}", quality=90)
+
+
+# As they come from cameras and phones.
+SUFFIXES = (".png", ".JPG", ".jpeg", ".PNG")
 
 
 def job(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""The README is executed and compared with the program, so that it cannot rot."""
+"""The pages are executed and compared with the program, so that they cannot rot."""
 
 import json
 import os
@@ -20,24 +20,37 @@ from job.training.prometheus import GAUGES
 from tests.conftest import REPOSITORY
 from tests.run_folders import add_evaluation, make_run
 
-README = (REPOSITORY / "README.md").read_text()
+PAGES = {
+    path.relative_to(REPOSITORY).as_posix(): path.read_text()
+    for folder in (".", "docs", "slurm")
+    for path in sorted((REPOSITORY / folder).glob("*.md"))
+}
+README = PAGES["README.md"]
+OPTIONS = PAGES["docs/options.md"]
+ARTIFACTS = PAGES["docs/artifacts.md"]
 
 
-def section(heading: str) -> str:
-    text = README.split(f"\n{heading}\n", 1)[1]
-    return re.split(r"\n#{2,3} ", text, maxsplit=1)[0]
+def section(page: str, heading: str) -> str:
+    """The text below a heading of the second level, up to the next one."""
+    text = page.split(f"\n## {heading}\n", 1)[1]
+    return text.split("\n## ", 1)[0]
 
 
 def first_column(text: str) -> list[str]:
-    return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+    """The names in code letters that begin the rows of tables."""
+    return re.findall(r"^\| `([^`]+)`", text, re.MULTILINE)
 
 
-# What the table says where the default is no text or number.
+def test_the_readme_is_read_in_five_minutes() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+# The table's text where the default is not a text or number.
 NO_VALUE = {"all", "never", "none", "the scheduler's job", "that of `--output-dir`"}
 
 
 def documented_default(option: click.Option) -> set[str]:
-    """The texts by which a default may be documented."""
+    """The texts that may document a default."""
     default = option.to_info_dict()["default"]
     if default is None:
         return NO_VALUE
@@ -48,12 +61,15 @@ def documented_default(option: click.Option) -> set[str]:
     return {f"{default:g}"} if isinstance(default, int | float) else {f"`{default}`"}
 
 
+def documented_options(page: str) -> dict[str, tuple[str, str]]:
+    """Variable and default of each option in a page's tables."""
+    rows = re.findall(r"^\| `(--[a-z0-9-]+)` \| `(JOB_[A-Z0-9_]+)` \| (.*?) \|", page, re.MULTILINE)
+    assert len({name for name, _, _ in rows}) == len(rows)
+    return {name: (variable, default) for name, variable, default in rows}
+
+
 def test_every_option_is_documented_with_its_variable_and_default() -> None:
-    rows = re.findall(
-        r"^\| `(--[a-z0-9-]+)` \| `(JOB_[A-Z0-9_]+)` \| (.*?) \|", README, re.MULTILINE
-    )
-    documented = {name: (variable, default) for name, variable, default in rows}
-    assert len(documented) == len(rows)
+    documented = documented_options(OPTIONS + PAGES["docs/predict.md"])
     options = [
         option
         for command in cli.commands.values()
@@ -67,31 +83,34 @@ def test_every_option_is_documented_with_its_variable_and_default() -> None:
         assert default in documented_default(option), option.opts
 
 
+def test_the_readmes_eight_options_are_documented_as_elsewhere() -> None:
+    eight = documented_options(README)
+    assert len(eight) == 8
+    assert eight.items() <= documented_options(OPTIONS).items()
+
+
 def test_the_table_of_train_has_the_fields_of_its_configuration() -> None:
-    (table,) = (
-        block for block in section("## Commands").split("\n\n") if block.startswith("| option")
-    )
-    named = set(first_column(table))
+    named = documented_options(OPTIONS).keys()
     configured = {option_name(field.name) for field in fields(TrainConfig)}
-    # How it is said and looked at is no part of what a run is asked to do.
+    # These concern the output of the command, and not the run.
     assert named - configured == {"--expect-mount", "--log-format", "--dry-run"}
     assert configured <= named
     assert named == {parameter.opts[0] for parameter in train.params}
 
 
 def test_every_metric_is_documented() -> None:
-    documented = first_column(section("## Watching a run"))
+    documented = first_column(section(PAGES["docs/monitoring.md"], "Prometheus"))
     assert documented == [f"cifar10_job_{name}" for name in (*GAUGES, "info", "phase", "state")]
 
 
 def test_completion_works_as_documented(tmp_path: Path) -> None:
-    lines = re.findall(r"^.*_CIFAR10_JOB_COMPLETE=.*$", README, re.MULTILINE)
+    lines = re.findall(r"^.*_CIFAR10_JOB_COMPLETE=.*$", OPTIONS, re.MULTILINE)
     program = tmp_path / "cifar10-job"
     program.write_text(f'#!/bin/sh\nPYTHONPATH={REPOSITORY} exec {sys.executable} -m job "$@"\n')
     program.chmod(0o755)
     bash, zsh, fish = (line.replace(".venv/bin/cifar10-job", str(program)) for line in lines)
 
-    def said(script: str) -> list[str]:
+    def run_bash(script: str) -> list[str]:
         command = ["bash", "-euc", script]
         return subprocess.run(
             command, capture_output=True, text=True, check=True
@@ -103,65 +122,125 @@ def test_completion_works_as_documented(tmp_path: Path) -> None:
         ("train --prec", ["--precision"]),
         ("train --precision ''", ["auto", "float32", "bfloat16"]),
     ):
-        assert said(f"{bash}\nCOMP_WORDS=(cifar10-job {words})\n{complete}\n{show}") == expected
-    # These shells need not be there; this is what they are given.
+        assert run_bash(f"{bash}\nCOMP_WORDS=(cifar10-job {words})\n{complete}\n{show}") == expected
+    # These shells need not be installed; this is the text that they receive.
     assert "compdef _cifar10_job_completion cifar10-job" in "\n".join(
-        said(zsh.split('"$(')[1][:-2])
+        run_bash(zsh.split('"$(')[1][:-2])
     )
-    assert "--command cifar10-job" in "\n".join(said(fish.partition("|")[0]))
+    assert "--command cifar10-job" in "\n".join(run_bash(fish.partition("|")[0]))
 
 
-def test_every_exit_code_is_documented() -> None:
-    codes = re.findall(r"^\| (\d+) \|", section("## Commands"), re.MULTILINE)
+@pytest.mark.parametrize("page", ["README.md", "docs/options.md"])
+def test_every_exit_code_is_documented(page: str) -> None:
+    codes = re.findall(r"^\| (\d+) \|", section(PAGES[page], "Exit codes"), re.MULTILINE)
     assert [int(code) for code in codes] == [code.value for code in ExitCode]
 
 
-def test_every_command_is_documented() -> None:
-    assert set(first_column(section("## Commands"))) >= set(cli.commands)
+@pytest.mark.parametrize("page", ["README.md", "docs/options.md"])
+def test_every_command_is_documented(page: str) -> None:
+    table = PAGES[page].split("| does |\n", 1)[1].partition("\n\n")[0]
+    assert set(first_column(table)) == set(cli.commands)
 
 
 def test_artifact_tables_name_what_the_program_writes(tmp_path: Path) -> None:
     output = make_run(tmp_path / "run")
     add_evaluation(output)
     line, *_ = (output.path / "metrics.jsonl").read_text().splitlines()
-    assert first_column(section("### `metrics.jsonl`")) == list(json.loads(line))
+    assert first_column(section(ARTIFACTS, "`metrics.jsonl`")) == list(json.loads(line))
     evaluation = json.loads((output.path / "evaluation.json").read_text())
-    assert first_column(section("### `evaluation.json`")) == list(evaluation)
+    assert first_column(section(ARTIFACTS, "`evaluation.json`")) == list(evaluation)
     manifest = json.loads((output.path / "run.json").read_text())
-    assert first_column(section("### `run.json`")) == [*manifest, *manifest["attempts"][0]]
+    documented = first_column(section(ARTIFACTS, "`run.json`"))
+    assert documented == [*manifest, *manifest["attempts"][0]]
     kept = [field.name for field in fields(Predictions)]
-    assert first_column(section("### `report.html`")) == kept
+    assert first_column(section(ARTIFACTS, "`predictions.npz`")) == kept
+
+
+def documented_files(text: str) -> dict[str, str]:
+    """The row of each file in the page's table of the output folder."""
+    table = text.split("| in the output folder | content |\n", 1)[1].partition("\n\n")[0]
+    rows = table.splitlines()[1:]
+    return {name: row for row in rows for name in re.findall(r"`([^`/]+)/?`", row.split("|")[1])}
+
+
+def test_the_readmes_files_are_documented_as_elsewhere() -> None:
+    files = documented_files(README)
+    assert len(files) == 9
+    assert files.keys() <= documented_files(ARTIFACTS).keys()
 
 
 def test_every_make_target_named_exists() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z0-9-]+):", makefile, re.MULTILINE))
-    named = set(re.findall(r"`make ([a-z0-9-]+)|^make ([a-z0-9-]+)", README, re.MULTILINE))
-    assert {first or second for first, second in named} <= targets
-    assert {"demo", "train", "test", "k8s-run"} <= targets
+    text = "\n".join(PAGES.values())
+    named = set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", text, re.MULTILINE))
+    assert named <= targets
+    assert {"demo", "train", "test", "k8s-run", "bench-workers"} <= named
 
 
-def test_every_file_named_exists() -> None:
-    for name in re.findall(r"`((?:job|tests|locks|docs|k8s|slurm)/[^`]*)`|\]\(([^#)]+)\)", README):
-        assert (REPOSITORY / (name[0] or name[1])).exists(), name
+def anchors(page: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_file_and_heading_named_exists(name: str) -> None:
+    for path in re.findall(r"`((?:job|tests|locks|docs|k8s|slurm)/[\w./-]+)`", PAGES[name]):
+        assert "NAME" in path or path in MADE or (REPOSITORY / path).exists(), path
+    for link, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]*))?\)", PAGES[name]):
+        target = ((REPOSITORY / name).parent / link).resolve() if link else REPOSITORY / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), f"{link}#{anchor}"
+
+
+# Files that a page has its reader make.
+MADE = {"job/data/leaves.py", "job/recipes/leafnet.py", "slurm/site.sh"}
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = {link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README)}
+    assert PAGES.keys() - {"README.md"} <= linked
 
 
 def test_every_overlay_is_documented() -> None:
     overlays = sorted(folder.name for folder in (REPOSITORY / "k8s" / "overlays").iterdir())
-    assert first_column(section("## Kubernetes")) == overlays
+    assert first_column(section(PAGES["docs/kubernetes.md"], "Overlays")) == overlays
 
 
-# Where the commands of the README are run, by how they begin, and how that file calls them. GPUs,
-# clusters and package sources are stood in for where the gate has none.
+def test_the_map_of_the_code_names_every_package_in_the_order_of_its_layers() -> None:
+    text = section(README, "Map of the code")
+    packages = [path.parent.name for path in (REPOSITORY / "job").glob("*/__init__.py")]
+    assert sorted(first_column(text)) == sorted(f"{package}/" for package in packages)
+    for module in re.findall(r"`(\w+/\w+\.py)`", text):
+        assert (REPOSITORY / "job" / module).exists(), module
+
+
+# The file that runs each command of the pages, by the command's first words, and the call in that
+# file. Stand-ins replace GPUs, clusters and package sources where the gate has none.
 RUN_BY = {
     "make demo": (".ci/run", "make demo"),
-    "make train": ("tests/docs/test_readme.py", '"make", "train"'),
+    "make train": ("tests/docs/test_pages.py", '"make", "train"'),
     "make install": (".ci/run", "make install"),
     "mkdir -p output data": ("tests/integration/test_image.py", "README.md"),
     "docker run": ("tests/integration/test_image.py", "README.md"),
-    ".venv/bin/cifar10-job": ("tests/docs/test_readme.py", "commands()"),
-    'eval "$(_CIFAR10_JOB_COMPLETE': ("tests/docs/test_readme.py", "_CIFAR10_JOB_COMPLETE"),
-    "_CIFAR10_JOB_COMPLETE": ("tests/docs/test_readme.py", "_CIFAR10_JOB_COMPLETE"),
+    "podman save": ("tests/integration/containers.py", "podman save"),
+    "apptainer build": ("tests/integration/containers.py", "apptainer build"),
+    ".venv/bin/cifar10-job train --dataset leaves": (
+        "tests/docs/test_make_it_yours.py",
+        "commands()",
+    ),
+    ".venv/bin/cifar10-job evaluate --dataset leaves": (
+        "tests/docs/test_make_it_yours.py",
+        "commands()",
+    ),
+    ".venv/bin/cifar10-job predict data/leaves": ("tests/docs/test_make_it_yours.py", "commands()"),
+    ".venv/bin/cifar10-job": ("tests/docs/test_pages.py", "commands()"),
+    'eval "$(_CIFAR10_JOB_COMPLETE': ("tests/docs/test_pages.py", "_CIFAR10_JOB_COMPLETE"),
+    "_CIFAR10_JOB_COMPLETE": ("tests/docs/test_pages.py", "_CIFAR10_JOB_COMPLETE"),
     "kubectl apply -f k8s/job.yaml": ("tests/integration/test_kube_play.py", '"play"'),
     "kubectl apply -k k8s/overlays/multi-node": ("tests/k8s/test_manifests.py", "MULTI_NODE"),
     "make k8s-fetch": ("tests/k8s/test_targets.py", '"k8s-fetch"'),
@@ -169,20 +248,32 @@ RUN_BY = {
     "TF_CONFIG=": ("tests/integration/test_workers.py", "TF_CONFIG="),
     "sbatch --nodes=2 slurm/train.sh": ("tests/integration/test_multi_node.py", '"--nodes=2"'),
 }
+# Their page states that they are not tested.
+UNTESTED = ("enroot import",)
 
 
-def every_command() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+def every_command(pages: list[str]) -> list[str]:
+    blocks = [
+        block for page in pages for block in re.findall(r"```sh\n(.*?)```", PAGES[page], re.DOTALL)
+    ]
     return [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
 
 
+# The other two have tests of their own.
+COMMAND_PAGES = [name for name in PAGES if name not in ("docs/make-it-yours.md", "slurm/README.md")]
+
+
 def commands() -> list[str]:
-    return [line for line in every_command() if line.startswith(".venv/bin/cifar10-job")]
+    """The program's commands, in the order of the pages: the README's need a demo alone."""
+    lines = every_command(COMMAND_PAGES)
+    return [line for line in lines if line.startswith(".venv/bin/cifar10-job")]
 
 
 def test_every_command_is_run_somewhere() -> None:
-    for command in every_command():
-        (start,) = [start for start in RUN_BY if command.startswith(start)]
+    for command in every_command([*COMMAND_PAGES, "docs/make-it-yours.md"]):
+        if command.startswith(UNTESTED):
+            continue
+        start = max((start for start in RUN_BY if command.startswith(start)), key=len)
         file, call = RUN_BY[start]
         assert call in (REPOSITORY / file).read_text(), command
 
@@ -195,7 +286,7 @@ def test_make_train_is_the_real_job(tmp_path: Path) -> None:
         (venv / "bin" / name).symlink_to(Path(sys.executable).with_name(name))
     for lock in ("cpu", "gpu"):
         (venv / f".{lock}").touch()
-    # Its 50 epochs are left out; everything before the first of them is looked at.
+    # A dry run checks everything before the first of the 50 epochs.
     environ = {"JOB_DRY_RUN": "1", "JOB_DATA_DIR": str(tmp_path), "JOB_DEVICES": "cpu:1"}
     environ |= {"JOB_OUTPUT_DIR": str(tmp_path / "output"), "PATH": os.environ["PATH"]}
     command = ["make", "train", f"VENV={venv}"]
@@ -209,7 +300,7 @@ def test_make_train_is_the_real_job(tmp_path: Path) -> None:
 
 
 def run_make(folder: Path, *arguments: str, script: str = "") -> subprocess.CompletedProcess[str]:
-    """Run make with a stand-in for the installed program and no other programs than a shell's."""
+    """Run make with a stand-in for the installed program, and only the programs of a shell."""
     for name in ("venv/bin", "bin"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for lock in ("cpu", "gpu"):
@@ -233,7 +324,7 @@ def run_make(folder: Path, *arguments: str, script: str = "") -> subprocess.Comp
     return subprocess.run(command, cwd=REPOSITORY, env=environ, capture_output=True, text=True)
 
 
-def test_make_passes_options_on_and_refuses_variables_that_it_does_not_have(tmp_path: Path) -> None:
+def test_make_passes_options_on_and_refuses_unknown_variables(tmp_path: Path) -> None:
     passed = run_make(tmp_path, "train", "ARGS=--epochs 3 --seed 7", script='echo "given $*"')
     assert passed.returncode == 0, passed.stderr
     assert re.search("^given train .* --epochs 3 --seed 7$", passed.stdout, re.MULTILINE)
@@ -299,6 +390,9 @@ def test_commands_run_and_the_model_loads_as_shown(tmp_path: Path) -> None:
         )
         assert result.returncode == 0, result.stderr
 
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    left = {path.name for path in (tmp_path / "output" / "demo").iterdir()}
+    assert left - {"test-images", "grid.png"} <= documented_files(ARTIFACTS).keys()
+
+    (snippet,) = re.findall(r"```python\n(.*?)```", ARTIFACTS, re.DOTALL)
     check = f"{snippet}\nassert model.output_shape == (None, 10)"
     subprocess.run([sys.executable, "-W", "ignore", "-c", check], cwd=tmp_path, check=True)
