@@ -1,6 +1,6 @@
 """The installed ``cifar10-job`` command.
 
-``python -m job`` is the same program, unless the current folder has a ``job.py``.
+``python -m job`` is the same program, unless the current folder contains a ``job.py``.
 """
 
 import io
@@ -10,7 +10,7 @@ from contextlib import suppress
 
 
 def run() -> None:
-    """Run the program; signals first, so that none finds it unprepared while it loads."""
+    """Run the program; handle signals first, because one can arrive while it loads."""
     try:
         open_standard_streams()
         from job.run.stop import listen_to_signals
@@ -30,24 +30,24 @@ def run() -> None:
         print(f"cifar10-job: error: {explained}", file=sys.stderr)
         code = int(explained.exit_code)
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # whoever read it has gone
+        with suppress(OSError):  # the reader has closed it
             stream.flush()
-    # The interpreter's own end takes a while, in which a signal would kill it by default and so
-    # replace the exit code.
+    # The interpreter takes a while to shut down. A signal in that time kills the process by default
+    # and so replaces the exit code.
     os._exit(code)
 
 
 def open_standard_streams() -> None:
-    """Give the program stdin, stdout and stderr that are open and take any text.
+    """Make sure that stdin, stdout and stderr are open and accept any text.
 
-    Something else would get the number of a closed one, and what is written there. What a stream
-    cannot encode is escaped.
+    Otherwise another file could get the descriptor of a closed stream, and with it the text written
+    to that stream. Characters that a stream cannot encode are escaped.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # The lowest number that is free. The programs that this one starts get it too.
+            # It gets the lowest free number, which is this one. Child processes inherit it.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
@@ -58,5 +58,5 @@ def open_standard_streams() -> None:
 
 if __name__ == "__main__":
     if not sys.flags.safe_path:
-        del sys.path[0]  # the current folder: its files are no libraries of this program
+        del sys.path[0]  # the current folder: its files are not libraries of this program
     run()

@@ -1,47 +1,47 @@
-"""The clock of all timers: it counts the time in which the process runs, and no suspension.
+"""The clock of all timers: it counts the time in which the process runs, without suspensions.
 
-A process is suspended (SIGSTOP, a frozen container, a paused virtual machine) for any time, without
-a notice before or after. Only a gap between two looks at a clock shows it.
+A process can be suspended for any length of time (SIGSTOP, a frozen container, a paused virtual
+machine), without notice before or after. Only a gap between two readings of a clock shows it.
 """
 
 import threading
 import time
 
 LONGEST_GAP_SECONDS = 2.0
-"""More than that between two looks counts as a suspension."""
+"""A longer gap between two readings of the clock counts as a suspension."""
 
-_JUST_SECONDS = 60.0
+_RECENT_SECONDS = 60.0
 
 _lock = threading.Lock()
-_looked_at = time.monotonic()
+_last_reading = time.monotonic()
 _seconds = 0.0
-_suspended = (0.0, 0.0)  # for how long the last time, and when it ended by this clock
+_suspended = (0.0, 0.0)  # length of the last suspension, and its end by this clock
 
 
 def running_seconds() -> float:
-    """Seconds in which this process has run since it was started.
+    """Return the seconds that this process has run since its start, without suspensions.
 
-    Whatever ends a wait or a run after some time measures it by this clock. The time of a call that
-    lets no other thread run is counted for `LONGEST_GAP_SECONDS` at most.
+    All time limits of waits and runs are measured by this clock. A call that blocks all other
+    threads counts as `LONGEST_GAP_SECONDS` at most.
     """
-    global _looked_at, _seconds
+    global _last_reading, _seconds
     with _lock:
         now = time.monotonic()
-        _seconds += min(now - _looked_at, LONGEST_GAP_SECONDS)
-        _looked_at = now
+        _seconds += min(now - _last_reading, LONGEST_GAP_SECONDS)
+        _last_reading = now
         return _seconds
 
 
 def suspended_seconds() -> float:
-    """Seconds of a suspension that ended less than a minute ago; 0 without one."""
+    """Return the seconds of a suspension that ended less than a minute ago, or 0."""
     seconds, end = _suspended
-    return seconds if running_seconds() - end < _JUST_SECONDS else 0.0
+    return seconds if running_seconds() - end < _RECENT_SECONDS else 0.0
 
 
-def keep_looking() -> None:
-    """Have a thread look at the clock every second, also while nothing else does."""
+def start_reading() -> None:
+    """Start a thread that reads the clock every second, even if nothing else does."""
 
-    def look() -> None:
+    def read() -> None:
         global _suspended
         while True:
             before = time.monotonic()
@@ -50,4 +50,4 @@ def keep_looking() -> None:
             if gap > 2 * LONGEST_GAP_SECONDS:
                 _suspended = (gap, now)
 
-    threading.Thread(target=look, daemon=True).start()
+    threading.Thread(target=read, daemon=True).start()

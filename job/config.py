@@ -1,6 +1,6 @@
-"""What one run is asked to do, and how the program reports that it could not.
+"""The options of a run, and the errors and exit codes of the program.
 
-Standard library only, so that the command line answers before TensorFlow is imported.
+Standard library only, so that the command line can respond before TensorFlow is imported.
 """
 
 import enum
@@ -20,7 +20,7 @@ _DEVICES = re.compile(r"auto|(?:cpu|gpu):[1-9]\d{0,2}")
 
 
 class ExitCode(enum.IntEnum):
-    """What the process returns to the scheduler that started it."""
+    """The exit codes of the process."""
 
     DONE = 0
     DEFECT = 1
@@ -30,13 +30,13 @@ class ExitCode(enum.IntEnum):
 
 
 class JobError(Exception):
-    """An end of the run that is explained in one line instead of a traceback."""
+    """An error that is reported in one line instead of a traceback."""
 
     exit_code = ExitCode.DEFECT
 
 
 class UserError(JobError):
-    """The user must change something: an option, the data or a folder."""
+    """A user error: an option, the data or a folder must be fixed."""
 
     exit_code = ExitCode.USER_ERROR
 
@@ -48,20 +48,20 @@ class GpuMissingError(JobError):
 
 
 class StoppedError(JobError):
-    """The run stops for now, mostly because it was asked to; the same command resumes it."""
+    """The run was stopped, usually on request; the same command resumes it."""
 
     exit_code = ExitCode.RUN_AGAIN
 
 
 class LostWorkerError(StoppedError):
-    """Another worker of the run is gone or has not come; nothing was saved for that.
+    """Another worker of the run was lost or did not connect; no checkpoint is saved then.
 
-    This worker's variables may be those between two steps.
+    This worker's variables can be in a state between two steps.
     """
 
 
 class DownloadError(StoppedError):
-    """The data cannot be downloaded now, for a reason that passes."""
+    """The data cannot be downloaded now, for a temporary reason."""
 
 
 class DeviceRequest(str):
@@ -81,13 +81,13 @@ class DeviceRequest(str):
 
     @property
     def kind(self) -> Literal["auto", "cpu", "gpu"]:
-        """The devices; "auto" is every visible GPU, or one CPU replica where there is none."""
+        """The devices; "auto" is every visible GPU, or one CPU replica if no GPU is visible."""
         kind = self.partition(":")[0]
         return "cpu" if kind == "cpu" else "gpu" if kind == "gpu" else "auto"
 
     @property
     def replicas(self) -> int:
-        """Replicas asked for; 0 with "auto"."""
+        """The requested number of replicas; 0 with "auto"."""
         return int(self.partition(":")[2] or 0)
 
 
@@ -97,26 +97,26 @@ def list_recipes() -> tuple[str, ...]:
 
 
 def list_datasets() -> tuple[str, ...]:
-    """Names of the data sets: the same of ``job/data``, where `job.data.image_files` is none."""
+    """Names of the data sets: the same for ``job/data``, except for `job.data.image_files`."""
     return tuple(name for name in _list_modules("data") if name != "image_files")
 
 
 def _list_modules(package: str) -> tuple[str, ...]:
-    # Not what an editor leaves beside a module while it is open.
+    # Excludes the hidden files that an editor creates next to an open module.
     paths = Path(__file__).with_name(package).glob("[!._]*.py")
     return tuple(sorted(path.stem for path in paths))
 
 
 @dataclass(frozen=True)
 class Option:
-    """How the command line offers a field of `TrainConfig`.
+    """The command-line settings of a field of `TrainConfig`.
 
     Attributes:
-        help: One sentence.
-        minimum: The least value of an integer; a number with a fraction has to be above it.
+        help: One or two sentences.
+        minimum: The smallest value of an integer; a float must be greater than it.
         maximum: The largest value.
-        suffix: What a file's name has to end in.
-        choices: Gives the values to choose from, where the type does not list them.
+        suffix: The required suffix of a file name.
+        choices: Returns the valid values, if the type does not list them.
     """
 
     help: str
@@ -132,104 +132,102 @@ def _option(default: Any, help: str, **settings: Any) -> Any:  # noqa: A002 (cli
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that one run is asked to do: the one definition of its options.
+    """The configuration of a run, and the only definition of its options.
 
     A field ``batch_size`` is the option ``--batch-size``, the environment variable
     ``JOB_BATCH_SIZE`` and the entry ``batch_size`` of ``config`` in ``run.json``. Times are in
     seconds.
     """
 
-    output_dir: Path = _option(Path("output"), "Folder that receives the artifacts.")
-    data_dir: Path = _option(Path("data"), "Folder that holds the data set.")
+    output_dir: Path = _option(Path("output"), "Folder for the files of the run.")
+    data_dir: Path = _option(Path("data"), "Folder of the data set.")
     dataset: str = _option(
-        "cifar10", "synthetic is drawn from the seed and needs no files.", choices=list_datasets
+        "cifar10", "synthetic is generated from the seed and needs no files.", choices=list_datasets
     )
     cifar10_url: str = _option(
-        CIFAR10_URL, "Where to download CIFAR-10 from if --data-dir holds none."
+        CIFAR10_URL, "Address to download CIFAR-10 from if it is not in --data-dir."
     )
-    seed: int = _option(42, "The one seed of everything random.", minimum=0, maximum=2**31 - 1)
+    seed: int = _option(42, "Seed of everything random.", minimum=0, maximum=2**31 - 1)
     recipe: str = _option("classic", "Network, optimizer and augmentation.", choices=list_recipes)
     epochs: int = _option(50, "Passes over the training set.", minimum=1)
-    batch_size: int = _option(256, "Images a step, over all replicas together.", minimum=1)
+    batch_size: int = _option(256, "Images per step, over all replicas together.", minimum=1)
     learning_rate: float = _option(1e-4, "Learning rate of the optimizer.", minimum=0)
     limit: int | None = _option(None, "Use only the first N training images.", minimum=1)
-    precision: Precision = _option("auto", "auto is bfloat16 where the hardware computes it.")
+    precision: Precision = _option("auto", "auto is bfloat16 if the hardware supports it.")
     jit: Switch = _option(
         "auto",
-        "XLA: auto compiles the network on GPUs, and augmentation and optimizer everywhere.",
+        "XLA: auto compiles the network on GPUs, and augmentation and optimizer on all devices.",
     )
     deterministic: Switch = _option(
-        "auto", "Use only operations that give the same bits each time; auto is on for CPUs."
+        "auto", "Use only operations with bit-identical results; auto is on for CPUs, off for GPUs."
     )
     devices: DeviceRequest = _option(
         DeviceRequest("auto"),
-        "Replicas to use; auto takes every visible GPU, or the CPU where there is none.",
+        "Replicas to use; auto is every visible GPU, or the CPU if no GPU is visible.",
     )
     require_gpus: int = _option(
-        0, "End with exit code 3 unless this many GPUs are visible.", minimum=0
+        0, "End with exit code 3 unless at least this many GPUs are visible.", minimum=0
     )
     join_timeout: float = _option(
         300.0,
-        "Seconds to wait for the other workers, where the scheduler started several.",
+        "Seconds to wait for the other workers, if the scheduler started several.",
         minimum=0,
         maximum=WEEK_SECONDS,
     )
     stall_timeout: float = _option(
         600.0,
-        "Seconds after which a call that does not return ends the run with exit code 1.",
+        "End the run with exit code 1 if a call does not return within this many seconds.",
         minimum=0,
         maximum=WEEK_SECONDS,
     )
     checkpoint_every: float = _option(60.0, "Seconds between two checkpoints.", minimum=0)
     stop_after: float | None = _option(
         None,
-        "Stop with a checkpoint and exit code 75 once the process has run this many seconds.",
+        "Stop with a checkpoint and exit code 75 after the process has run this many seconds.",
         minimum=0,
     )
-    fresh: bool = _option(False, "Start over: discard the run that the folder holds.")
+    fresh: bool = _option(False, "Start over: discard the run in the output folder.")
     run_id: str | None = _option(
         None,
-        "Name of the run, which all of its attempts have in common; else that of the scheduler's "
-        "job. A later attempt takes the folder over from an earlier one.",
+        "Name of the run, the same for all its attempts; by default that of the scheduler's job. "
+        "A later attempt takes over the output folder from an earlier one.",
     )
     compile_cache: Path | None = _option(
-        None, "Folder for the code that XLA compiles for a single GPU; else one in --output-dir."
+        None, "Folder for code that XLA compiles for a single GPU; by default in --output-dir."
     )
-    tensorboard: bool = _option(
-        False, "Write an event file for TensorBoard into the output folder."
-    )
+    tensorboard: bool = _option(False, "Write an event file for TensorBoard to the output folder.")
     metrics_textfile: Path | None = _option(
         None, "Keep this .prom file up to date for Prometheus' node exporter.", suffix=".prom"
     )
 
     def __post_init__(self) -> None:
-        """Refuse values below an option's minimum, as a run's record may have them.
+        """Reject values below an option's minimum, which the record of a run can contain.
 
         Raises:
-            ValueError: If there is one.
+            ValueError: If a value is too small.
         """
         for one in fields(self):
-            value, least = getattr(self, one.name), one.metadata["option"].minimum
-            if least is not None and value is not None and value < least:
-                raise ValueError(f"{one.name} is {value}, expected at least {least}")
+            value, minimum = getattr(self, one.name), one.metadata["option"].minimum
+            if minimum is not None and value is not None and value < minimum:
+                raise ValueError(f"{one.name} is {value}, expected at least {minimum}")
 
 
 Value = bool | int | float | str | None
-"""An option's value as JSON has it."""
+"""The value of an option in JSON."""
 
 RECIPE_OPTIONS = ("epochs", "batch_size", "learning_rate")
-"""The options that a recipe may have defaults of its own for."""
+"""The options for which a recipe can have its own defaults."""
 
 _RUN_OPTIONS = ("recipe", "dataset", "limit", "seed", "batch_size", "learning_rate")
 
 
 def option_name(name: str) -> str:
-    """The command line's name of a field: ``--batch-size``."""
+    """Return the option of a field: ``--batch-size``."""
     return f"--{name.replace('_', '-')}"
 
 
 def describe_config(config: TrainConfig) -> dict[str, Value]:
-    """Every option by its field's name, as JSON has it and without passwords."""
+    """Return every option as a JSON value, by field name and without passwords."""
     config = redacted(config)
     values = {one.name: getattr(config, one.name) for one in fields(config)}
     return {
@@ -238,35 +236,35 @@ def describe_config(config: TrainConfig) -> dict[str, Value]:
 
 
 def run_options(config: TrainConfig) -> dict[str, Value]:
-    """The options that all attempts of a run have in common, by name."""
+    """Return the options that all attempts of a run share, by field name."""
     described = describe_config(config)
     return {name: described[name] for name in _RUN_OPTIONS}
 
 
 def encodable(text: str) -> str:
-    r"""Text as a file can hold it: in a name a byte that is no UTF-8 becomes ``\udcff``."""
+    r"""Make a text encodable: a byte of a name that is not UTF-8 becomes ``\udcff``."""
     return text.encode(errors="backslashreplace").decode()
 
 
 REMOVED = "REMOVED"
-"""Stands in an address for what was there."""
+"""Replaces a confidential part of an address."""
 
 _USER = re.compile(r"^([\w+.-]*://)?[^/?#]*@")
 _QUERY = re.compile(r"(?<=[?#]).+", re.DOTALL)
 
 
 def redacted(config: TrainConfig) -> TrainConfig:
-    """The configuration as it may be shown and kept: without a password in the address."""
+    """Return the configuration without a password in its address, for display and storage."""
     return replace(config, cifar10_url=redact_url(config.cifar10_url))
 
 
 def redact_url(url: str) -> str:
-    """An address without user, password, query and fragment.
+    """Remove user, password, query and fragment from an address.
 
     Args:
-        url: As ``https://user:password@host/file?token=...``.
+        url: An address such as ``https://user:password@host/file?token=...``.
 
     Returns:
-        As ``https://REMOVED@host/file?REMOVED``.
+        An address such as ``https://REMOVED@host/file?REMOVED``.
     """
     return _QUERY.sub(REMOVED, _USER.sub(rf"\g<1>{REMOVED}@", url))

@@ -1,6 +1,6 @@
-"""Distinguishes the faults of a machine and its installation from those of the program.
+"""Explanations of errors that the machine or the installation causes, not the program.
 
-Standard library only: it also explains why the other libraries cannot be loaded.
+Standard library only, because it also explains why other libraries cannot be loaded.
 """
 
 import errno
@@ -20,44 +20,45 @@ from pathlib import Path
 
 from job.config import UserError
 
-_VOLUME = "mend the volume"
+_VOLUME = "fix the volume"
 _ACCESS = (
     "give user {user} access, or run as the owner (docker run --user, in Kubernetes "
     "securityContext.fsGroup)"
 )
 _MEMORY = "give the job more memory, or raise its limits (ulimit -v, ulimit -d)"
-_THREADS = "let the job start more threads (ulimit -u, or the limit of its container on pids)"
+_THREADS = "let the job start more threads (ulimit -u, or the pids limit of its container)"
 
 _REMEDIES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space, or ask for a larger quota",
-    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
     errno.EROFS: "mount the volume writable",
     errno.EACCES: _ACCESS,
     errno.EPERM: _ACCESS,
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.ENFILE: "raise the machine's limit of open files (sysctl fs.file-max)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "raise the machine's limit on open files (sysctl fs.file-max)",
     errno.ENOMEM: _MEMORY,
     **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN), _VOLUME),
 }
 
-_SIGNS = {
+_MESSAGE_PATTERNS = {
     r"can't start new thread|can't allocate lock|watchdog thread|pthread_create": _THREADS,
-    # The last one is oneDNN's code for it.
+    # The last alternative is oneDNN's message.
     r"bad_alloc|cannot allocate memory|failed to map segment|could not create.*Status: 1,": _MEMORY,
 }
 
-# What a training takes, as measured on one and two processors. Where that ends, native code aborts
-# or, as OpenBLAS does, interrupts the process.
-_LEAST_MEMORY = 4 * 2**30
+# What a training needs, measured on one and two processors. With less, native code aborts or, like
+# OpenBLAS, interrupts the process.
+_MIN_MEMORY = 4 * 2**30
 _THREADS_PER_PROCESSOR, _OTHER_THREADS = 5, 18
-_PROCESSORS = 32  # of more, a variable like TF_NUM_INTRAOP_THREADS may leave some out
+# With more processors, a variable such as TF_NUM_INTRAOP_THREADS can limit the threads.
+_MAX_PROCESSORS = 32
 
 
 def program() -> str:
-    """The command that starts this program from any folder, as a shell reads it.
+    """Return a shell command that starts this program from any folder.
 
-    Unlike ``python -m job`` it runs no file of the current folder.
+    Unlike ``python -m job``, it imports no file of the current folder.
     """
     installed = Path(sysconfig.get_path("scripts"), "cifar10-job")
     words = [str(installed)] if installed.exists() else [sys.executable, "-P", "-m", "job"]
@@ -65,8 +66,8 @@ def program() -> str:
 
 
 def remedy(error: OSError) -> str:
-    """What a person can do about an error of the system."""
-    advice = _REMEDIES.get(error.errno or 0, f"{_VOLUME}, or name another path")
+    """Return advice on an error of the operating system."""
+    advice = _REMEDIES.get(error.errno or 0, f"{_VOLUME}, or use another path")
     return advice.format(user=os.getuid())
 
 
@@ -74,17 +75,17 @@ def explain(error: BaseException) -> UserError | None:
     """Explain an error that the machine or the installation causes.
 
     Returns:
-        None if it may as well be a defect of the program.
+        The explanation; None if the error can also be a defect of the program.
     """
-    if lacking := lacks_resources(error):
-        return lacking
+    if explained := explain_resource_error(error):
+        return explained
     what = _describe(error)
-    if intruder := _intruder(error):
+    if path := _shadowing_module(error):
         return UserError(
-            f"{what}; {intruder} takes the place of what this program was installed with: unset "
-            f"PYTHONPATH, or move it away, and start {program()}"
+            f"{what}; {path} shadows a library that this program was installed with: unset "
+            f"PYTHONPATH, or move that file away, and start {program()}"
         )
-    if _comes_from_an_import(error):
+    if _concerns_library(error):
         return UserError(
             f"cannot load the libraries: {what}; unset PYTHONPATH, start {program()} where they "
             f"are installed, or install them again with make install"
@@ -92,8 +93,8 @@ def explain(error: BaseException) -> UserError | None:
     return None
 
 
-def lacks_resources(error: BaseException) -> UserError | None:
-    """Explain an error of a machine's memory, threads, files or volumes; None if it is another."""
+def explain_resource_error(error: BaseException) -> UserError | None:
+    """Explain an error of the machine's memory, threads, files or volumes; None for others."""
     what = _describe(error)
     if isinstance(error, MemoryError):
         return UserError(f"out of memory ({what}); {_MEMORY}, then run again")
@@ -102,8 +103,8 @@ def lacks_resources(error: BaseException) -> UserError | None:
         return UserError(
             f"received '{error.strerror or error}'{name}; {remedy(error)}, then run again"
         )
-    for sign, advice in _SIGNS.items():
-        if re.search(sign, str(error), re.IGNORECASE):
+    for pattern, advice in _MESSAGE_PATTERNS.items():
+        if re.search(pattern, str(error), re.IGNORECASE):
             return UserError(f"the machine's limits are too low ({what}); {advice}, then run again")
     return None
 
@@ -113,14 +114,14 @@ def _describe(error: BaseException) -> str:
 
 
 def require_threads(per_processor: int = 1, others: int = 0) -> None:
-    """Prove that this process can have so many more threads: libraries do not report the lack.
+    """Check that this process can start this many more threads: libraries do not report a lack.
 
     Raises:
-        RuntimeError: If not, as Python itself does; `explain` adds what to do.
+        RuntimeError: Python's own error, if it cannot; `explain` adds the advice.
     """
     end, threads = threading.Event(), []
     try:
-        processors = min(len(os.sched_getaffinity(0)), _PROCESSORS)
+        processors = min(len(os.sched_getaffinity(0)), _MAX_PROCESSORS)
         for _ in range(per_processor * processors + others):
             thread = threading.Thread(target=end.wait, daemon=True)
             thread.start()
@@ -132,32 +133,32 @@ def require_threads(per_processor: int = 1, others: int = 0) -> None:
 
 
 def require_capable_machine(processor: Path = Path("/proc/cpuinfo")) -> None:
-    """Refuse a machine on which TensorFlow would only crash.
+    """Reject a machine on which TensorFlow would crash.
 
     Args:
-        processor: The kernel's description of it, see proc(5).
+        processor: The kernel's description of the processor, see proc(5).
 
     Raises:
-        UserError: If the processor or the limit on address space is not enough.
-        RuntimeError: If there are too few threads.
+        UserError: If the processor or the memory limits are insufficient.
+        RuntimeError: If the process cannot start enough threads.
     """
     require_threads(_THREADS_PER_PROCESSOR, _OTHER_THREADS)
     for name, letter in ((resource.RLIMIT_AS, "v"), (resource.RLIMIT_DATA, "d")):
         limit, _ = resource.getrlimit(name)
-        if limit != resource.RLIM_INFINITY and limit < _LEAST_MEMORY:
+        if limit != resource.RLIM_INFINITY and limit < _MIN_MEMORY:
             raise UserError(
                 f"received a limit of {limit // 2**20} MiB on memory (ulimit -{letter}), expected "
-                f"at least {_LEAST_MEMORY // 2**20} MiB for TensorFlow; {_MEMORY}, then run again"
+                f"at least {_MIN_MEMORY // 2**20} MiB for TensorFlow; {_MEMORY}, then run again"
             )
     if platform.machine() == "x86_64" and "avx" not in processor.read_text().split():
         raise UserError(
-            "received a processor without AVX, expected one with it, for which TensorFlow is "
-            "built; use another machine, or let the virtual machine show its host's processor"
+            "received a processor without AVX, expected one with AVX, which TensorFlow requires; "
+            "use another machine, or pass the host's processor through to the virtual machine"
         )
 
 
-def _comes_from_an_import(error: BaseException) -> bool:
-    """Whether it is about a module of somebody else's, or arose while one was loaded."""
+def _concerns_library(error: BaseException) -> bool:
+    """Whether an error concerns another project's module, or was raised while one was loaded."""
     if isinstance(error, ImportError) and not f"{error.name}.".startswith("job."):
         return True
     package = str(Path(__file__).parent)
@@ -172,18 +173,18 @@ def _comes_from_an_import(error: BaseException) -> bool:
 
 
 def _files(error: BaseException) -> list[str]:
-    """The files of Python that an error comes from or is about."""
+    """Return the Python files that an error comes from or concerns."""
     frames = traceback.walk_tb(error.__traceback__)
-    about = getattr(error, "filename", None) or getattr(error, "path", None)
-    return [*(frame.f_code.co_filename for frame, _ in frames), str(about or "")]
+    subject = getattr(error, "filename", None) or getattr(error, "path", None)
+    return [*(frame.f_code.co_filename for frame, _ in frames), str(subject or "")]
 
 
-def _intruder(error: BaseException) -> Path | None:
-    """A module in use from the current folder or PYTHONPATH that is also installed."""
+def _shadowing_module(error: BaseException) -> Path | None:
+    """Find a module from the current folder or PYTHONPATH that shadows an installed one."""
     early = [*takewhile(lambda folder: folder != sysconfig.get_path("stdlib"), sys.path)]
     late = sys.path[len(early) :]
     files = _files(error)
-    if _comes_from_an_import(error):
+    if _concerns_library(error):
         files += [getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]]
     for folder in early:
         for file in files:

@@ -26,10 +26,10 @@ def configure(
     """Send this program's events to a stream in the given format, replacing an earlier setting.
 
     Args:
-        log_format: "json", "text", or else text on a terminal and JSON lines elsewhere.
-        worker: The rank of this worker, which its events tell, because several workers' logs are
-            often one; None where there is only one.
-        stream: "stderr" where stdout is for results.
+        log_format: "json" or "text"; anything else is text on a terminal, otherwise JSON lines.
+        worker: The rank of this worker, which its events contain, because the logs of several
+            workers are often merged; None if it is the only one.
+        stream: "stderr" if stdout is for results.
     """
     handler = _StreamHandler(stream)
     is_json = log_format == "json" or (log_format != "text" and not on_terminal())
@@ -40,7 +40,7 @@ def configure(
 
 
 def only_warnings() -> None:
-    """From now on write warnings and errors alone."""
+    """Write only warnings and errors from now on."""
     _logger.setLevel(logging.WARNING)
 
 
@@ -55,19 +55,19 @@ def event(name: str, level: int = logging.INFO, **fields: Any) -> None:
     Args:
         name: Short name of what happened, the ``event`` field of the JSON line.
         level: A level of the `logging` module.
-        **fields: JSON-serializable details. ``message``, where given, is the sentence that text
+        **fields: JSON-serializable details. ``message``, if given, is the sentence that the text
             format shows instead of the fields.
     """
     _logger.log(level, name, extra={_FIELDS: fields})
 
 
 def plural(number: int, noun: str) -> str:
-    """A number of things: ``1 image``, ``10,000 images``."""
+    """Format a number with its noun: ``1 image``, ``10,000 images``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def utc_now() -> str:
-    """The current time in UTC, ISO 8601 with milliseconds: ``2026-01-31T12:00:00.000Z``."""
+    """Return the current time in UTC, ISO 8601 with milliseconds: ``2026-01-31T12:00:00.000Z``."""
     return _utc(datetime.now(UTC).timestamp())
 
 
@@ -77,14 +77,14 @@ def _utc(timestamp: float) -> str:
 
 
 class _StreamHandler(logging.Handler):
-    """Looks the stream up at each event: a progress bar replaces it while it is on the screen."""
+    """Gets the stream again for each event, because a progress bar replaces it temporarily."""
 
     def __init__(self, stream: str) -> None:
         super().__init__()
         self._stream = stream
 
     def emit(self, record: logging.LogRecord) -> None:
-        # A reader that went away, or a full disk behind a redirection, is no reason to stop.
+        # A closed pipe, or a full disk behind a redirection, must not stop the run.
         with contextlib.suppress(OSError):
             print(self.format(record), file=getattr(sys, self._stream), flush=True)
 
@@ -95,7 +95,7 @@ class _JsonEvents(JsonFormatter):
         self._worker = {} if worker is None else {"worker": worker}
 
     def format(self, record: logging.LogRecord) -> str:
-        """Lay one record out as time, level, event and then its own fields."""
+        """Format a record as time, level, event and then its own fields."""
         return self.serialize_log_record(
             {
                 "time": _utc(record.created),
@@ -108,15 +108,15 @@ class _JsonEvents(JsonFormatter):
 
 
 class _TextEvents(logging.Formatter):
-    """Lines for people.
+    """Formats events as readable lines.
 
     Args:
-        worker: The rank of this worker; None where there is only one.
+        worker: The rank of this worker; None if it is the only one.
     """
 
     def __init__(self, worker: int | None) -> None:
         super().__init__()
-        # The chief's lines are the run's.
+        # The chief's lines concern the whole run and need no prefix.
         self._worker = f"worker {worker}: " if worker else ""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -1,6 +1,6 @@
-"""The folders of recipes and data sets: what a module of them defines, and whose fault an error is.
+"""Definitions in the modules of recipes and data sets, and errors in modules that users add.
 
-Standard library only, as the command line uses it before TensorFlow is imported.
+Standard library only, because the command line uses it before TensorFlow is imported.
 """
 
 import ast
@@ -16,12 +16,12 @@ from textwrap import shorten
 from typing import Any, TypeVar
 
 from job.config import RECIPE_OPTIONS, JobError, UserError
-from job.environment import lacks_resources
+from job.environment import explain_resource_error
 
 _PACKAGE = Path(__file__).parent
 _Member = TypeVar("_Member")
 
-# Everything else in these folders is the user's own.
+# All other modules in these folders were added by the user.
 SHIPPED = {
     "recipes": ("__init__", "_augment", "classic", "fast"),
     "data": ("__init__", "_http", "cifar10", "image_files", "synthetic"),
@@ -29,43 +29,43 @@ SHIPPED = {
 
 
 def module_path(package: str, name: str) -> Path:
-    """The file of a recipe or data set."""
+    """Return the file of a recipe or data set."""
     return _PACKAGE / package / f"{name}.py"
 
 
 def load_member(package: str, name: str, member: str, kind: type[_Member]) -> _Member:
-    """Import what a module of a package defines for the registry.
+    """Import a module of a package and return the object that it defines for the registry.
 
     Raises:
-        UserError: If it does not define it, or is no Python.
+        UserError: If the module does not define it, or is not valid Python.
     """
     path = module_path(package, name)
-    with naming_own_code(path):
+    with explaining_user_code(path):
         found = getattr(importlib.import_module(f"job.{package}.{name}"), member, None)
     if not isinstance(found, kind):
         problem = f"defines no {member}"
         if found is not None:
             problem = f"defines {member} as {type(found).__name__}"
         raise UserError(
-            f"{_shown(path)} {problem}, expected {kind.__name__}; define it so, or begin the name "
-            f"of a module that only helps with _"
+            f"{_shown(path)} {problem}, expected {kind.__name__}; define it as one, or start the "
+            f"name of a helper module with _"
         )
     return found
 
 
 def recipe_defaults(name: str) -> dict[str, float]:
-    """A recipe's own defaults of options: the literal ``DEFAULTS`` of ``job.recipes.<name>``.
+    """Read a recipe's own defaults for options: the literal ``DEFAULTS`` in its module.
 
-    It is read without importing the module, which would import TensorFlow.
+    The module is parsed, not imported, because an import would also import TensorFlow.
 
     Returns:
-        By the names of `RECIPE_OPTIONS`; nothing where the module defines none.
+        The defaults by the names in `RECIPE_OPTIONS`; empty if the module defines none.
 
     Raises:
-        UserError: If they are none, or the module is no Python.
+        UserError: If the defaults are invalid, or the module is not valid Python.
     """
     path = module_path("recipes", name)
-    with naming_own_code(path):
+    with explaining_user_code(path):
         tree = ast.parse(path.read_bytes(), str(path))
     defaults: dict[str, float] = {}
     for node in tree.body:
@@ -93,15 +93,15 @@ def _read_defaults(expression: ast.expr, path: Path) -> dict[str, float]:
     raise UserError(
         f"{_shown(path)}, line {expression.lineno}: DEFAULTS is {ast.unparse(expression)}, "
         f"expected a dictionary with numbers above 0 for any of {', '.join(RECIPE_OPTIONS)}, whole "
-        f"numbers except for learning_rate; mend it there"
+        f"numbers except for learning_rate; fix the file"
     )
 
 
 def require_parameters(function: Callable[..., Any], name: str, *parameters: str) -> None:
-    """Refuse a function that cannot be called with values for these parameters, in this order.
+    """Reject a function that cannot be called with values for these parameters, in this order.
 
     Raises:
-        TypeError: If it cannot.
+        TypeError: If the function cannot be called so.
     """
     if not accepts(function, *parameters):
         received = f"{name}({', '.join(inspect.signature(function).parameters)})"
@@ -118,23 +118,25 @@ def accepts(function: Callable[..., Any], *parameters: str) -> bool:
 
 
 @contextlib.contextmanager
-def naming_own_code(path: Path | None = None) -> Iterator[None]:
-    """Explain what goes wrong in a recipe or data set of the user's own, without a traceback.
+def explaining_user_code(path: Path | None = None) -> Iterator[None]:
+    """Replace an error in a recipe or data set that the user added by a one-line explanation.
 
-    What a machine lacks is no fault of such a file, nor is what fails while a graph runs.
+    Errors of the machine's resources, and of devices and workers while a graph runs, are not
+    attributed to such a file.
 
     Args:
-        path: The file that the body is about, which is to blame also where another one raises.
+        path: The file that the body uses. If the user added it, an error is attributed to it even
+            if no frame of the traceback is in a user's file.
 
     Raises:
-        UserError: If such a file is to blame.
+        UserError: If an error is attributed to a user's file; it names the file and the line.
     """
     try:
         yield
     except JobError:
         raise
     except Exception as error:
-        place = None if lacks_resources(error) else _own_place(error, path)
+        place = None if explain_resource_error(error) else _user_code_place(error, path)
         if place is None:
             raise
         file, number = place
@@ -142,15 +144,15 @@ def naming_own_code(path: Path | None = None) -> Iterator[None]:
         text = error.msg if number and isinstance(error, SyntaxError) else str(error)
         reason = f"{type(error).__name__}: {shorten(text, 300)}"
         advice = (
-            "mend it there" if not isinstance(error, OSError) else "name another, or mend it there"
+            "use another path, or fix the file" if isinstance(error, OSError) else "fix the file"
         )
         raise UserError(f"{_shown(file)}{line}: {reason}; {advice}") from error
 
 
-def _own_place(error: Exception, path: Path | None) -> tuple[Path, int | None] | None:
-    """The file of the user's own, and the line if known, that an error comes from."""
+def _user_code_place(error: Exception, path: Path | None) -> tuple[Path, int | None] | None:
+    """Find the user's file that an error comes from, and the line if known."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    # TensorFlow's errors are those of devices and workers, but for values that it refuses.
+    # TensorFlow's errors concern devices and workers, except for values that it rejects.
     if "OpError" in kinds and "InvalidArgumentError" not in kinds:
         return None
     frames = traceback.extract_tb(error.__traceback__)
@@ -160,16 +162,16 @@ def _own_place(error: Exception, path: Path | None) -> tuple[Path, int | None] |
     if isinstance(error, SyntaxError) and error.filename:
         places.insert(0, (Path(error.filename), error.lineno))
     if kinds & {"TypeError", "ValueError", "InvalidArgumentError"}:
-        # Where TensorFlow traces or runs a graph, its message has the lines that the frames lack.
+        # For a traced or running graph, TensorFlow's message has the lines that the frames lack.
         lines = re.findall(r'File "(.+?)", line (\d+)', str(error))
         places += [(Path(name), int(number)) for name, number in reversed(lines)]
     if path:
         places.append((path, None))
-    return next((place for place in places if is_own(place[0])), None)
+    return next((place for place in places if is_user_module(place[0])), None)
 
 
-def is_own(path: Path) -> bool:
-    """Whether a file is a recipe or data set of the user's own, or a module that helps one."""
+def is_user_module(path: Path) -> bool:
+    """Whether a file is a recipe, data set or helper module that the user added."""
     package = path.parent.name
     return (
         path.parent.parent == _PACKAGE and package in SHIPPED and path.stem not in SHIPPED[package]

@@ -1,7 +1,7 @@
 """Fixtures shared by all tests.
 
-TensorFlow's devices can be set up once in a process, so the tests of this process share four CPU
-devices, and whatever sets devices up by itself runs in a process of its own.
+TensorFlow's devices can be set up only once per process. So the tests in this process share four
+CPU devices, and tests of code that sets up devices run it in a separate process.
 """
 
 import functools
@@ -39,10 +39,10 @@ from tests.run_folders import climb, make_sweep_run, make_whole_run
 
 REPOSITORY = Path(__file__).parent.parent
 DATA = Path(os.environ.get("JOB_TEST_DATA", REPOSITORY / "data"))
-# Makes the data set where it lies beside the checkout in a smaller form.
+# Recreates the data set from a smaller form, if one is next to the checkout.
 UNPACK = REPOSITORY.parent / "shared" / "data" / "unpack_cifar10.py"
 
-# GPUs are for the processes that the tests start.
+# GPUs are reserved for the processes that the tests start.
 tf.config.set_visible_devices([], "GPU")
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
@@ -56,7 +56,7 @@ StartJob = Callable[..., "Job"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Integration tests are for `make test-all`."""
+    """Mark integration tests as slow: only `make test-all` runs them."""
     for item in items:
         if "integration" in item.path.parts:
             item.add_marker("slow")
@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """In CI a skipped integration test is a failure: there everything it needs is installed."""
+    """Turn a skipped integration test into a failure in CI, where all it needs is installed."""
     report = yield
     if os.environ.get("CI") and report.skipped and "integration" in item.path.parts:
         report.outcome = "failed"
@@ -76,10 +76,10 @@ def pytest_runtest_makereport(
 
 @functools.cache
 def strategy_over(replicas: int) -> tf.distribute.Strategy:
-    """The one strategy over the first CPU devices of this process.
+    """Return the only strategy over this number of CPU devices in this process.
 
-    A run has a single strategy. Several in a process number their collectives alike and so disturb
-    one another, unless each starts from a number of its own.
+    A run has a single strategy. Several strategies in one process give the same numbers to their
+    collectives and so disturb one another, unless each starts from its own number.
     """
     kind = type(
         f"Mirrored{replicas}",
@@ -154,7 +154,7 @@ def model_output(tmp_path: Path, model: keras.Model) -> OutputDir:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody uses."""
+    """Find unused ports on loopback."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:
@@ -181,13 +181,13 @@ def three_workers(listener: socket.socket) -> ClusterSpec:
 
 
 class Job(subprocess.Popen[str]):
-    """The command line in a process of its own, without JOB_ and SLURM_ variables.
+    """The command line in a separate process, without JOB_, SLURM_ and KUBERNETES_ variables.
 
     Args:
         folder: Working directory.
-        arguments: Of the command line.
-        env: Further environment variables.
-        module: What to run instead of the job itself.
+        arguments: Arguments of the command line.
+        env: Additional environment variables.
+        module: The module to run instead of the job.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class Job(subprocess.Popen[str]):
         pytest.fail(f"the job ended without {event!r}: {self.communicate()[1]}")
 
     def finish(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        """Wait for the end, which comes from here if it takes too long."""
+        """Wait for the end of the process; kill it at the timeout."""
         try:
             output, errors = self.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -230,14 +230,14 @@ class Job(subprocess.Popen[str]):
         return subprocess.CompletedProcess(self.args, self.returncode, output, errors)
 
     def end(self) -> None:
-        """Leave nothing behind: a process that nobody waits for is reported in a later test."""
+        """Kill the process and wait for it: otherwise a later test reports it as unawaited."""
         self.kill()
         self.communicate()
 
 
 @pytest.fixture
 def start_job(tmp_path: Path) -> Iterator[StartJob]:
-    """Start the command line in its own process and folder."""
+    """Start the command line in a separate process and folder."""
     started = []
 
     def start(*arguments: str | Path, env: dict[str, str] | None = None) -> Job:
@@ -251,7 +251,7 @@ def start_job(tmp_path: Path) -> Iterator[StartJob]:
 
 @pytest.fixture
 def run_job(start_job: StartJob) -> RunJob:
-    """Run the command line in its own process and folder to its end."""
+    """Run the command line in a separate process and folder until it ends."""
 
     def run(
         *arguments: str | Path, env: dict[str, str] | None = None, timeout: float = 300
@@ -263,7 +263,7 @@ def run_job(start_job: StartJob) -> RunJob:
 
 @pytest.fixture
 def whole(tmp_path: Path) -> OutputDir:
-    """A finished run with everything, stopped twice on its way, to be changed."""
+    """A finished run with all its files, interrupted twice before; tests can change it."""
     return make_whole_run(tmp_path / "run")
 
 
@@ -282,7 +282,7 @@ def sweep(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def cifar10_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder of the tests' own with the real CIFAR-10 in its official layout."""
+    """A copy of the real CIFAR-10 for the tests, in its official layout."""
     folder = tmp_path_factory.mktemp("cifar10")
     found = cifar10.locate(DATA)
     if found.is_dir():

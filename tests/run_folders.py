@@ -1,4 +1,4 @@
-"""Output folders as trainings leave them, made by the program's own writers without a training."""
+"""Output folders like those of real trainings, written by the program but without a training."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def make_run(
     ends: tuple[tuple[Outcome, str | None], ...] = (("done", None),),
     epochs: int = 3,
 ) -> OutputDir:
-    """Leave in a folder what the attempts at a run leave, each 15 steps further than the last."""
+    """Write the files of a run with several attempts, each 15 steps longer than the previous."""
     folder.mkdir(exist_ok=True)
     output = OutputDir(folder)
     config = config or TrainConfig(output_dir=Path("out"), epochs=3)
@@ -70,7 +70,7 @@ def make_run(
 
 
 def add_evaluation(output: OutputDir, names: tuple[str, ...] = ("cat", "dog", "eel")) -> None:
-    """Add the evaluation of a model that is right half of the time."""
+    """Add the evaluation of a model that is right about half of the time."""
     rng = np.random.default_rng(1)
     labels = rng.integers(0, len(names), EXAMPLES, np.int32)
     scores = rng.random((EXAMPLES, len(names))) + 0.5 * np.eye(len(names))[labels]
@@ -90,7 +90,7 @@ def add_evaluation(output: OutputDir, names: tuple[str, ...] = ("cat", "dog", "e
 
 
 def make_whole_run(folder: Path) -> OutputDir:
-    """A finished run with everything, stopped twice on its way."""
+    """Write a finished run with all its files, interrupted twice before."""
     output = make_run(
         folder, ends=(("stopped", "SIGTERM"), ("failed", "a broken GPU"), ("done", None))
     )
@@ -110,7 +110,7 @@ def make_sweep_run(
     training: TrainingRecord = TRAINING,
     **options: Any,
 ) -> Path:
-    """Leave what a run of a sweep leaves, with these validation accuracies, one an epoch."""
+    """Write the files of a run of a sweep, with these validation accuracies, one per epoch."""
     folder.mkdir(parents=True)
     output = OutputDir(folder)
     config = TrainConfig(folder, dataset=dataset, epochs=SWEEP_EPOCHS, **options)
@@ -134,12 +134,12 @@ def make_sweep_run(
 
 
 def climb(last: float) -> list[float]:
-    """Accuracies that rise by one percent an epoch to the last one."""
+    """Return accuracies that rise by one percentage point per epoch to the last one."""
     return [last - 0.01 * (SWEEP_EPOCHS - 1 - number) for number in range(SWEEP_EPOCHS)]
 
 
 def change(folder: Path, **entries: Any) -> None:
-    """Change entries of a run.json, those of its options where they are such."""
+    """Change entries of a run.json; an option is changed in its ``config``."""
     document = json.loads((folder / "run.json").read_text())
     for name, value in entries.items():
         (document["config"] if name in document["config"] else document)[name] = value

@@ -26,7 +26,7 @@ from job.config import (
 from tests.conftest import REPOSITORY
 
 
-def test_device_requests_are_checked_texts() -> None:
+def test_device_requests_are_parsed() -> None:
     for text, kind, replicas in (("auto", "auto", 0), ("cpu:2", "cpu", 2), ("gpu:16", "gpu", 16)):
         request = DeviceRequest(text)
         assert (request, request.kind, request.replicas) == (text, kind, replicas)
@@ -35,12 +35,12 @@ def test_device_requests_are_checked_texts() -> None:
 @pytest.mark.parametrize(
     "text", ["", "cpu", "cpu:0", "cpu:-1", "tpu:1", "gpu:x", "gpu:1 ", "cpu:1000"]
 )
-def test_a_device_request_refuses_anything_else(text: str) -> None:
+def test_an_invalid_device_request_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="expected auto, cpu:N or gpu:N"):
         DeviceRequest(text)
 
 
-def test_no_option_is_below_its_minimum() -> None:
+def test_a_value_below_an_options_minimum_is_rejected() -> None:
     with pytest.raises(ValueError, match="batch_size is 0, expected at least 1"):
         TrainConfig(batch_size=0)
     assert TrainConfig(limit=None).limit is None
@@ -54,7 +54,7 @@ def test_errors_carry_the_documented_exit_codes() -> None:
 
 def test_recipes_and_data_sets_are_the_modules_of_their_folders(tmp_path: Path) -> None:
     assert (list_recipes(), list_datasets()) == (("classic", "fast"), ("cifar10", "synthetic"))
-    # In a copy of the program, beside what an editor leaves.
+    # In a copy of the program, next to files that an editor leaves.
     (tmp_path / "config.py").write_bytes((REPOSITORY / "job" / "config.py").read_bytes())
     (tmp_path / "recipes").mkdir()
     for name in ("yours.py", "mine.py", "__init__.py", "_augment.py", "mine.py~", "notes.md"):
@@ -70,7 +70,7 @@ def test_recipes_and_data_sets_are_the_modules_of_their_folders(tmp_path: Path) 
     assert copy.list_recipes() == ("mine", "yours")
 
 
-def test_a_configuration_is_described_by_its_options_as_json_has_them() -> None:
+def test_a_configuration_is_described_by_its_options_as_json_values() -> None:
     address = "https://me:secret@mirror/c.tar.gz"
     config = TrainConfig(Path("out"), cifar10_url=address, devices=DeviceRequest("cpu:2"))
     described = describe_config(config)
@@ -81,7 +81,7 @@ def test_a_configuration_is_described_by_its_options_as_json_has_them() -> None:
     assert option_name("batch_size") == "--batch-size"
 
 
-def test_folders_and_times_do_not_make_another_run() -> None:
+def test_other_folders_and_times_are_still_the_same_run() -> None:
     config = TrainConfig()
     others = replace(config, output_dir=Path("b"), epochs=3, stall_timeout=5, jit="off", fresh=True)
     assert run_options(others) == run_options(config)
@@ -107,6 +107,6 @@ def test_folders_and_times_do_not_make_another_run() -> None:
         ("", ""),
     ],
 )
-def test_what_opens_a_door_is_removed(url: str, shown: str) -> None:
+def test_credentials_are_removed_from_an_address(url: str, shown: str) -> None:
     assert redact_url(url) == shown
     assert redact_url(shown) == shown

@@ -12,7 +12,7 @@ from job.environment import explain, program, require_capable_machine
 
 
 def shell(script: str, folder: Path) -> tuple[int, str]:
-    """Exit code and stderr of a script in bash, to which $JOB is the installed program."""
+    """Run a bash script in which $JOB is the installed program; return exit code and stderr."""
     env = {"PATH": os.environ["PATH"], "JOB": program(), "PYTHON": sys.executable}
     command = ["bash", "-c", script]
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
@@ -28,12 +28,12 @@ def shell(script: str, folder: Path) -> tuple[int, str]:
         ("ulimit -v 2000000 -s 8000000; $JOB --version", "can't start new thread"),
         ("ulimit -v 5000000 -s 500000; $JOB doctor", "can't start new thread"),
         ("ulimit -n 6; $JOB doctor", "Too many open files"),
-        ("PYTHONPATH=foreign $JOB doctor", "foreign/numpy takes the place of"),
-        ("PYTHONPATH=foreign/newer $JOB compare x", "foreign/newer/numpy.py takes the place of"),
-        ("PYTHONPATH=foreign/click $JOB --help", "foreign/click/click.py takes the place of"),
+        ("PYTHONPATH=foreign $JOB doctor", "foreign/numpy shadows a library"),
+        ("PYTHONPATH=foreign/newer $JOB compare x", "foreign/newer/numpy.py shadows a library"),
+        ("PYTHONPATH=foreign/click $JOB --help", "foreign/click/click.py shadows a library"),
     ],
 )
-def test_what_a_machine_lacks_is_one_line_and_exit_code_2(
+def test_errors_of_the_machine_cause_one_error_line_and_exit_code_2(
     tmp_path: Path, script: str, message: str
 ) -> None:
     for name in ("numpy/__init__.py", "click/click.py"):
@@ -49,7 +49,7 @@ def test_what_a_machine_lacks_is_one_line_and_exit_code_2(
     assert message in line
 
 
-def test_files_of_the_current_folder_are_no_libraries(tmp_path: Path) -> None:
+def test_files_in_the_current_folder_are_not_used_as_libraries(tmp_path: Path) -> None:
     for name in ("random", "click", "numpy", "socket"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('this is not it')")
     assert shell("$PYTHON -m job --version", tmp_path) == (0, "")
@@ -62,7 +62,7 @@ def test_files_of_the_current_folder_are_no_libraries(tmp_path: Path) -> None:
     [
         (MemoryError("Unable to allocate 146 MiB"), "146 MiB); give the job more memory"),
         (RuntimeError("std::bad_alloc"), "give the job more memory"),
-        (OSError(errno.EIO, "Input/output error", "x"), "error' for x; mend the volume, then run"),
+        (OSError(errno.EIO, "Input/output error", "x"), "error' for x; fix the volume, then run"),
         (ImportError("libz.so.1: cannot open shared object file"), "cannot load the libraries: "),
         (ModuleNotFoundError("No module named 'rich'", name="rich"), "cannot load the libraries"),
         (ImportError("cannot import name 'a' from 'job.b'", name="job.b"), None),
@@ -71,11 +71,11 @@ def test_files_of_the_current_folder_are_no_libraries(tmp_path: Path) -> None:
         (RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory"), None),
     ],
 )
-def test_what_may_be_a_defect_is_not_explained_away(
+def test_only_errors_that_cannot_be_defects_are_explained(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, words: str | None
 ) -> None:
     if words is None:
-        # A module that is also installed, as sites' environment modules put it on PYTHONPATH.
+        # A second copy of a module, as the environment modules of a cluster put it on PYTHONPATH.
         (tmp_path / "json").mkdir()
         monkeypatch.syspath_prepend(tmp_path)
         copy = ModuleType("json.decoder")
@@ -86,7 +86,7 @@ def test_what_may_be_a_defect_is_not_explained_away(
     assert (words or "") in str(explained)
 
 
-def test_a_processor_that_tensorflow_is_not_built_for_is_refused(tmp_path: Path) -> None:
+def test_a_processor_that_tensorflow_does_not_support_is_rejected(tmp_path: Path) -> None:
     require_capable_machine()
     (tmp_path / "cpuinfo").write_text("flags\t\t: fpu sse4_2 popcnt\n")
     with pytest.raises(UserError, match="received a processor without AVX"):

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_doctor_finds_nothing_wrong(run_job: RunJob) -> None:
+def test_doctor_finds_no_problem(run_job: RunJob) -> None:
     result = run_job("doctor", "--require-gpus", "1", "--log-format", "text")
     assert result.returncode == 0, result.stdout
 
@@ -35,7 +35,7 @@ def test_trains_on_every_gpu(run_job: RunJob, tmp_path: Path, precision: str, ji
     assert losses[1] < losses[0] < 2.3
 
 
-def test_a_second_run_goes_on_with_what_the_first_has_compiled(
+def test_a_second_run_reuses_the_compiled_code_of_the_first(
     run_job: RunJob, tmp_path: Path
 ) -> None:
     for output, has_code in (("first", False), ("second", True)):

@@ -7,7 +7,9 @@ import pytest
 from job import log
 
 
-def test_json_line_has_time_level_event_and_fields(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_json_line_contains_time_level_event_and_fields(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     log.configure("json")
     log.event("epoch", epoch=3, loss=0.5)
     line = json.loads(capsys.readouterr().out)
@@ -27,14 +29,14 @@ def test_text_shows_the_message_or_else_the_fields(capsys: pytest.CaptureFixture
     assert second.endswith(" warning: retry count=2")
 
 
-def test_auto_is_json_where_stdout_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_is_json_if_stdout_is_not_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("auto")
     assert log.is_json()
     log.configure("text")
     assert not log.is_json()
 
 
-def test_an_event_is_a_line_however_long_and_whatever_the_terminals_width(
+def test_an_event_is_one_line_even_if_it_is_longer_than_the_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "20")
@@ -45,7 +47,7 @@ def test_an_event_is_a_line_however_long_and_whatever_the_terminals_width(
     assert line.endswith(" epoch 3 of 5 " + "and so on " * 20)
 
 
-def test_the_events_of_several_workers_tell_them_apart(capsys: pytest.CaptureFixture[str]) -> None:
+def test_events_contain_the_rank_of_their_worker(capsys: pytest.CaptureFixture[str]) -> None:
     for rank in (0, 1):
         log.configure("json", worker=rank)
         log.event("retry", count=2)
@@ -54,5 +56,7 @@ def test_the_events_of_several_workers_tell_them_apart(capsys: pytest.CaptureFix
     chief, chief_text, other, other_text = capsys.readouterr().out.splitlines()
     assert list(json.loads(chief)) == ["time", "level", "event", "worker", "count"]
     assert [json.loads(line)["worker"] for line in (chief, other)] == [0, 1]
-    assert chief_text[len("12:00:00") :] == " retry count=2"  # the chief's lines are the run's
+    assert (
+        chief_text[len("12:00:00") :] == " retry count=2"
+    )  # the chief's lines concern the whole run
     assert other_text[len("12:00:00") :] == " worker 1: retry count=2"

@@ -9,7 +9,7 @@ import job.recipes
 from job import registry
 from job.config import UserError
 from job.recipes import get_recipe
-from job.registry import SHIPPED, naming_own_code, recipe_defaults
+from job.registry import SHIPPED, explaining_user_code, recipe_defaults
 from tests.conftest import REPOSITORY
 
 CHANGED = """from dataclasses import replace
@@ -40,7 +40,7 @@ except (SyntaxError, ValueError) as error:
         ("kind", "RECIPE = 5", " defines RECIPE as int, expected Recipe;"),
     ],
 )
-def test_an_error_in_a_recipe_of_ones_own_is_told_by_its_place(
+def test_an_error_in_a_users_recipe_is_reported_with_its_location(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str, message: str
 ) -> None:
     folder = tmp_path / "job" / "recipes"
@@ -64,7 +64,7 @@ def test_an_error_in_a_recipe_of_ones_own_is_told_by_its_place(
         ("DEFAULTS = {", ", line 1: SyntaxError: '{' was never closed"),
     ],
 )
-def test_defaults_that_are_none_are_told_by_their_recipe(
+def test_invalid_defaults_are_reported_with_their_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
 ) -> None:
     (tmp_path / "job" / "recipes").mkdir(parents=True)
@@ -81,7 +81,7 @@ def test_defaults_that_are_none_are_told_by_their_recipe(
     assert recipe_defaults("mine") == {}
 
 
-def test_every_module_of_the_package_is_known_as_shipped() -> None:
+def test_every_module_of_the_package_is_listed_as_shipped() -> None:
     for package, names in SHIPPED.items():
         modules = (REPOSITORY / "job" / package).glob("*.py")
         assert sorted(path.stem for path in modules) == sorted(names)
@@ -100,15 +100,15 @@ OWN = Path(registry.__file__).parent / "recipes" / "mine.py"
         RuntimeError(f'CUDA_ERROR_ILLEGAL_ADDRESS, defined at File "{OWN}", line 12'),
     ],
 )
-def test_a_fault_of_the_machine_is_none_of_ones_own_recipe(error: Exception) -> None:
-    with pytest.raises(type(error)), naming_own_code(None if "CUDA" in str(error) else OWN):
+def test_an_error_of_the_machine_is_not_attributed_to_a_users_recipe(error: Exception) -> None:
+    with pytest.raises(type(error)), explaining_user_code(None if "CUDA" in str(error) else OWN):
         raise error
 
 
-def test_a_path_that_a_data_set_of_ones_own_cannot_find_may_be_an_option() -> None:
+def test_the_advice_for_a_path_that_a_users_data_set_cannot_find() -> None:
     missing = FileNotFoundError(errno.ENOENT, "No such file or directory", "/nowhere/x.npy")
     with (
-        pytest.raises(UserError, match=r"No such file .*; name another, or mend it there"),
-        naming_own_code(OWN),
+        pytest.raises(UserError, match=r"No such file .*; use another path, or fix the file"),
+        explaining_user_code(OWN),
     ):
         raise missing

@@ -1,6 +1,6 @@
 """The command line: each command parses its options, builds one configuration and makes one call.
 
-TensorFlow is imported inside the commands that need it, so that ``--help`` answers at once.
+TensorFlow is imported only inside the commands that need it, to keep ``--help`` fast.
 """
 
 import contextlib
@@ -28,27 +28,27 @@ from job.commands.options import (
     option,
     output_dir_argument,
     require_writable_folder,
-    warn_of_misspelt_variables,
+    warn_about_misspelt_variables,
 )
 from job.commands.terminal import DownloadBar, EpochBar, printable
 from job.config import ExitCode, JobError, TrainConfig
 from job.environment import explain, require_capable_machine, require_threads
-from job.registry import naming_own_code
+from job.registry import explaining_user_code
 from job.report import MATPLOTLIB_VARIABLES, spare_the_run
 from job.run.stop import StopRequest, Watchdog
 
 
 class _Command(click.Command):
-    """Warns of the environment variables that are almost its options, and needs NumPy's threads."""
+    """A command that first checks for NumPy's threads and for misspelt environment variables."""
 
     def invoke(self, ctx: click.Context) -> Any:
         require_threads()
-        warn_of_misspelt_variables(self, os.environ)
+        warn_about_misspelt_variables(self, os.environ)
         return super().invoke(ctx)
 
 
 class _ResultsCommand(_Command):
-    """A command whose stdout has its results alone, also where its options are wrong."""
+    """A command that writes only results to stdout, even if its options are wrong."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         log.configure("text", stream="stderr")
@@ -64,8 +64,10 @@ class _Group(click.Group):
 def cli() -> None:
     """Train CIFAR-10 data-parallel on every visible GPU, as a batch job.
 
-    Every option is also an environment variable. Exit codes: 0 done, 1 a defect, 2 you must change
-    something, 3 a GPU is missing, 75 stopped: the same command resumes.
+    Every option can also be set by an environment variable.
+
+    Exit codes: 0 done; 1 a defect; 2 a user error: fix what the message names; 3 a GPU is missing;
+    75 stopped: run the same command again to resume.
     """
 
 
@@ -74,10 +76,10 @@ def cli() -> None:
 @option(
     "--expect-mount",
     is_flag=True,
-    help="Warn if the output folder is no mounted volume and so is lost with its container.",
+    help="Warn if the output folder is not on a mounted volume, and so is lost with its container.",
 )
 @log_format_option
-@option("--dry-run", is_flag=True, help="Print what would be done, and write nothing.")
+@option("--dry-run", is_flag=True, help="Print what the training would do, and write nothing.")
 @click.pass_obj
 def train(
     stop: StopRequest,
@@ -87,10 +89,10 @@ def train(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Train, and leave model, evaluation, prediction picture and report in the output folder.
+    """Train a model, evaluate it and write a report.
 
-    A run that was stopped or killed resumes from its last checkpoint; a finished one stays as it
-    is.
+    All files go to the output folder. A run that was stopped or killed resumes from its last
+    checkpoint. A finished run is left unchanged.
     """
     log.configure(log_format)
     config = TrainConfig(**options)
@@ -113,7 +115,7 @@ def train(
             from job.data import load_ahead
 
             load = load_ahead(config, download_bar)
-            # How the run began is known to the chief alone, once all are connected.
+            # Only the chief reads the checkpoint, and only after all workers have connected.
             load_tensorflow(onednn=None)
             from job.training.train import train_as_worker
 
@@ -124,7 +126,7 @@ def train(
 
 @contextlib.contextmanager
 def _bars(*, enabled: bool, stop: StopRequest) -> Iterator[tuple[DownloadBar, EpochBar]]:
-    """Progress bars, which disappear whatever ends the process."""
+    """Open progress bars, which are erased however the process ends."""
     enabled = enabled and not log.is_json()
     with (
         contextlib.closing(DownloadBar(enabled=enabled)) as download_bar,
@@ -152,7 +154,7 @@ def _train_alone(
 
         load = load_ahead(config, download_bar)
         onednn: str | None = "1"
-        if attempt.checkpoint:  # a run keeps what its bits depend on
+        if attempt.checkpoint:  # its bits depend on oneDNN
             onednn = attempt.checkpoint.fingerprint.environment.variables.get(ONEDNN)
         with watchdog.watch("the import of TensorFlow", compiling=True, native=True):
             load_tensorflow(onednn=onednn)
@@ -171,7 +173,10 @@ def _train_alone(
 @log_format_option
 @click.pass_obj
 def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) -> None:
-    """Evaluate the model of an output folder again, and draw its pictures and report again."""
+    """Evaluate the model in an output folder again.
+
+    The pictures and the report are drawn again too.
+    """
     log.configure(log_format)
     config = TrainConfig(**options)
     from job.run.attempt import hold_output_dir
@@ -199,17 +204,18 @@ def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) ->
 @log_format_option
 @click.pass_obj
 def report(stop: StopRequest, /, log_format: log.LogFormat, output_dir: Path) -> None:
-    """Draw the report of the run in OUTPUT_DIR again: report.html and the pictures in report/.
+    """Draw the report of the run in OUTPUT_DIR again.
 
-    It takes what the folder holds, also of a run that is not finished. OUTPUT_DIR is also the
-    environment variable JOB_OUTPUT_DIR, by default output.
+    This writes report.html and the pictures in report/ from the files in the folder. The run need
+    not be finished. OUTPUT_DIR can also be set by the environment variable JOB_OUTPUT_DIR; its
+    default is output.
     """
     log.configure(log_format)
     from job.report.page import write_report
     from job.run.attempt import hold_output_dir
     from job.run.record import RunRecord
 
-    RunRecord.load(output_dir)  # before a folder is made where there is none
+    RunRecord.load(output_dir)  # fails before the next line creates a missing folder
     with hold_output_dir(output_dir, stop) as output:
         write_report(output)
 
@@ -218,12 +224,16 @@ def report(stop: StopRequest, /, log_format: log.LogFormat, output_dir: Path) ->
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @config_options(
     *("output_dir", "devices", "require_gpus"),
-    output_dir="Folder of the training whose model predicts; nothing is written there.",
+    output_dir="Output folder of the training whose model is used; it is not changed.",
 )
-@option("--model", type=MODEL_FILE, help="Model file, instead of that of --output-dir.")
-@option("--top", type=click.IntRange(min=1), default=3, help="Classes to report of each image.")
+@option("--model", type=MODEL_FILE, help="Model file to use instead of the one in --output-dir.")
+@option(
+    "--top", type=click.IntRange(min=1), default=3, help="Number of classes to report per image."
+)
 @option("--json", is_flag=True, help="Write JSON lines.")
-@option("--png", type=PNG_FILE, help="Also draw the first 100 images with their classes.")
+@option(
+    "--png", type=PNG_FILE, help="Also draw the first 100 images with their classes as a PNG file."
+)
 @click.pass_obj
 def predict(
     stop: StopRequest,
@@ -235,9 +245,10 @@ def predict(
     png: Path | None,
     **options: Any,
 ) -> None:
-    """Predict the classes of images: files of any format and size, folders, - for standard input.
+    """Predict the classes of images.
 
-    Images that cannot be read are named and counted, and the exit code is then 2.
+    IMAGE is an image file of any format and size, a folder, or - for standard input. Images that
+    cannot be read are reported, and the exit code is then 2.
     """
     stop.advice = "run the same command again"
     config = TrainConfig(**options)
@@ -260,11 +271,12 @@ def predict(
 @cli.command(cls=_ResultsCommand)
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True)
 @option("--json", is_flag=True, help="Write one JSON object instead of tables.")
-@option("--png", type=PNG_FILE, help="Also draw the runs' curves and accuracies.")
+@option("--png", type=PNG_FILE, help="Also draw the runs' curves and accuracies as a PNG file.")
 def compare(folders: tuple[str, ...], json: bool, png: Path | None) -> None:
-    """Compare runs by their output folders, or folders of such: means, deviations, the best.
+    """Compare runs: means, standard deviations and the best run.
 
-    Runs that are not finished are told and left out of the means.
+    DIR is the output folder of a run, or a folder that contains output folders. Unfinished runs are
+    reported and excluded from the means.
     """
     if png:
         require_writable_folder(png)
@@ -277,7 +289,7 @@ def compare(folders: tuple[str, ...], json: bool, png: Path | None) -> None:
 @config_options("output_dir", "data_dir", "require_gpus")
 @log_format_option
 def doctor(log_format: log.LogFormat, output_dir: Path, data_dir: Path, require_gpus: int) -> None:
-    """Examine this machine: versions, GPUs, a test computation, folders."""
+    """Check this machine: versions, GPUs, test computations, folders."""
     log.configure(log_format)
     startup_lines = load_tensorflow(verbose=True)
     from job.commands.doctor import print_examination
@@ -290,31 +302,31 @@ def main(stop: StopRequest, stderr: TextIO | None = None) -> NoReturn:
     """Run the command line and end the process with one of the job's exit codes.
 
     Args:
-        stop: Is asked by signals.
-        stderr: Receives the line that tells of an error; by default what descriptor 2 is now.
+        stop: Receives the stop requests of signals.
+        stderr: Stream for error messages; by default a copy of the current file descriptor 2.
     """
-    # While TensorFlow is imported, descriptor 2 leads elsewhere.
+    # Descriptor 2 is redirected while TensorFlow is imported.
     stderr = stderr or os.fdopen(
         os.dup(2), "w", encoding=sys.stderr.encoding, errors="backslashreplace"
     )
 
-    def say_why(exit_code: ExitCode, reason: str) -> None:
+    def report_exit(exit_code: ExitCode, reason: str) -> None:
         stopped = exit_code == ExitCode.RUN_AGAIN
-        advice = stop.advice if stopped else "start it again, and report it if it returns"
+        advice = stop.advice if stopped else "start it again; if it fails again, report it"
         _report(f"{reason}; {advice}", exit_code, stderr)
 
-    with stop.on_exit(say_why):
-        # Until the command says otherwise: its options may be what is wrong.
+    with stop.on_exit(report_exit):
+        # A provisional setting for errors in the command's options.
         log.configure(os.environ.get("JOB_LOG_FORMAT", "auto"))
         try:
-            with naming_own_code():
+            with explaining_user_code():
                 cli.main(prog_name="cifar10-job", standalone_mode=False, obj=stop)
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
             sys.exit(ExitCode.USER_ERROR)
         except click.NoSuchOption as error:
             of_a_command = error.ctx is not None and error.ctx.command is not cli
-            advice = "" if of_a_command else " Options come after a command: train --epochs 3."
+            advice = "" if of_a_command else " Options go after the command: train --epochs 3."
             _fail(describe_unknown_option(error) + advice, ExitCode.USER_ERROR, stderr)
         except click.ClickException as error:
             _fail(error.format_message(), ExitCode.USER_ERROR, stderr)
@@ -326,7 +338,7 @@ def main(stop: StopRequest, stderr: TextIO | None = None) -> NoReturn:
             trace = traceback.format_exc()
             with contextlib.suppress(OSError):
                 print(trace, end="", file=stderr, flush=True)
-            problem = "this is a defect of the job: please report the trace above"
+            problem = "this is a defect in the job; report the traceback above"
             _fail(problem, ExitCode.DEFECT, stderr)
     sys.exit(ExitCode.DONE)
 
@@ -340,7 +352,7 @@ def _fail(message: str, exit_code: ExitCode, stderr: TextIO) -> NoReturn:
 def _report(message: str, exit_code: ExitCode, stderr: TextIO) -> None:
     line = printable(" ".join(message.split()))
     stopped = exit_code == ExitCode.RUN_AGAIN
-    # The exit code counts, even if whoever read the message has gone.
+    # The exit code must be right even if stderr has been closed.
     with contextlib.suppress(OSError):
         text = f"cifar10-job: {'stopped' if stopped else 'error'}: {line}"
         print(text, file=stderr, flush=True)
@@ -350,52 +362,52 @@ def _report(message: str, exit_code: ExitCode, stderr: TextIO) -> None:
 
 
 def load_tensorflow(*, verbose: bool = False, onednn: str | None = "1") -> list[str]:
-    """Import TensorFlow and look for GPUs, holding back what the native code prints.
+    """Import TensorFlow and detect GPUs, capturing what the native code prints.
 
     Must run before anything else imports TensorFlow.
 
     Args:
-        verbose: Whether to ask for all of its messages; otherwise only errors are news. A level
-            that the user sets in TF_CPP_MIN_LOG_LEVEL stays.
-        onednn: The value of `fingerprint.ONEDNN` on x86-64, where the user sets none. By itself
-            TensorFlow uses oneDNN only on processors with VNNI, bfloat16 or AMX; on others a step
-            in float32 takes a third less time with it. None leaves it to TensorFlow.
+        verbose: Whether to enable all of TensorFlow's messages instead of errors only. A level that
+            the user sets in TF_CPP_MIN_LOG_LEVEL has priority.
+        onednn: The value of `fingerprint.ONEDNN` on x86-64, unless the user sets the variable. By
+            default TensorFlow uses oneDNN only on processors with VNNI, bfloat16 or AMX. On other
+            processors a float32 step takes a third less time with oneDNN. None leaves the choice
+            to TensorFlow.
 
     Returns:
-        The lines that went to stderr meanwhile. Where a GPU is not found they say why.
+        The lines written to stderr in the meantime. If a GPU was not found, they contain the
+        reason.
 
     Raises:
         UserError: If TensorFlow cannot run on this machine.
-        RuntimeError: If it would get too few threads.
+        RuntimeError: If the process cannot start enough threads.
     """
     require_capable_machine()
-    # Keras reads its settings once, and keras.json from a folder that the user may share with other
-    # programs. Where that is no folder, Keras takes its defaults and leaves no file behind.
+    # Keras reads its settings once. Other programs of the user can share keras.json. If KERAS_HOME
+    # is not a folder, Keras uses its defaults and writes no file.
     for name in [name for name in os.environ if name.startswith("KERAS_")]:
         del os.environ[name]
     os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull}
     os.environ.pop("TF_USE_LEGACY_KERAS", None)
-    # TensorFlow loads a library for tests, which would look for a temporary folder.
+    # TensorFlow loads a test library that otherwise searches for a temporary folder.
     os.environ["TEST_TMPDIR"] = os.devnull
     # Native code reads the level once, when it is loaded.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "2")
-    # Later a variable cannot be set while TensorFlow's threads may be reading others.
+    # Set before TensorFlow starts threads: it is unsafe to set a variable while they read others.
     os.environ |= MATPLOTLIB_VARIABLES
     from job.run.fingerprint import ONEDNN
 
     if onednn and platform.machine() == "x86_64":
         os.environ.setdefault(ONEDNN, onednn)
     lines: list[str] = []
-    # For a flag that it does not have, XLA ends the process with a line on stderr.
-    hold_back = (
-        contextlib.nullcontext() if "TF_XLA_FLAGS" in os.environ else _captured_stderr(lines)
-    )
-    with hold_back, _quick_imports():
+    # XLA ends the process on an unknown flag, with a line on stderr that must stay visible.
+    capture = contextlib.nullcontext() if "TF_XLA_FLAGS" in os.environ else _captured_stderr(lines)
+    with capture, _fast_imports():
         import tensorflow as tf
 
         tf.config.list_physical_devices()
         tf.get_logger().setLevel("ERROR")
-        # Keras reports through absl; its advice against HDF5 is not for this job's user.
+        # Keras logs through absl; its warning about HDF5 is not useful to the users of this job.
         import absl.logging
 
         absl.logging.set_verbosity(absl.logging.ERROR)
@@ -403,11 +415,11 @@ def load_tensorflow(*, verbose: bool = False, onednn: str | None = "1") -> list[
 
 
 @contextlib.contextmanager
-def _quick_imports() -> Iterator[None]:
-    """Import without what takes a third of TensorFlow's time and is not needed.
+def _fast_imports() -> Iterator[None]:
+    """Disable what takes a third of TensorFlow's import time and is not needed.
 
-    Keras would load matplotlib for pictures that this program does not draw, and the garbage
-    collector would look at a million objects again and again, all of which stay.
+    Keras imports matplotlib for plots that this program does not use. The garbage collector scans
+    a million objects repeatedly, none of which can be freed.
     """
     hides_matplotlib = "matplotlib" not in sys.modules
     if hides_matplotlib:
@@ -427,16 +439,16 @@ def _captured_stderr(lines: list[str]) -> Iterator[None]:
     """Collect what is written to file descriptor 2; native code does not use `sys.stderr`."""
     sys.stderr.flush()
     original = os.dup(2)
-    # A crash in here must still be seen: its trace goes to the real stderr.
+    # The traceback of a crash during the import must still go to the real stderr.
     faulthandler.enable(original)
-    # In memory: a container may have no temporary folder that it can write.
+    # In memory, because a container can be without a writable temporary folder.
     with os.fdopen(os.memfd_create("stderr"), "w+b") as sink:
         os.dup2(sink.fileno(), 2)
         try:
             yield
         except BaseException as error:
             sink.seek(0)
-            error.add_note(sink.read().decode(errors="replace"))  # which its trace ends with
+            error.add_note(sink.read().decode(errors="replace"))  # at the end of the traceback
             raise
         finally:
             sys.stderr.flush()

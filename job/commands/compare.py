@@ -1,4 +1,4 @@
-"""Several runs side by side: statistics over those of like settings, as tables and a picture."""
+"""Comparison of runs: statistics over runs with equal settings, as tables and a picture."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from job.commands.terminal import printable, say, write_lines, write_table
+from job.commands.terminal import print_message, printable, write_lines, write_table
 from job.config import TrainConfig, UserError, Value, describe_config, run_options
 from job.log import plural
 from job.report.pictures import PALETTE, SCREEN_DPI, Axes, Figure, lay_out_epochs, save_png
@@ -22,27 +22,27 @@ SETTINGS = (
     *(name for name in run_options(TrainConfig()) if name != "seed"),
     *("epochs", "precision", "replicas", "data", "recipe_fingerprint"),
 )
-"""What decides a run's result, but for its seed: the options that all of its attempts have in
-common, how far it goes, what it computes in, on how many replicas (each normalizes its own rows of
-a batch), and the first digits of the fingerprints of its data and of what its recipe computes."""
+"""The settings that determine a run's result, apart from its seed: the options that all of its
+attempts share, the number of epochs, the precision, the number of replicas (each normalizes its own
+rows of a batch), and the first digits of the fingerprints of its data and its recipe."""
 
 _LAST = 5
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is read from the folder of a run.
+    """A run as read from its output folder.
 
     Attributes:
-        folder: Its path.
+        folder: Path of the output folder.
         seed: The run's seed.
         settings: The values of `SETTINGS`.
         curve: Validation accuracy after each epoch so far, 0 to 1.
-        accuracy: Of the saved model on the test set, 0 to 1; None before the end.
-        loss: Of the saved model; None before the end.
+        accuracy: Accuracy of the saved model on the test set, 0 to 1; None before the end.
+        loss: Loss of the saved model on the test set; None before the end.
         elapsed_seconds: Time in training and validation.
         outcome: As in ``run.json``.
-        problem: Why it cannot be compared; None where it can.
+        problem: Why the run cannot be compared; None if it can.
     """
 
     folder: str
@@ -62,23 +62,23 @@ class Run:
 
     @property
     def last_mean(self) -> float | None:
-        """Mean validation accuracy of the last five epochs, or of as many as there are."""
+        """Mean validation accuracy of the last five epochs, or of all if there are fewer."""
         return statistics.fmean(self.curve[-_LAST:]) if self.curve else None
 
 
 def run_folders(folders: Iterable[str]) -> list[str]:
-    """Find the folders of runs, each once.
+    """Find the output folders of runs, without duplicates.
 
     Args:
-        folders: Output folders, and folders that have such in them, as a sweep leaves them. One may
-            be both, where a sweep has followed a single run.
+        folders: Output folders, and folders that contain output folders, such as the folder of a
+            sweep. A folder can be both, if a sweep was started in the folder of a single run.
 
     Returns:
-        The output folders; one that holds no run, nor has any in it, as it was given.
+        The output folders. A given folder without any run is included unchanged.
     """
     found: dict[str, str] = {}
     for folder in folders:
-        itself = [folder] if _holds_run(folder) else []
+        itself = [folder] if _contains_run(folder) else []
         for path in [*itself, *_runs_in(folder)] or [folder]:
             found.setdefault(os.path.realpath(path), path)
     return list(found.values())
@@ -88,29 +88,31 @@ def _runs_in(folder: str) -> list[str]:
     try:
         names = sorted(os.listdir(folder))  # noqa: PTH208 (a `Path` drops a leading ./)
     except OSError:
-        return []  # reading it as a run says why
-    return [path for name in names if _holds_run(path := str(Path(folder, name)))]
+        return []  # the error is reported when the folder is read as a run
+    return [path for name in names if _contains_run(path := str(Path(folder, name)))]
 
 
-def _holds_run(folder: str) -> bool:
-    return os.path.exists(Path(folder, RUN))  # noqa: PTH110 (no error for a name that cannot be)
+def _contains_run(folder: str) -> bool:
+    return os.path.exists(Path(folder, RUN))  # noqa: PTH110 (no error for an invalid name)
 
 
 def read_run(folder: str) -> Run:
     """Read a run from its folder.
 
     Raises:
-        UserError: If the folder holds no run, or damaged files.
+        UserError: If the folder contains no run, or damaged files.
     """
-    if not _holds_run(folder):
-        there = os.path.isdir(folder)  # noqa: PTH112 (no error for a name that cannot be)
+    if not _contains_run(folder):
+        exists = os.path.isdir(folder)  # noqa: PTH112 (no error for an invalid name)
         raise UserError(
-            f"it holds no {RUN}, nor does a folder in it" if there else "there is no such folder"
+            f"neither this folder nor a folder in it contains a {RUN}"
+            if exists
+            else "this folder does not exist"
         )
     record = RunRecord.load(Path(folder), with_predictions=False)
     manifest = record.manifest
     if manifest is None:
-        raise UserError(f"its {RUN} is gone")
+        raise UserError(f"its {RUN} was removed while it was read")
     problem = _problem(record, manifest)
     finished = record.evaluation if problem is None else None
     return Run(
@@ -127,7 +129,7 @@ def read_run(folder: str) -> Run:
 
 
 def _settings(manifest: Manifest) -> dict[str, Value]:
-    # Synthetic images are drawn from the seed, which tells runs apart already.
+    # Synthetic images depend only on the seed, which distinguishes the runs already.
     synthetic = manifest.config.dataset == "synthetic"
     fingerprint = manifest.data.fingerprint if manifest.data and not synthetic else None
     known = {
@@ -135,41 +137,41 @@ def _settings(manifest: Manifest) -> dict[str, Value]:
         "precision": manifest.precision,
         "replicas": manifest.replicas,
         "data": fingerprint and fingerprint[:8],
-        # Earlier versions have none.
+        # Missing in files of earlier versions.
         "recipe_fingerprint": (manifest.recipe_fingerprint or "")[:8] or None,
     }
     return {name: known[name] for name in SETTINGS}
 
 
 def _problem(record: RunRecord, manifest: Manifest) -> str | None:
-    """Why a run cannot be compared; None where it can."""
+    """Return why a run cannot be compared; None if it can."""
     epochs, expected = len(record.epochs), manifest.config.epochs
     if manifest.outcome != "done":
         return f"{manifest.outcome} after {epochs} of {plural(expected, 'epoch')}"
     if epochs != expected:
         return f"its {METRICS} has {plural(epochs, 'line')}, expected {expected}"
-    return None if record.evaluation else f"it holds no {EVALUATION}"
+    return None if record.evaluation else f"it contains no {EVALUATION}"
 
 
 class Summary(NamedTuple):
-    """Arithmetic mean and sample standard deviation, with n - 1 and None for one run."""
+    """Arithmetic mean and sample standard deviation (n - 1), which is None for a single run."""
 
     mean: float
     standard_deviation: float | None
 
 
 def summarize(values: Iterable[float | None]) -> Summary:
-    """Summarize values of which at least one is known."""
+    """Summarize the values that are not None; there must be at least one."""
     known = [value for value in values if value is not None]
     return Summary(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Finished runs that differ in nothing but their seed.
+    """Finished runs that differ only in their seed.
 
     Attributes:
-        label: Names their settings as far as other runs have other ones.
+        label: The recipe and the settings that differ between groups.
         runs: At least one.
     """
 
@@ -178,12 +180,12 @@ class Group:
 
     @property
     def accuracy(self) -> Summary:
-        """Of the saved models."""
+        """Test accuracy of the saved models."""
         return summarize(run.accuracy for run in self.runs)
 
     @property
     def last_mean(self) -> Summary:
-        """Of the runs' mean validation accuracy in the last five epochs."""
+        """Mean validation accuracy of each run over its last five epochs."""
         return summarize(run.last_mean for run in self.runs)
 
     @property
@@ -193,7 +195,7 @@ class Group:
 
     @property
     def best(self) -> Run:
-        """The run whose saved model is the most accurate, the first among equals."""
+        """The run with the most accurate saved model; the first one if there are several."""
         return max(self.runs, key=lambda run: run.accuracy or 0.0)
 
 
@@ -202,10 +204,10 @@ class Comparison:
     """Runs and their groups.
 
     Attributes:
-        runs: Every run of which it can be told which it is, by settings and seed.
-        groups: The finished ones among them, by settings.
-        varying: Names of the settings that tell them apart.
-        left_out: For each folder whose run is in no group the reason.
+        runs: All runs that could be read, sorted by settings and seed.
+        groups: The finished runs, grouped by settings.
+        varying: Names of the settings in which the runs differ.
+        left_out: The reason for each folder whose run is not in a group.
     """
 
     runs: tuple[Run, ...]
@@ -215,13 +217,13 @@ class Comparison:
 
 
 def compare_runs(folders: Iterable[str]) -> Comparison:
-    """Read runs, and group those that differ in nothing but their seed.
+    """Read runs, and group those that differ only in their seed.
 
     Args:
-        folders: Output folders of runs, and folders that have such in them.
+        folders: Output folders of runs, and folders that contain output folders.
 
     Raises:
-        UserError: If none of them holds a finished run.
+        UserError: If none of them contains a finished run.
     """
     runs: list[Run] = []
     left_out: dict[str, str] = {}
@@ -233,21 +235,24 @@ def compare_runs(folders: Iterable[str]) -> Comparison:
     left_out |= {run.folder: run.problem for run in runs if run.problem}
     runs.sort(key=lambda run: (_order(run), run.seed))
     varying = tuple(name for name in SETTINGS if len({run.settings[name] for run in runs}) > 1)
-    alike: dict[tuple[Any, ...], list[Run]] = {}
+    by_settings: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         if not run.problem:
-            alike.setdefault(tuple(run.settings.values()), []).append(run)
-    if not alike:
+            by_settings.setdefault(tuple(run.settings.values()), []).append(run)
+    if not by_settings:
         reasons = "; ".join(
             f"{printable(name)}: {printable(why)}" for name, why in left_out.items()
         )
-        raise UserError(f"received no folder of a finished run ({reasons}); name some")
-    groups = tuple(Group(_label(same[0], varying), tuple(same)) for same in alike.values())
+        raise UserError(
+            f"received no folder with a finished run ({reasons}), expected at least one; pass the "
+            f"output folders of finished runs"
+        )
+    groups = tuple(Group(_label(same[0], varying), tuple(same)) for same in by_settings.values())
     return Comparison(tuple(runs), groups, varying, left_out)
 
 
 def _order(run: Run) -> list[tuple[bool, bool, Any]]:
-    # None before numbers before texts.
+    # None sorts before numbers, and numbers before strings.
     return [(value is not None, isinstance(value, str), value) for value in run.settings.values()]
 
 
@@ -257,12 +262,12 @@ def _label(run: Run, varying: Sequence[str]) -> str:
 
 
 def named(run: Run, names: Iterable[str]) -> list[str]:
-    """Settings with their names, in words."""
+    """Format settings with their names."""
     return [f"{name.replace('_', ' ')} {value}" for name in names if (value := setting(run, name))]
 
 
 def setting(run: Run, name: str) -> str:
-    """A setting in words; empty where there is none, as synthetic images have no data."""
+    """Format a setting; empty if it has no value, such as the data of synthetic images."""
     value = run.settings[name]
     if value is None:
         return "all" if name == "limit" else ""
@@ -298,10 +303,10 @@ def _group_document(group: Group) -> dict[str, Any]:
 
 
 def print_comparison(folders: Iterable[str], *, as_json: bool, png: Path | None) -> None:
-    """Compare runs: tables or JSON on stdout, the runs left out on stderr, and a picture.
+    """Compare runs: write tables or JSON to stdout, excluded runs to stderr, and draw a picture.
 
     Raises:
-        UserError: If none of the folders holds a finished run, or something cannot be written.
+        UserError: If no folder contains a finished run, or if an output cannot be written.
     """
     comparison = compare_runs(folders)
     left_out = comparison.left_out
@@ -315,28 +320,28 @@ def print_comparison(folders: Iterable[str], *, as_json: bool, png: Path | None)
     else:
         write_tables(comparison)
     for folder, reason in left_out.items():
-        say(f"left out: {printable(folder)}: {printable(reason)}")
+        print_message(f"excluded: {printable(folder)}: {printable(reason)}")
     if png:
         with OutputDir(png.parent).atomic_write(png.name) as temporary:
             save_comparison(temporary, comparison.groups)
 
 
 def write_tables(comparison: Comparison) -> None:
-    """Write a table of the runs and one of their groups to stdout.
+    """Write a table of the runs and a table of the groups to stdout.
 
     Raises:
-        UserError: If it cannot be written.
+        UserError: If stdout cannot be written.
     """
     varying = comparison.varying
     common = named(comparison.runs[0], [name for name in SETTINGS if name not in varying])
     titles = [name.replace("_", " ") for name in varying]
-    write_lines([f"Every run: {', '.join(common)}", ""])
+    write_lines([f"All runs: {', '.join(common)}", ""])
     write_table(
         ["run", *titles, "seed", "last", "last five", "model", "loss", "time", "outcome"],
         [_run_row(run, varying) for run in comparison.runs],
         left=("run", *titles, "outcome"),
     )
-    write_lines(["", "Means over the finished runs that differ in nothing but their seed:"])
+    write_lines(["", "Means over finished runs that differ only in their seed:"])
     figures = ("last five", "±", "model", "±", "best", "seed", "time")
     write_table(
         [*titles, "runs", "seeds", *figures, "best run"],
@@ -382,8 +387,8 @@ def _group_row(group: Group, varying: Sequence[str]) -> list[str]:
     ]
 
 
-# Line and marker tell groups apart in grey. Seven colours, five lines and six markers repeat
-# together only after 210 groups.
+# Line styles and markers distinguish the groups in greyscale. The combinations of seven colours,
+# five line styles and six markers repeat only after 210 groups.
 _LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _LEGEND_COLUMNS = 130
@@ -391,11 +396,11 @@ _BELOW: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 9}
 
 
 def save_comparison(path: Path, groups: Sequence[Group]) -> None:
-    """Draw the validation accuracies of runs by epoch, and those of their saved models.
+    """Draw the runs' validation accuracies by epoch, and the accuracies of their saved models.
 
     Args:
         path: PNG file to write.
-        groups: At least one; the runs of each have curves of one length.
+        groups: At least one; the curves of a group have equal lengths.
     """
     names = [str(number + 1) if len(groups) > 1 else "" for number in range(len(groups))]
     legend = [_legend_text(*one) for one in zip(names, groups, strict=True)]
@@ -413,7 +418,7 @@ def save_comparison(path: Path, groups: Sequence[Group]) -> None:
         epochs = np.arange(len(mean)) + 1
         for curve in curves:
             left.plot(epochs, 100 * curve, color=colour, linewidth=0.8, alpha=0.45)
-        # A curve of a single epoch is nothing but its marker.
+        # The curve of a single epoch consists of its marker only.
         style: dict[str, Any] = {"linestyle": line, "linewidth": 2.2, "marker": marker}
         style |= {"markevery": max(1, len(mean) // 8), "clip_on": False}
         handles += left.plot(epochs, 100 * mean, color=colour, **style)
@@ -429,7 +434,7 @@ def save_comparison(path: Path, groups: Sequence[Group]) -> None:
     right.set_yticks(range(len(groups)) if len(groups) > 1 else [])
     right.set_yticklabels(names if len(groups) > 1 else [], weight="bold")
     right.margins(x=0.15)  # for the text below a mean
-    # Margins go beyond what an accuracy can be.
+    # Margins can extend below 0% or above 100%.
     right.set_xlim(*np.clip(right.get_xlim(), 0, 100))
     left.set_ylim(*np.clip(left.get_ylim(), 0, 100))
     right.set_ylim(len(groups) - 0.4, -0.6)

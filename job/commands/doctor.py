@@ -1,4 +1,4 @@
-"""Examine a machine before a run does: versions, GPUs, a test computation, folders."""
+"""Checks of a machine before a run: versions, GPUs, test computations, folders."""
 
 import json
 import os
@@ -30,21 +30,21 @@ from job.run.manifest import versions
 from job.run.stop import Watchdog
 
 TEST_SECONDS = 300.0
-"""Longest time that all test computations together may take, compilation included."""
+"""Time limit for all test computations together, including compilation."""
 
 
 def print_examination(
     folders: Iterable[tuple[str, Path]], require_gpus: int, startup_lines: list[str]
 ) -> ExitCode:
-    """Examine this machine, and print what is found: a JSON object, or text for people.
+    """Check this machine and print the findings, as a JSON object or as text.
 
     Args:
         folders: Pairs of option name and folder to check.
         require_gpus: GPUs that must be visible.
-        startup_lines: What TensorFlow printed while it looked for GPUs.
+        startup_lines: Lines that TensorFlow printed while it detected GPUs.
 
     Returns:
-        GPU_MISSING if an expected or required GPU cannot be used, else DONE.
+        GPU_MISSING if an expected or required GPU cannot be used, otherwise DONE.
     """
     visible = len(visible_gpus())
     gpu_findings = []
@@ -55,7 +55,7 @@ def print_examination(
     except JobError as error:
         gpu_findings.append(str(error))
     devices = open_visible_devices(TrainConfig())
-    # Broken collectives hang; that is a finding too, and nothing more can be found out after it.
+    # Broken collectives hang. That is a finding too, but nothing can be checked after it.
     watchdog = Watchdog(TEST_SECONDS, on_stall=lambda: os._exit(ExitCode.GPU_MISSING))
     with watchdog.watch("a test computation"):
         computations = [*_convolve_everywhere(devices), _all_reduce(devices)]
@@ -90,7 +90,7 @@ def print_examination(
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """Lay a report out for a person to read."""
+    """Format a report as text."""
     gpus = report["gpus"]
     lines = [
         "Versions     " + ", ".join(f"{name} {text}" for name, text in report["versions"].items()),
@@ -102,8 +102,8 @@ def as_text(report: dict[str, Any]) -> str:
             lines.append(f"  library    {library['name']}: {library['path'] or 'not found'}")
         for tool in gpus["tools"]:
             lines.append(f"  XLA tool   {tool['name']}: {tool['path'] or 'not found'}")
-    for said in gpus["tensorflow_says"]:
-        lines.append(f"  TensorFlow {said}")
+    for line in gpus["tensorflow_says"]:
+        lines.append(f"  TensorFlow {line}")
     for device in report["devices"]:
         details = ", ".join(f"{key} {value}" for key, value in device.items() if key != "name")
         lines.append(f"Device       {device['name']}: {details}")
@@ -119,7 +119,7 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def _convolve_everywhere(devices: Devices) -> list[dict[str, Any]]:
-    # Through XLA where training goes through it: that needs libraries and tools of its own.
+    # Use XLA if the training does: it needs additional libraries and tools.
     @graph_function(jit_compile=devices.compilation.network)
     def convolve(images: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
         return tf.nn.conv2d(images, kernel, strides=1, padding="VALID")
@@ -132,7 +132,7 @@ def _convolve_everywhere(devices: Devices) -> list[dict[str, Any]]:
                 outputs = convolve(tf.ones([1, 8, 8, 3]), tf.ones([3, 3, 3, 4]))
             # 3x3 ones over 3 channels of ones.
             right = bool(np.all(outputs.numpy() == 27.0))
-            problem = None if right else f"{name} computes a convolution wrongly"
+            problem = None if right else f"{name} computes a wrong result for a convolution"
         except tf.errors.OpError as error:
             problem = f"{name} cannot run a convolution: {error.message}"
         results.append({"what": f"convolution on {name}", "problem": problem})
@@ -153,14 +153,16 @@ def _all_reduce(devices: Devices) -> dict[str, Any]:
 
     try:
         received = float(total())
-        problem = None if received == expected else f"all-reduce gave {received}, not {expected}"
+        problem = (
+            None if received == expected else f"all-reduce returned {received}, expected {expected}"
+        )
     except tf.errors.OpError as error:
         problem = f"the devices cannot all-reduce: {error.message}"
     return {"what": f"all-reduce over {plural(devices.replicas, 'replica')}", "problem": problem}
 
 
 def _describe_folder(option: str, folder: Path) -> dict[str, Any]:
-    """Whether a folder, or the nearest one above it that exists, can be written."""
+    """Check whether a folder, or its nearest existing parent, can be written."""
     problem, free_gib = None, None
     try:
         candidates = (folder, *folder.absolute().parents)

@@ -1,6 +1,7 @@
-"""What a training would do, found out by the training's own rules and without doing it.
+"""Preview of a training, based on the same rules as the training itself.
 
-Nothing is made, written or downloaded, and the holder of the output folder is not asked for it.
+Nothing is created, written or downloaded, and the holder of the output folder is not asked to
+release it.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from job.commands.terminal import write_lines
 from job.config import JobError, TrainConfig, describe_config
 from job.data import Dataset, find_dataset, load_dataset, require_limit
 from job.recipes import get_recipe
-from job.registry import naming_own_code
+from job.registry import explaining_user_code
 from job.report.page import command_line
 from job.run.attempt import Attempt, inspect_output_dir
 from job.run.fingerprint import require_same_run, take_fingerprint
@@ -37,37 +38,38 @@ _LABEL_WIDTH = 13
 
 @dataclass
 class Preview:
-    """What was found out.
+    """The result of a dry run.
 
     Attributes:
-        report: A JSON object: the configuration, and for each of output, devices, data and batch an
-            object, missing where a problem came before it; for workers, where there are several.
-        lines: The same for people: pairs of label and text.
-        problems: Why the training would not start.
-        outcome: What the training would do, where there is no problem.
+        report: A JSON object. It contains one object each for the configuration, output, devices,
+            data and batch, and for workers if there are several. An object is missing if a problem
+            prevented it.
+        lines: The same as text: pairs of label and text.
+        problems: The reasons why the training would not start.
+        outcome: What the training would do if there are no problems.
     """
 
     report: dict[str, Any] = field(default_factory=dict)
     lines: list[tuple[str, str]] = field(default_factory=list)
     problems: list[JobError] = field(default_factory=list)
-    outcome: str = "nothing stands in the way"
+    outcome: str = "no problems found"
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
-        """Collect the body's problem, if it has one, so that the rest is found out too."""
+        """Collect a problem that the body raises, and continue with the next checks."""
         try:
-            with naming_own_code():
+            with explaining_user_code():
                 yield
         except JobError as error:
             self.problems.append(error)
 
     def add(self, key: str, fields: dict[str, Any], *texts: str) -> None:
-        """Add an object to the report, and lines for people."""
+        """Add an object to the report, and its lines of text."""
         self.report[key] = fields
         self.lines += [(key.capitalize(), text) for text in texts]
 
     def as_text(self) -> str:
-        """What was found out, for a person to read, the most important first."""
+        """Format the result as text, the most important lines first."""
         verdict = [("Problem", str(problem)) for problem in self.problems]
         verdict = verdict or [("Dry run", f"{self.outcome}; nothing was written")]
         lines = [*verdict, *self.lines]
@@ -77,13 +79,14 @@ class Preview:
 def preview(
     config: TrainConfig, stop: StopRequest, open_devices: OpenDevices, load: LoadDataset
 ) -> Preview:
-    """Find out what a training with this configuration would do.
+    """Preview a training with this configuration.
 
     Args:
-        config: Of the training.
-        stop: Is told what the training would advise once it has stopped.
-        open_devices: Sets the devices up, with what the attempt before had resolved "auto" to.
-        load: Loads the data set where nothing has to be downloaded.
+        config: The configuration of the training.
+        stop: Receives the advice that the training would give after a stop.
+        open_devices: Sets up the devices, with the values that the previous attempt resolved "auto"
+            to.
+        load: Loads the data set; called only if nothing must be downloaded.
     """
     found = Preview()
     found.add("config", describe_config(config), command_line("train", config))
@@ -93,7 +96,7 @@ def preview(
     if attempt and attempt.is_finished:
         found.outcome = (
             "the run is finished: train would report that, do nothing and end with exit code 0; "
-            "raise --epochs to resume it, start over with --fresh, or name another --output-dir"
+            "raise --epochs to resume it, pass --fresh to start over, or use another --output-dir"
         )
         return found
     devices = None
@@ -108,7 +111,7 @@ def preview(
     with found.collecting():
         recipe = get_recipe(config.recipe)
         if plan:
-            # Before a download the number of classes is not known, and any will do.
+            # The number of classes is unknown before the download, and does not matter here.
             classes = len(dataset.class_names) if dataset else 2
             model, fixed_weights = build_network(
                 *(recipe, config.seed, classes, config.learning_rate, plan.total_steps), dataset
@@ -130,13 +133,13 @@ def _preview_output(found: Preview, config: TrainConfig, stop: StopRequest) -> A
     checkpoint = attempt.checkpoint
     step = checkpoint.step if checkpoint else 0
     if attempt.is_finished:
-        state, text = "finished", "holds this run, finished"
+        state, text = "finished", "contains this run, which is finished"
     elif attempt.fresh:
-        state, text = "fresh", "would be emptied of the run that it holds, if any; a new run begins"
+        state, text = "fresh", "would lose its present run, if any; a new run would begin"
     elif checkpoint:
-        state, text = "resume", f"holds this run: it would resume after step {step}"
+        state, text = "resume", f"contains this run: it would resume at step {step}"
     else:
-        state, text = "new", "holds no run to resume: a new one would begin"
+        state, text = "new", "contains no run to resume: a new run would begin"
     held_by = str(holder) if holder else None
     fields = {"path": str(path), "held_by": held_by, "state": state, "step": step}
     found.add("output", fields, f"{path}/ {text}", *([f"held by {holder}"] if holder else []))
@@ -150,7 +153,7 @@ def _preview_devices(
 ) -> Devices:
     spec = cluster_spec(os.environ)
     if spec.count > 1:
-        text = f"{spec.count}, of which this is {spec.name(spec.index)}; the others are not asked"
+        text = f"{spec.count}; this is {spec.name(spec.index)}, and the others are not contacted"
         found.add("workers", {"addresses": list(spec.workers), "index": spec.index}, text)
     checkpoint = attempt.checkpoint if attempt else None
     own = open_devices(config, checkpoint.fingerprint.environment if checkpoint else None)
@@ -184,7 +187,7 @@ def _preview_data(
         if config.limit is not None:
             require_limit(config.limit, train, name)
             train = config.limit
-        text = ", once they are there"
+        text = ", after the download"
     else:
         dataset = load(config)
         train, test = len(dataset.train_images), len(dataset.test_images)
@@ -219,20 +222,20 @@ def _preview_data(
             "epochs": plan.epochs,
             "total_steps": plan.total_steps,
         },
-        f"{log.plural(plan.global_batch_size, 'image')} a step = "
+        f"{log.plural(plan.global_batch_size, 'image')} per step = "
         f"{log.plural(devices.replicas, 'replica')} x {rows}",
-        f"{log.plural(plan.steps_per_epoch, 'step')} an epoch"
-        + (f", {log.plural(left_out, 'image')} left out, others each time" if left_out else ""),
+        f"{log.plural(plan.steps_per_epoch, 'step')} per epoch"
+        + (f", {log.plural(left_out, 'image')} left out, others in each epoch" if left_out else ""),
         f"{log.plural(plan.epochs, 'epoch')} = {log.plural(plan.total_steps, 'step')}",
     )
     return dataset, plan
 
 
 def print_dry_run(config: TrainConfig, stop: StopRequest) -> None:
-    """Print what a training with this configuration would do.
+    """Print a preview of a training with this configuration.
 
     Raises:
-        JobError: The first reason why it would not start, after everything is printed.
+        JobError: The first problem, after everything is printed.
     """
     found = preview(config, stop, open_devices, load_dataset)
     if log.is_json():

@@ -1,6 +1,6 @@
-"""The options of the command line, each of them also an environment variable.
+"""The options of the command line; each can also be set by an environment variable.
 
-Those that describe a run follow from the fields of `TrainConfig`.
+The options of a run are generated from the fields of `TrainConfig`.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import click
 
 from job import log
-from job.commands.terminal import printable, say
+from job.commands.terminal import print_message, printable
 from job.config import (
     RECIPE_OPTIONS,
     DeviceRequest,
@@ -30,8 +30,9 @@ from job.registry import recipe_defaults
 
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 _TYPES = typing.get_type_hints(TrainConfig)
-# So that EPOCH is like EPOCHS, and INPUT_DIR, which may be another program's, is unlike OUTPUT_DIR.
-_ALIKE = 0.8
+# With this value EPOCH matches EPOCHS, but INPUT_DIR, which can belong to another program, does not
+# match OUTPUT_DIR.
+_MIN_SIMILARITY = 0.8
 
 
 class _DevicesType(click.ParamType[DeviceRequest]):
@@ -47,7 +48,7 @@ class _DevicesType(click.ParamType[DeviceRequest]):
 
 
 class _PositiveFloatType(click.FloatRange):
-    """A number above 0; "nan" passes every comparison of the class it extends."""
+    """A finite number above 0; the range check of the base class accepts "nan"."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
@@ -57,9 +58,9 @@ class _PositiveFloatType(click.FloatRange):
 
 
 class _PathType(click.Path):
-    """A path.
+    """A path, optionally with a required suffix.
 
-    Whether a folder can be read is found out where it is used, with advice for that folder.
+    The code that uses a folder checks whether it is readable, and gives advice for that folder.
     """
 
     def __init__(self, suffix: str | None = None) -> None:
@@ -75,12 +76,12 @@ class _PathType(click.Path):
 
 
 class _Option(click.Option):
-    """An option whose errors name what was received and what was expected, whatever its type."""
+    """An option whose errors always name the received and the expected value."""
 
     def get_help_extra(self, ctx: click.Context) -> Any:
         extra = super().get_help_extra(ctx)
         if self.name in RECIPE_OPTIONS and "default" in extra:
-            extra["default"] = f"{self.default}{_defaults_of_recipes(self.name)}"
+            extra["default"] = f"{self.default}{_recipe_default_text(self.name)}"
         return extra
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
@@ -94,25 +95,25 @@ class _Option(click.Option):
             raise click.BadParameter(message, ctx, self) from error
 
 
-def _defaults_of_recipes(name: str) -> str:
-    """The recipes' own defaults of an option: " (fast: 8)"; nothing where none has any."""
+def _recipe_default_text(name: str) -> str:
+    """Format the recipes' own defaults for an option: " (fast: 8)"; empty if there are none."""
     found = []
     for recipe in list_recipes():
-        # A recipe of the user's own that is broken is reported when it is used.
+        # A broken recipe that the user added is reported when it is used.
         with contextlib.suppress(UserError):
             defaults = recipe_defaults(recipe)
             found += [f"{recipe}: {defaults[name]}"] if name in defaults else []
     return f" ({', '.join(found)})" if found else ""
 
 
-def _take_defaults(ctx: click.Context, _parameter: click.Parameter, recipe: str) -> str:
-    """Make a recipe's own defaults those of its options."""
+def _apply_recipe_defaults(ctx: click.Context, _parameter: click.Parameter, recipe: str) -> str:
+    """Replace the defaults of options by a recipe's own."""
     ctx.default_map = {**(ctx.default_map or {}), **recipe_defaults(recipe)}
     return recipe
 
 
 def _expected(kind: click.ParamType[Any]) -> str | None:
-    """The values of a type of click in words; None where the type's own message has them."""
+    """Describe the values that a click type accepts; None if the type's own message does so."""
     match kind:
         case click.Choice(choices=choices):
             *others, last = map(str, choices)
@@ -126,12 +127,12 @@ def _expected(kind: click.ParamType[Any]) -> str | None:
         case click.types.BoolParamType():
             return "true or false"
         case click.Path(dir_okay=False, readable=readable):
-            return "a file that can be read" if readable else "a file, and no folder"
+            return "a file that can be read" if readable else "a file, not a folder"
     return None
 
 
 def option(name: str, *, help: str, **settings: Any) -> Callable[[Any], Any]:  # noqa: A002
-    """An option that is also the environment variable ``JOB_<NAME>``."""
+    """Define an option that can also be set by the environment variable ``JOB_<NAME>``."""
     variable = f"JOB_{name.removeprefix('--').replace('-', '_').upper()}"
     return click.option(
         name,
@@ -145,19 +146,21 @@ def option(name: str, *, help: str, **settings: Any) -> Callable[[Any], Any]:  #
 
 
 def config_options(*names: str, **helps: str) -> Callable[[Any], Any]:
-    """Options for fields of `TrainConfig`, under their names.
+    """Define options for fields of `TrainConfig`.
 
     Args:
-        names: The fields; none are all of them.
-        helps: Another help text for fields that mean something else in a command.
+        names: The names of the fields; all fields if empty.
+        helps: Help texts for fields that have another meaning in this command.
     """
 
     def decorate(command: Any) -> Any:
         for name in reversed(names or tuple(_FIELDS)):
             field = _FIELDS[name]
             settings: Option = field.metadata["option"]
-            # Parsed before those whose defaults it decides.
-            eager = {"is_eager": True, "callback": _take_defaults} if name == "recipe" else {}
+            # Parsed before the options whose defaults depend on it.
+            eager = (
+                {"is_eager": True, "callback": _apply_recipe_defaults} if name == "recipe" else {}
+            )
             command = option(
                 option_name(name),
                 help=helps.get(name, settings.help),
@@ -171,7 +174,7 @@ def config_options(*names: str, **helps: str) -> Callable[[Any], Any]:
 
 
 def _kind(annotation: Any, settings: Option) -> dict[str, Any]:
-    """The settings of click for a field's type; None only tells that there is no default."""
+    """Return click's settings for a field's type; None in a type means that it has no default."""
     kinds = [one for one in typing.get_args(annotation) if one is not type(None)]
     if typing.get_origin(annotation) is Literal:
         return {"type": click.Choice(kinds)}
@@ -203,25 +206,25 @@ log_format_option = option(
 )
 
 
-def warn_of_misspelt_variables(command: click.Command, environ: Mapping[str, str]) -> None:
-    """Warn of variables that are almost options of a command; those it has are read by `click`.
+def warn_about_misspelt_variables(command: click.Command, environ: Mapping[str, str]) -> None:
+    """Warn about environment variables whose names resemble the variables of a command's options.
 
-    Other names with this prefix are not for this program: schedulers have such, too. The warning
-    goes to stderr, as some commands have nothing but results on stdout.
+    Other variables with the same prefix are accepted, because schedulers use it too. The warning
+    goes to stderr because some commands write only results to stdout.
     """
     known = [str(parameter.envvar) for parameter in command.params if parameter.envvar]
     for name in sorted(environ.keys() - {*known}):
         short = name.removeprefix("JOB_")
         close = _closest(short, [one.removeprefix("JOB_") for one in known])
         if name != short and close:
-            say(
-                f"warning: the environment variable {printable(name)} is no option and is ignored; "
-                f"did you mean JOB_{close}?"
+            print_message(
+                f"warning: the environment variable {printable(name)} is not an option and is "
+                f"ignored; did you mean JOB_{close}?"
             )
 
 
 def describe_unknown_option(error: click.NoSuchOption) -> str:
-    """The error in words, with the option that was probably meant."""
+    """Describe the error and suggest the option that was probably meant."""
     context = error.ctx
     known = [one.opts[0] for one in context.command.get_params(context)] if context else []
     names = {name.removeprefix("--").replace("-", "_"): name for name in known}
@@ -230,8 +233,8 @@ def describe_unknown_option(error: click.NoSuchOption) -> str:
 
 
 def _closest(name: str, options: Collection[str]) -> str | None:
-    """The option that a name is misspelt for, begins with words of, or is the initials of."""
-    close = difflib.get_close_matches(name, options, n=1, cutoff=_ALIKE)
+    """Find the option that a name misspells, or abbreviates to its first words or its initials."""
+    close = difflib.get_close_matches(name, options, n=1, cutoff=_MIN_SIMILARITY)
     for option in options:
         initials = "".join(word[0] for word in option.split("_"))
         if option.startswith(f"{name}_") or initials == name != option[0]:
@@ -240,13 +243,13 @@ def _closest(name: str, options: Collection[str]) -> str | None:
 
 
 def require_writable_folder(png: Path) -> None:
-    """Refuse early if a picture could not be written in the end.
+    """Check early that a picture can be written at the end.
 
     Raises:
-        UserError: If its folder is not there or cannot be written.
+        UserError: If its folder does not exist or is not writable.
     """
     if not os.access(png.parent, os.W_OK):
         raise UserError(
-            f"--png received {png}, expected a file in a folder that user {os.getuid()} can write; "
-            f"make {png.parent}, or name another"
+            f"--png received {png}, expected a file in a folder that user {os.getuid()} can write "
+            f"to; create {png.parent}, or use another folder"
         )

@@ -1,4 +1,4 @@
-"""What a saved model predicts for images: a line for each, and a picture of them."""
+"""Predictions of a saved model for images: one line per image, and a picture."""
 
 import json
 import time
@@ -13,7 +13,7 @@ import tensorflow as tf
 from rich.cells import cell_len
 
 from job.cluster.devices import Devices, graph_function
-from job.commands.terminal import padded, printable, say, write_lines
+from job.commands.terminal import padded, print_message, printable, write_lines
 from job.config import UserError, list_recipes
 from job.data.image_files import MODES, ImageFile, ImageShape, decode_batches
 from job.log import plural
@@ -26,22 +26,22 @@ from job.training.saved_model import load_classifier
 
 
 class Predictor:
-    """Computes what a saved model predicts, in batches of one size that compile once.
+    """Computes the predictions of a saved model, in batches of one size that compile once.
 
     Args:
-        model: From images [batch, height, width, channels] float32, 0 to 1, to probabilities, in
-            the scope of the devices' strategy.
+        model: Maps images [batch, height, width, channels] float32, 0 to 1, to probabilities;
+            loaded in the scope of the devices' strategy.
         class_names: Name of each class.
         views: The test-time augmentation of its recipe.
-        devices: Where to compute.
-        rows: Images a replica and batch.
-        weights: The weight of each view; they sum to 1. Empty are equal weights.
+        devices: The devices to compute on.
+        rows: Images per replica and batch.
+        weights: The weight of each view; they sum to 1. Empty means equal weights.
 
     Attributes:
         class_names: As given.
         views: As given.
-        image_shape: Height, width and channels of the images that the model takes.
-        batch_size: Images a batch.
+        image_shape: Height, width and channels of the images that the model accepts.
+        batch_size: Images per batch.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Predictor:
             [images, classes] float32.
 
         Raises:
-            UserError: If the model gives no probabilities.
+            UserError: If the outputs of the model are not probabilities.
         """
         batch = np.zeros((self.batch_size, *self._shape[2:]), np.uint8)
         batch[: len(images)] = images
@@ -94,27 +94,27 @@ class Predictor:
 
 
 def load_predictor(path: Path, devices: Devices, rows: int = ROWS_PER_REPLICA) -> Predictor:
-    """Load a model of this job, with the class names and views from the files beside it.
+    """Load a model of this job, with the class names and views from the files next to it.
 
-    Those count only where the evaluation is of this very file.
+    Those files are used only if the evaluation belongs to exactly this model file.
 
     Args:
         path: The model file.
-        devices: Where it is to compute, in float32.
-        rows: Images a replica and batch.
+        devices: The devices to compute on, in float32.
+        rows: Images per replica and batch.
 
     Raises:
-        UserError: If there is no model of grey or RGB images of one size.
+        UserError: If the file is not a model of grey or RGB images of a fixed size.
     """
-    # As the evaluation computes: float32, also where GPUs round it to TF32 by default.
+    # float32 as in the evaluation, also on GPUs that round it to TF32 by default.
     tf.config.experimental.enable_tensor_float_32_execution(False)
     with devices.strategy.scope():
         model = load_classifier(path)
     channels = model.input_shape[-1]
     if channels not in MODES:
         raise UserError(
-            f"{path} takes images of {channels} channels, expected 1 (grey) or 3 (RGB); name a "
-            f"model of such images"
+            f"{path} requires images with {channels} channels, expected 1 (grey) or 3 (RGB); use "
+            f"another model"
         )
     evaluation = unless_damaged(read_evaluation, path.parent)
     classes = model.output_shape[-1]
@@ -122,7 +122,9 @@ def load_predictor(path: Path, devices: Devices, rows: int = ROWS_PER_REPLICA) -
     views: Views = (unchanged,)
     weights: tuple[float, ...] = ()
     if evaluation is None or evaluation.model_sha256 != sha256_of(path) or len(names) != classes:
-        say(f"no {EVALUATION} of this model is beside {path}, so its classes go by numbers")
+        print_message(
+            f"no {EVALUATION} of this model is next to {path}; its classes are shown as numbers"
+        )
         names = tuple(f"class {label}" for label in range(classes))
     else:
         run = unless_damaged(read_manifest, path.parent)
@@ -133,20 +135,20 @@ def load_predictor(path: Path, devices: Devices, rows: int = ROWS_PER_REPLICA) -
 
 
 PICTURES = 100
-"""Images in the picture, at most."""
+"""Maximum number of images in the picture."""
 
-# Columns that lines are aligned over; longer paths stand out.
+# Maximum width of the column of paths; a longer path is not aligned.
 _NAME_COLUMNS = 60
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A file and what the model predicts for it.
+    """A file and its prediction.
 
     Attributes:
-        file: The file with its pixels, or why there are none.
-        classes: The most probable classes, from the first: name and probability, 0 to 1; none
-            without pixels.
+        file: The file with its pixels, or the reason why it has none.
+        classes: Name and probability (0 to 1) of the most probable classes, in descending order;
+            empty if the file has no pixels.
     """
 
     file: ImageFile
@@ -162,18 +164,19 @@ def predict_images(
     as_json: bool = False,
     png: Path | None = None,
 ) -> None:
-    """Predict images, each in a line on stdout, and say on stderr how it went.
+    """Predict images: write one line per image to stdout and a summary to stderr.
 
     Args:
-        devices: Where to compute.
+        devices: The devices to compute on.
         path: The model file.
         files: The images.
-        top: How many classes to report of each.
-        as_json: Whether to write JSON lines, in which broken images have theirs.
-        png: Picture of the first `PICTURES` images to write, in a folder that there is.
+        top: Number of classes to report per image.
+        as_json: Whether to write JSON lines, including one with the error of each broken image.
+        png: Picture of the first `PICTURES` images to write; its folder must exist.
 
     Raises:
-        UserError: If the model cannot be used, or an image could not be read; the others are done.
+        UserError: If the model cannot be used, or if an image could not be read; all other images
+            are predicted first.
     """
     rows = min(ROWS_PER_REPLICA, -(-len(files) // devices.replicas))
     predictor = load_predictor(path, devices, rows)
@@ -188,7 +191,9 @@ def predict_images(
     seconds = time.perf_counter() - start
     done = len(files) - len(broken)
     if done:
-        say(f"{plural(done, 'image')} in {seconds:.1f} s ({done / seconds:,.0f} images/s)")
+        print_message(
+            f"{plural(done, 'image')} in {seconds:.1f} s ({done / seconds:,.0f} images/s)"
+        )
     if png and shown:
         _save_picture(png, shown, done, predictor.image_shape)
     if broken:
@@ -196,16 +201,16 @@ def predict_images(
 
 
 def _unreadable(broken: Sequence[ImageFile], files: int, *, as_json: bool) -> UserError:
-    """What to say in the end of images that could not be read."""
+    """Create the final error for images that could not be read."""
     if files == 1:
         (file,) = broken
         return UserError(
-            f"cannot read {printable(file.name)}: {file.problem}; name an image, or a folder "
-            f"that has some"
+            f"cannot read {printable(file.name)}: {file.problem}; pass an image, or a folder "
+            f"with images"
         )
-    where = "each has its line with an error on stdout" if as_json else "each is named above"
+    where = "each has an error line on stdout" if as_json else "each is named above"
     return UserError(
-        f"{len(broken):,} of {plural(files, 'image')} could not be read; {where}; mend them or "
+        f"{len(broken):,} of {plural(files, 'image')} could not be read; {where}; fix them or "
         f"leave them out"
     )
 
@@ -218,10 +223,10 @@ def predict_batches(
     Args:
         predictor: The model.
         files: The images.
-        top: How many classes to report of each.
+        top: Number of classes to report per image.
 
     Yields:
-        The predictions of `Predictor.batch_size` files.
+        The predictions of up to `Predictor.batch_size` files.
     """
     for batch in decode_batches(files, predictor.batch_size, predictor.image_shape):
         images = [file.pixels for file in batch if file.pixels is not None]
@@ -241,7 +246,7 @@ def _most_probable(
 
 
 def json_line(prediction: Prediction) -> str:
-    """A prediction as a JSON object in one line; the README documents it."""
+    """Format a prediction as a JSON object in one line; the README documents it."""
     file = prediction.file
     if file.problem:
         return json.dumps({"path": file.name, "error": file.problem})
@@ -252,7 +257,7 @@ def json_line(prediction: Prediction) -> str:
 def _text_lines(
     files: Sequence[ImageFile], class_names: Sequence[str]
 ) -> Callable[[Prediction], str]:
-    """Lay out the lines for people; what is broken is said on stderr instead."""
+    """Return a function that formats a prediction as text; it reports broken images on stderr."""
     widest = max(cell_len(printable(file.name)) for file in files)
     name_width = min(widest, _NAME_COLUMNS)
     class_width = max(cell_len(printable(name)) for name in class_names)
@@ -260,8 +265,8 @@ def _text_lines(
     def describe(prediction: Prediction) -> str:
         file = prediction.file
         if file.problem:
-            if len(files) > 1:  # of a single one the end of the command says it
-                say(f"{printable(file.name)}: {file.problem}")
+            if len(files) > 1:  # a single broken image is reported at the end of the command
+                print_message(f"{printable(file.name)}: {file.problem}")
             return ""
         (first, value), *others = [(printable(name), value) for name, value in prediction.classes]
         line = (
@@ -291,6 +296,5 @@ def _save_picture(png: Path, shown: Sequence[Prediction], images: int, shape: Im
     with OutputDir(png.parent).atomic_write(png.name) as temporary:
         pictures.save_predictions(temporary, shown_images, images)
     rest = images - len(shown_images)
-    say(
-        f"picture {png}" + (f" of the first {len(shown_images)}; {rest:,} left out" if rest else "")
-    )
+    omitted = f" with the first {len(shown_images)} images; {rest:,} left out" if rest else ""
+    print_message(f"wrote {png}{omitted}")

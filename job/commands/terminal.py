@@ -1,4 +1,4 @@
-"""What commands print besides the log: safe names, whole lines, tables and progress bars."""
+"""Terminal output other than the log: safe names, whole lines, tables and progress bars."""
 
 import contextlib
 import os
@@ -28,37 +28,41 @@ from job.training.observer import Observer, Start, Status
 
 
 def printable(name: str) -> str:
-    r"""A name in one line, without anything that a terminal obeys: a newline becomes ``\n``.
+    r"""Escape a name so that it fits in one line and cannot control a terminal.
 
     Args:
-        name: As `os.fsdecode` gives it; bytes that are no UTF-8 become ``\xff``.
+        name: As returned by `os.fsdecode`.
+
+    Returns:
+        The name in which a newline is ``\n`` and a byte that is not UTF-8 is, for example,
+        ``\xff``.
     """
     return "".join(letter if letter.isprintable() else _escaped(letter) for letter in name)
 
 
 def _escaped(letter: str) -> str:
-    if "\udc80" <= letter <= "\udcff":  # a byte that is no UTF-8
+    if "\udc80" <= letter <= "\udcff":  # a byte that is not UTF-8
         return f"\\x{ord(letter) - 0xDC00:02x}"
     return letter.encode("unicode_escape").decode()
 
 
 def padded(text: str, width: int) -> str:
-    """Text with spaces behind it, to a width in columns of the terminal."""
+    """Pad a text with spaces on the right, to a width in terminal columns."""
     return text + " " * (width - cell_len(text))
 
 
-def say(message: str) -> None:
-    """Write a line of the program's own to stderr, if anybody reads it."""
+def print_message(message: str) -> None:
+    """Write a message of the program to stderr; errors are ignored, as nobody may read it."""
     with contextlib.suppress(OSError):
         click.echo(f"cifar10-job: {message}", err=True)
 
 
 def write_lines(lines: Iterable[str]) -> None:
-    """Write lines to stdout at once, so that whoever reads it never gets half a line.
+    """Write lines to stdout in one call, so that the reader never gets half a line.
 
     Raises:
-        SystemExit: With exit code 0, if whoever read it has gone, as ``head`` does.
-        UserError: If it cannot be written.
+        SystemExit: With exit code 0, if the reader has closed the pipe, as ``head`` does.
+        UserError: If stdout cannot be written.
     """
     try:
         sys.stdout.write("".join(f"{line}\n" for line in lines))
@@ -67,7 +71,7 @@ def write_lines(lines: Iterable[str]) -> None:
         raise SystemExit(ExitCode.DONE) from None
     except OSError as error:
         raise UserError(
-            f"cannot write to standard output: {error.strerror}; {remedy(error)}, or send it "
+            f"cannot write to standard output: {error.strerror}; {remedy(error)}, or redirect it "
             f"elsewhere"
         ) from error
 
@@ -79,8 +83,8 @@ def write_table(
 
     Args:
         columns: Their headings.
-        rows: A cell for each column; what a terminal would obey in it is escaped.
-        left: Headings of the columns that begin at the left, as text does.
+        rows: One cell per column; control characters are escaped.
+        left: Headings of the columns that are aligned left, as for text.
     """
     cells = [columns, *([printable(cell) for cell in row] for row in rows)]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
@@ -95,9 +99,9 @@ def write_table(
 
 
 def open_console() -> Console:
-    """A console on stdout, whatever variables such as FORCE_COLOR and COLUMNS say of it.
+    """Open a console on stdout that ignores variables such as FORCE_COLOR and COLUMNS.
 
-    They make no terminal of a pipe, and the size of a terminal is its own.
+    A pipe is never treated as a terminal, and the size is always that of the real terminal.
     """
     environ = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
     return Console(
@@ -106,14 +110,14 @@ def open_console() -> Console:
 
 
 _GAP = "  "
-_LEAST_BAR, _MOST_BAR = 8, 40
+_MIN_BAR, _MAX_BAR = 8, 40
 
 
 class DownloadBar:
-    """A download's progress, a `job.data.ProgressBar`; it appears with the first bytes.
+    """The progress bar of a download, a `job.data.ProgressBar`; it appears with the first bytes.
 
     Args:
-        enabled: Whether to draw at all; JSON logs and a bar do not mix.
+        enabled: Whether to draw the bar; it cannot be combined with JSON logs.
     """
 
     def __init__(self, *, enabled: bool) -> None:
@@ -141,17 +145,17 @@ class DownloadBar:
         self._progress.reset(self._task, total=self.total)
 
     def close(self) -> None:
-        """Leave the screen."""
+        """Remove the bar from the screen."""
         self._progress.stop()
 
 
 class EpochBar(Observer):
-    """Where the training is, in one line.
+    """The progress of the training in one line.
 
-    It appears when the training begins, until `close`.
+    It is shown from the start of the training until `close`.
 
     Args:
-        enabled: Whether to draw at all; JSON logs and a bar do not mix.
+        enabled: Whether to draw the bar; it cannot be combined with JSON logs.
     """
 
     def __init__(self, *, enabled: bool) -> None:
@@ -166,7 +170,7 @@ class EpochBar(Observer):
         self._enabled = enabled and console.is_interactive
 
     def close(self) -> None:
-        """Leave the screen; from any thread."""
+        """Remove the bar from the screen; can be called from any thread."""
         self._live.stop()
 
     def begin(self, start: Start) -> None:
@@ -181,7 +185,7 @@ class EpochBar(Observer):
 
 
 class StatusLine:
-    """A status, the most important first, as far as the terminal has room for it."""
+    """A status in one line: the most important parts first, as many as fit on the terminal."""
 
     def __init__(self, status: Status | None) -> None:
         self._status = status
@@ -189,25 +193,27 @@ class StatusLine:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if (status := self._status) is None:
             return
-        # Room for the ^C that a terminal shows.
+        # Leaves room for the ^C that a terminal shows.
         width = options.max_width - 2
         head, text = f"epoch {status.epoch}/{status.epochs}", ""
         for part in (f"{status.steps}/{status.steps_per_epoch}", *_details(status)):
-            if len(f"{head} {text}{_GAP}{part}") + _LEAST_BAR > width:
+            if len(f"{head} {text}{_GAP}{part}") + _MIN_BAR > width:
                 break
             text += _GAP + part
-        bar_width = min(width - len(f"{head} {text}"), _MOST_BAR)
-        if bar_width < _LEAST_BAR:
+        bar_width = min(width - len(f"{head} {text}"), _MAX_BAR)
+        if bar_width < _MIN_BAR:
             yield Text(head[:width])
             return
-        is_known = status.phase == "training"
+        is_training = status.phase == "training"
         yield Text(f"{head} ", end="")
-        yield ProgressBar(status.steps_per_epoch, status.steps, width=bar_width, pulse=not is_known)
+        yield ProgressBar(
+            status.steps_per_epoch, status.steps, width=bar_width, pulse=not is_training
+        )
         yield Text(text)
 
 
 def _details(status: Status) -> list[str]:
-    """What there is to report of the phase, the most important first."""
+    """Return the parts of a status, the most important first."""
     texts: list[str] = [] if status.phase == "training" else [status.phase]
     if status.seconds_left is not None:
         least = ">" if status.seconds_left_is_least else ""

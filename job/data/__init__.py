@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from job.config import TrainConfig, UserError
-from job.registry import is_own, load_member, module_path, require_parameters
+from job.registry import is_user_module, load_member, module_path, require_parameters
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def load_ahead(
     """
 
     def load() -> Dataset | None:
-        if is_own(module_path("data", config.dataset)) or find_dataset(config).download:
+        if is_user_module(module_path("data", config.dataset)) or find_dataset(config).download:
             return None
         dataset = load_dataset(config)
         # What a run records of its data; hashing takes a while, too.

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
-from job.clock import keep_looking, running_seconds
+from job.clock import running_seconds, start_reading
 from job.config import ExitCode
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -169,7 +169,7 @@ def listen_to_signals() -> StopRequest:
     numbers = {number for number in SIGNALS if not _is_ignored_hangup(number)}
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers))
-    keep_looking()
+    start_reading()
     threading.Thread(target=_listen, args=(numbers, stop), daemon=True).start()
     return stop
 

@@ -13,7 +13,7 @@ from job.cluster.devices import graph_function
 from job.config import UserError
 from job.data import Dataset
 from job.recipes import Recipe, Weights, resample_by_op
-from job.registry import is_own, module_path, naming_own_code
+from job.registry import explaining_user_code, is_user_module, module_path
 from job.run.predictions import require_probabilities
 from job.training.layers import (
     FusedBatchNormalization,
@@ -55,9 +55,9 @@ def build_network(
             take the images.
     """
     path = module_path("recipes", recipe.name)
-    with naming_own_code(path):
+    with explaining_user_code(path):
         model = recipe.build_model(seed, classes)
-        if is_own(path):
+        if is_user_module(path):
             _require_kind("build_model", model, keras.Model)
             require_classifier(model, f"the network of {path.name}")
             optimizer = recipe.build_optimizer(learning_rate, total_steps)
@@ -73,7 +73,7 @@ def build_network(
         # not load it, as it does not know of them.
         with _frozen(model, fixed_weights):
             recipe.compile(model, learning_rate, total_steps)
-        if is_own(path):
+        if is_user_module(path):
             _try_recipe(recipe, model, seed, classes)
     return model, fixed_weights
 

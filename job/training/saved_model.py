@@ -24,7 +24,7 @@ from job.cluster.devices import Devices
 from job.config import JobError, TrainConfig, UserError, list_recipes
 from job.data import Dataset
 from job.recipes import Recipe, get_recipe, resample_by_op
-from job.registry import is_own, module_path, naming_own_code
+from job.registry import explaining_user_code, is_user_module, module_path
 from job.report import spare_the_run
 from job.run.folder import (
     EVALUATION,
@@ -60,8 +60,8 @@ def require_savable(model: keras.Model, recipe: Recipe) -> None:
         UserError: If it is such a one.
     """
     path = module_path("recipes", recipe.name)
-    if is_own(path):
-        with naming_own_code(path), h5py.File(_encode(model)) as file:
+    if is_user_module(path):
+        with explaining_user_code(path), h5py.File(_encode(model)) as file:
             load_model_from_hdf5(file, compile=False)
 
 

@@ -31,7 +31,7 @@ from job.run.folder import OutputDir
 from job.run.stop import StopRequest
 from tests.conftest import REPOSITORY, RunJob
 
-# Each option at another value than its default, as far as there is one.
+# Every option with a value that differs from its default.
 OTHERS = TrainConfig(
     output_dir=Path("elsewhere"),
     data_dir=Path("images"),
@@ -72,7 +72,7 @@ def parse(*arguments: str) -> TrainConfig:
     return TrainConfig(**{name: params[name] for name in FIELDS})
 
 
-def test_every_field_of_the_configuration_is_an_option_of_train_with_its_variable(
+def test_every_config_field_is_an_option_of_train_with_an_environment_variable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in FIELDS:
@@ -89,11 +89,11 @@ def test_every_field_of_the_configuration_is_an_option_of_train_with_its_variabl
     assert values_of(parse()) == values_of(OTHERS)
 
 
-def test_a_recipes_defaults_are_those_of_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_sets_the_defaults_of_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = TrainConfig(recipe="fast", epochs=8, batch_size=2000, learning_rate=0.24)
     assert parse("--recipe", "fast") == fast
     assert parse("--epochs", "3", "--recipe", "fast") == replace(fast, epochs=3)
-    # A value that is the other recipe's default is a value given.
+    # A given value counts even if it equals the default of another recipe.
     assert parse("--recipe", "fast", "--batch-size", "256") == replace(fast, batch_size=256)
     monkeypatch.setenv("JOB_RECIPE", "fast")
     monkeypatch.setenv("JOB_LEARNING_RATE", "0.1")
@@ -106,9 +106,9 @@ def test_a_recipes_defaults_are_those_of_its_options(monkeypatch: pytest.MonkeyP
         assert "default: 0.0001 (fast: 0.24);" in text
 
 
-def test_help_tells_commands_exit_codes_variables_and_ranges() -> None:
+def test_help_lists_commands_exit_codes_variables_and_ranges() -> None:
     runner = CliRunner()
-    text = runner.invoke(cli, ["--help"]).output
+    text = " ".join(runner.invoke(cli, ["--help"]).output.split())
     for word in (*cli.commands, "3 a GPU is missing"):
         assert word in text
     text = " ".join(runner.invoke(cli, ["train", "--help"]).output.split())
@@ -120,7 +120,7 @@ def test_help_tells_commands_exit_codes_variables_and_ranges() -> None:
     assert __version__ in runner.invoke(cli, ["--version"]).output
 
 
-def test_help_and_completion_import_nothing_that_takes_its_time() -> None:
+def test_help_and_completion_do_not_import_slow_libraries() -> None:
     script = """if True:
         import json, sys
         from click.shell_completion import ShellComplete
@@ -143,7 +143,7 @@ def test_help_and_completion_import_nothing_that_takes_its_time() -> None:
     assert not {"tensorflow", "keras", "numpy", "matplotlib", "PIL"} & {*modules}
 
 
-def test_tensorflow_is_loaded_without_matplotlib_which_can_be_loaded_later() -> None:
+def test_tensorflow_is_loaded_without_matplotlib_which_can_still_be_imported_later() -> None:
     script = """if True:
         import sys
         from job.commands.cli import load_tensorflow
@@ -155,7 +155,7 @@ def test_tensorflow_is_loaded_without_matplotlib_which_can_be_loaded_later() -> 
     subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)
 
 
-def test_output_is_escaped_where_its_encoding_lacks_a_letter(
+def test_letters_missing_in_the_output_encoding_are_escaped(
     whole: OutputDir, run_job: RunJob
 ) -> None:
     folder = whole.path.rename(whole.path.with_name("größe\udcff"))
@@ -166,7 +166,7 @@ def test_output_is_escaped_where_its_encoding_lacks_a_letter(
 
 
 @pytest.mark.slow
-def test_closed_streams_and_the_users_settings_of_keras_decide_nothing(
+def test_closed_streams_and_the_users_keras_settings_have_no_effect(
     model_output: OutputDir, tmp_path: Path
 ) -> None:
     settings = {"backend": "torch", "floatx": "float16", "image_data_format": "channels_first"}
@@ -180,7 +180,7 @@ def test_closed_streams_and_the_users_settings_of_keras_decide_nothing(
         text=True,
         timeout=120,
     )
-    message = "cannot read -: the file is empty; name an image, or a folder that has some"
+    message = "cannot read -: the file is empty; pass an image, or a folder with images"
     assert (result.returncode, result.stderr) == (2, f"cifar10-job: error: {message}\n")
 
 
@@ -189,7 +189,7 @@ RunMain = Callable[..., tuple[object, list[str]]]
 
 @pytest.fixture
 def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunMain:
-    """Run the program in this process; gives its exit code and the lines about its end."""
+    """Run the program in this process; return its exit code and its error lines."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[object, list[str]]:
@@ -212,7 +212,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunMain:
         ("1", {}, "1"),
     ],
 )
-def test_a_run_keeps_whether_it_computes_with_onednn(
+def test_a_run_resumes_with_its_onednn_setting(
     run_main: RunMain,
     monkeypatch: pytest.MonkeyPatch,
     users: str | None,
@@ -269,27 +269,29 @@ BAD_OPTIONS = [
 ]
 
 
-def test_a_bad_option_is_one_line_and_exit_code_2(run_main: RunMain, tmp_path: Path) -> None:
+def test_a_bad_option_causes_one_error_line_and_exit_code_2(
+    run_main: RunMain, tmp_path: Path
+) -> None:
     for arguments, message in BAD_OPTIONS:
         exit_code, lines = run_main("train", *arguments.split())
         assert (exit_code, len(lines)) == (2, 1), arguments
         assert lines[0].startswith("cifar10-job: error: ")
         assert message in lines[0]
         assert "Did you mean" not in lines[0].removesuffix(message)
-        assert "after a command" not in lines[0]
+        assert "after the command" not in lines[0]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mistyped_command_is_one_line_and_one_event(run_job: RunJob) -> None:
+def test_an_option_before_the_command_causes_one_error_line_and_one_event(run_job: RunJob) -> None:
     result = run_job("--epochs", "3")
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert "No such option '--epochs'. Options come after a command: train --epochs 3." in line
+    assert "No such option '--epochs'. Options go after the command: train --epochs 3." in line
     (event,) = result.stdout.splitlines()
     assert json.loads(event)["exit_code"] == 2
 
 
-def test_no_command_at_all_is_answered_with_the_help(
+def test_help_is_printed_without_a_command(
     run_main: RunMain, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main() == (2, [])
@@ -300,7 +302,7 @@ def test_no_command_at_all_is_answered_with_the_help(
     )
 
 
-def test_a_bad_environment_variable_is_named(
+def test_an_invalid_environment_variable_is_named_in_the_error(
     run_main: RunMain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JOB_EPOCHS", "ten")
@@ -321,28 +323,28 @@ def test_a_bad_environment_variable_is_named(
         ("compare a", {"JOB_JSN": "JOB_JSON"}),
     ],
 )
-def test_a_misspelt_environment_variable_is_warned_of(
+def test_a_misspelt_environment_variable_causes_a_warning(
     run_main: RunMain,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     command: str,
     misspelt: dict[str, str],
 ) -> None:
-    # Kubernetes', Jenkins', or of another program.
+    # Variables of Kubernetes, Jenkins or another program.
     others = "COMPLETION_INDEX SERVICE_HOST NAME URL STATE TMP_DIR INPUT_DIR TIME_LIMIT TIMEOUT"
     for name in ("JOB_DATA_DIR", *misspelt, *(f"JOB_{name}" for name in others.split())):
         monkeypatch.setenv(name, "3")
-    monkeypatch.setenv("JOB_OUTPUT_DIR", "/dev/null/a")  # where none finds anything to do
+    monkeypatch.setenv("JOB_OUTPUT_DIR", "/dev/null/a")  # no command can run there
     run_main(*command.split())
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition("warning: ")[2] for line in lines] == [
-        f"the environment variable {name} is no option and is ignored; did you mean {option}?"
+        f"the environment variable {name} is not an option and is ignored; did you mean {option}?"
         for name, option in misspelt.items()
     ]
 
 
 @pytest.mark.parametrize(("log_format", "lines"), [("text", 0), ("json", 1), ("nonsense", 1)])
-def test_a_usage_error_keeps_to_the_variable_of_the_log_format(
+def test_a_usage_error_is_logged_in_the_format_set_by_the_variable(
     run_main: RunMain,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -357,7 +359,7 @@ def test_a_usage_error_keeps_to_the_variable_of_the_log_format(
 
 @pytest.mark.parametrize("arguments", ["", "--lr 3", "/dev/null/a", "a --png /dev/null/a.png"])
 @pytest.mark.parametrize("command", ["predict", "compare"])
-def test_stdout_of_results_has_no_error(
+def test_usage_errors_of_commands_that_print_results_leave_stdout_empty(
     run_main: RunMain,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -367,13 +369,13 @@ def test_stdout_of_results_has_no_error(
     monkeypatch.setenv("JOB_LOG_FORMAT", "json")
     exit_code, errors = run_main(command, *arguments.split())
     assert (exit_code, len(errors)) == (2, 1)
-    log.event("warning")  # as devices have some
+    log.event("warning")  # devices can log warnings
     output, events = capsys.readouterr()
     assert (output, events.split()[1:]) == ("", ["warning"])
 
 
 @pytest.mark.parametrize("command", ["predict", "compare"])
-def test_stdout_of_results_has_no_error_of_the_machine(
+def test_machine_errors_of_commands_that_print_results_leave_stdout_empty(
     run_main: RunMain,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -391,7 +393,7 @@ def test_stdout_of_results_has_no_error_of_the_machine(
 
 @pytest.fixture
 def end(monkeypatch: pytest.MonkeyPatch, run_main: RunMain) -> RunMain:
-    """Run a command that ends with an error, or without one."""
+    """Run a command that raises an error, or succeeds."""
     monkeypatch.setenv("JOB_LOG_FORMAT", "json")
 
     def end(error: BaseException | None) -> tuple[object, list[str]]:
@@ -408,13 +410,13 @@ def end(monkeypatch: pytest.MonkeyPatch, run_main: RunMain) -> RunMain:
 @pytest.mark.parametrize(
     ("error", "exit_code", "line"),
     [
-        (JobError("a loss\nthat is no number"), 1, "error: a loss that is no number"),
-        (UserError("name another"), 2, "error: name another"),
+        (JobError("the loss\nis not finite"), 1, "error: the loss is not finite"),
+        (UserError("use another"), 2, "error: use another"),
         (GpuMissingError("no GPU"), 3, "error: no GPU"),
         (StoppedError("SIGTERM"), 75, "stopped: SIGTERM"),
     ],
 )
-def test_an_explained_end_is_one_line_one_event_and_its_exit_code(
+def test_an_explained_error_is_one_line_and_one_event_with_its_exit_code(
     end: RunMain, capsys: pytest.CaptureFixture[str], error: JobError, exit_code: int, line: str
 ) -> None:
     assert end(error) == (exit_code, [f"cifar10-job: {line}"])
@@ -423,15 +425,15 @@ def test_an_explained_end_is_one_line_one_event_and_its_exit_code(
     assert event["level"] == ("warning" if exit_code == 75 else "error")
 
 
-def test_a_defect_leaves_its_trace_above_the_line(end: RunMain) -> None:
+def test_a_defect_prints_its_traceback_above_the_error_line(end: RunMain) -> None:
     exit_code, (*trace, line) = end(ZeroDivisionError("broken"))
     assert exit_code == 1
     assert trace[0] == "Traceback (most recent call last):"
     assert trace[-1] == "ZeroDivisionError: broken"
-    assert line.endswith("this is a defect of the job: please report the trace above")
+    assert line.endswith("this is a defect in the job; report the traceback above")
 
 
-def test_a_command_that_returns_is_done_without_a_word(
+def test_a_command_that_returns_exits_with_0_and_no_message(
     end: RunMain, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert end(None) == (0, [])

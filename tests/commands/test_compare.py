@@ -31,18 +31,18 @@ from tests.run_folders import TRAINING, change, climb, make_sweep_run
 
 
 def training(fingerprint: str = "ab" * 32, **changes: Any) -> TrainingRecord:
-    """What a run's training was, with other images or another precision or recipe."""
+    """The training record of a run with other images, or another precision or recipe."""
     assert TRAINING.data
     data = msgspec.structs.replace(TRAINING.data, fingerprint=fingerprint)
     return msgspec.structs.replace(TRAINING, data=data, **changes)
 
 
-def test_folders_are_found_once(tmp_path: Path) -> None:
+def test_each_run_folder_is_found_once(tmp_path: Path) -> None:
     for name in ("a", "b"):
         make_sweep_run(tmp_path / name, climb(0.5))
     folders = [str(tmp_path / "a"), str(tmp_path), str(tmp_path / "b" / "..")]
     assert sorted(Path(folder).name for folder in run_folders(folders)) == ["a", "b"]
-    # As where the tasks of an array have followed a single job.
+    # This is the result of a job array started in the folder of a single job.
     nested = make_sweep_run(tmp_path / "a" / "seed-7", climb(0.5))
     assert run_folders([str(tmp_path / "a")]) == [str(tmp_path / "a"), str(nested)]
     assert run_folders([str(tmp_path / "nowhere")]) == [str(tmp_path / "nowhere")]
@@ -58,33 +58,35 @@ def test_a_run_is_read_with_its_settings_and_accuracies(tmp_path: Path) -> None:
     assert (run.settings["data"], run.elapsed_seconds) == ("abababab", 30.0)
 
 
-def test_an_unfinished_run_tells_how_far_it_is(tmp_path: Path) -> None:
+def test_an_unfinished_run_reports_its_progress(tmp_path: Path) -> None:
     folder = make_sweep_run(tmp_path / "run", climb(0.4)[:3], outcome="stopped")
     run = read_run(str(folder))
     assert run.problem == "stopped after 3 of 7 epochs"
     assert (run.accuracy, run.loss, len(run.curve)) == (None, None, 3)
 
 
-def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no run\.json, nor does a folder in it"):
+def test_a_folder_without_a_run_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"neither this folder nor a folder in it contains a run\.json"
+    ):
         read_run(str(tmp_path))
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="this folder does not exist"):
         read_run(str(tmp_path / "nowhere"))
 
 
 DAMAGE = [
     ("run.json", "{", "run.json is damaged: Input data was truncated"),
     ("run.json", '{"config": {}, "outcome": "done"}', "missing required field `versions`"),
-    ("run.json", None, "it holds no run.json"),
+    ("run.json", None, "neither this folder nor a folder in it contains a run.json"),
     ("metrics.jsonl", "nonsense\n", "metrics.jsonl, line 1 is damaged"),
     ("metrics.jsonl", None, "its metrics.jsonl has 0 lines, expected 7"),
     ("metrics.jsonl", 1, "its metrics.jsonl has 1 line, expected 7"),
-    ("evaluation.json", None, "it holds no evaluation.json"),
+    ("evaluation.json", None, "it contains no evaluation.json"),
     ("evaluation.json", '{"loss": 1, "accuracy": []}', "got `array` - at `$.accuracy`"),
 ]
 
 
-def test_damaged_runs_are_named_and_left_out(tmp_path: Path) -> None:
+def test_damaged_runs_are_reported_and_excluded(tmp_path: Path) -> None:
     good = make_sweep_run(tmp_path / "good", climb(0.5))
     folders = []
     for number, (name, content, _) in enumerate(DAMAGE):
@@ -94,7 +96,7 @@ def test_damaged_runs_are_named_and_left_out(tmp_path: Path) -> None:
             path.unlink()
         elif isinstance(content, str):
             path.write_text(content)
-        else:  # so many lines are left
+        else:  # the number of lines to keep
             path.write_text("".join(path.read_text().splitlines(keepends=True)[:content]))
     comparison = compare_runs(map(str, [good, *folders]))
     assert [run.folder for group in comparison.groups for run in group.runs] == [str(good)]
@@ -111,7 +113,7 @@ def test_a_run_json_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     assert read_run(str(folder)).problem is None
 
 
-def test_a_setting_that_is_no_single_value_is_damage(tmp_path: Path) -> None:
+def test_a_setting_that_is_not_a_single_value_is_reported_as_damage(tmp_path: Path) -> None:
     folder = make_sweep_run(tmp_path / "run", climb(0.5))
     change(folder, limit=[1, 2])
     with pytest.raises(UserError, match=r"got `array` - at `\$\.config\.limit`"):
@@ -123,7 +125,7 @@ def invoke(*arguments: str | Path, **env: str) -> Any:
     return CliRunner().invoke(cli, command, env=env, standalone_mode=False)
 
 
-def test_runs_that_differ_in_their_seed_alone_are_grouped(sweep: Path) -> None:
+def test_runs_that_differ_only_in_their_seed_are_grouped(sweep: Path) -> None:
     comparison = compare_runs([str(sweep)])
     assert comparison.varying == ("learning_rate",)
     slow, fast = comparison.groups
@@ -155,7 +157,7 @@ def test_different_settings_are_never_averaged(tmp_path: Path, other: dict[str, 
     assert len({group.label for group in comparison.groups}) == 2
 
 
-def test_two_networks_under_one_name_are_never_averaged(tmp_path: Path) -> None:
+def test_two_networks_with_the_same_name_are_never_averaged(tmp_path: Path) -> None:
     for name, digit in (("a", "1"), ("b", "2"), ("c", "2")):
         recipe = training(recipe_fingerprint=64 * digit)
         seed = 42 + ord(name)
@@ -170,7 +172,7 @@ def test_two_networks_under_one_name_are_never_averaged(tmp_path: Path) -> None:
     ]
 
 
-def test_a_repeated_seed_is_another_run(tmp_path: Path) -> None:
+def test_a_repeated_seed_counts_as_another_run(tmp_path: Path) -> None:
     make_sweep_run(tmp_path / "a", climb(0.5))
     make_sweep_run(tmp_path / "b", climb(0.5))
     (group,) = compare_runs([str(tmp_path)]).groups
@@ -179,14 +181,14 @@ def test_a_repeated_seed_is_another_run(tmp_path: Path) -> None:
     assert lines[-1].split()[:2] == ["2", "1"]  # runs and seeds
 
 
-def test_options_that_do_not_change_the_result_do_not_part_runs(tmp_path: Path) -> None:
+def test_options_that_do_not_change_the_result_do_not_split_groups(tmp_path: Path) -> None:
     make_sweep_run(tmp_path / "a", climb(0.5), seed=1)
     make_sweep_run(tmp_path / "b", climb(0.6), seed=2, jit="off", stall_timeout=5.0, fresh=True)
     (group,) = compare_runs([str(tmp_path)]).groups
     assert len(group.runs) == 2
 
 
-def test_synthetic_images_differ_by_the_seed_alone(tmp_path: Path) -> None:
+def test_synthetic_images_of_different_seeds_do_not_split_groups(tmp_path: Path) -> None:
     for seed in (1, 2):
         images = training(f"{seed:064}")
         folder = tmp_path / f"seed-{seed}"
@@ -195,15 +197,15 @@ def test_synthetic_images_differ_by_the_seed_alone(tmp_path: Path) -> None:
     assert len(group.runs) == 2
 
 
-def test_nothing_to_compare_is_exit_code_2(tmp_path: Path) -> None:
+def test_no_finished_run_is_a_user_error(tmp_path: Path) -> None:
     stopped = make_sweep_run(tmp_path / "stopped", climb(0.4)[:3], outcome="stopped")
     with pytest.raises(UserError) as error:
         compare_runs([str(stopped), str(tmp_path / "nowhere"), "x" * 300])
     assert "stopped after 3 of 7 epochs" in str(error.value)
-    assert "nowhere: there is no such folder" in str(error.value)
+    assert "nowhere: this folder does not exist" in str(error.value)
 
 
-def test_no_text_of_a_run_can_command_a_terminal(tmp_path: Path) -> None:
+def test_no_text_of_a_run_can_control_the_terminal(tmp_path: Path) -> None:
     escape, escaped = "\x1b[2J\n", r"\x1b[2J\n"
     for name in ("common", "varying", "outcome", f"surrogate{escape}"):
         make_sweep_run(tmp_path / name, climb(0.5))
@@ -214,7 +216,7 @@ def test_no_text_of_a_run_can_command_a_terminal(tmp_path: Path) -> None:
     result = invoke(tmp_path, "--png", tmp_path / "runs.png")
     assert result.exception is None
     assert "\x1b" not in result.output
-    assert f"Every run: recipe {escaped}" in result.stdout
+    assert f"All runs: recipe {escaped}" in result.stdout
     assert f" other{escaped} " in result.stdout
     outcome, surrogate = result.stderr.splitlines()
     assert f"Invalid enum value 'ended{escaped}'" in outcome
@@ -224,7 +226,7 @@ def test_no_text_of_a_run_can_command_a_terminal(tmp_path: Path) -> None:
     assert f"'ended{escaped}'" in str(error.value)
 
 
-def test_json_tells_the_same(sweep: Path) -> None:
+def test_json_contains_the_same_results(sweep: Path) -> None:
     document = json.loads(invoke(sweep, JOB_JSON="1").stdout)
     assert len(document["runs"]) == 6
     run = document["runs"][0]
@@ -237,7 +239,7 @@ def test_json_tells_the_same(sweep: Path) -> None:
     assert document["runs"][-1]["accuracy"] is None
 
 
-def test_the_picture_is_drawn_over_an_earlier_one_and_a_bad_place_for_it_refused(
+def test_the_picture_replaces_an_earlier_one_and_an_invalid_path_is_rejected(
     sweep: Path,
 ) -> None:
     (sweep / "runs.png").write_text("an earlier one")
@@ -246,18 +248,18 @@ def test_the_picture_is_drawn_over_an_earlier_one_and_a_bad_place_for_it_refused
         assert picture.format == "PNG"
     for name, message in (
         ("runs.jpg", "expected a name that ends in .png"),
-        ("nowhere/runs.png", f"make {sweep}/nowhere, or name another"),
+        ("nowhere/runs.png", f"create {sweep}/nowhere, or use another folder"),
     ):
         result = invoke(sweep, "--png", sweep / name)
         assert message in str(result.exception)
         assert result.stdout == ""
 
 
-def test_the_tables_have_every_run_and_the_means(sweep: Path) -> None:
+def test_the_tables_contain_every_run_and_the_means(sweep: Path) -> None:
     result = invoke(sweep)
     assert result.exit_code == 0
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert lines[0][:6] == ["Every", "run:", "recipe", "classic,", "dataset", "cifar10,"]
+    assert lines[0][:6] == ["All", "runs:", "recipe", "classic,", "dataset", "cifar10,"]
     assert "learning" not in lines[0]
     rows = {Path(line[0]).name: line[1:] for line in lines if line and line[0].startswith("/")}
     assert [*rows] == ["seed-7", "seed-10", "seed-42", "fast-1", "fast-2", "stopped"]
@@ -266,12 +268,12 @@ def test_the_tables_have_every_run_and_the_means(sweep: Path) -> None:
     assert rows["stopped"][-3:] == ["stopped,", "3", "epochs"]
     assert lines[-2][:8] == ["0.0001", "3", "3", "62.67%", "2.52%", "63.67%", "2.52%", "66.00%"]
     assert lines[-1][:7] == ["0.001", "2", "2", "48.00%", "0.00%", "50.00%", "0.00%"]
-    stderr = f"cifar10-job: left out: {sweep}/stopped: stopped after 3 of 7 epochs\n"
+    stderr = f"cifar10-job: excluded: {sweep}/stopped: stopped after 3 of 7 epochs\n"
     assert result.stderr == stderr
     assert "\x1b" not in result.output
 
 
-def test_settings_that_are_none_are_told_in_words(tmp_path: Path) -> None:
+def test_settings_without_a_value_are_printed_as_words(tmp_path: Path) -> None:
     make_sweep_run(tmp_path / "a", climb(0.5), dataset="synthetic")
     heading = invoke(tmp_path).stdout.splitlines()[0]
     assert "limit all, " in heading
@@ -292,7 +294,7 @@ def test_settings_that_are_none_are_told_in_words(tmp_path: Path) -> None:
     ]
 
 
-def test_one_run_has_no_deviation(tmp_path: Path) -> None:
+def test_a_single_run_has_no_standard_deviation(tmp_path: Path) -> None:
     run = make_sweep_run(tmp_path / "run", climb(0.5), seed=3)
     last = invoke(run).stdout.splitlines()[-1].split()
     assert last == ["1", "1", "48.00%", "50.00%", "50.00%", "3", "30", "s", str(run)]
@@ -313,7 +315,7 @@ def group(label: str, accuracies: list[float]) -> Group:
     return Group(label, tuple(runs))
 
 
-def test_the_comparison_draws_each_group_in_its_colour(tmp_path: Path) -> None:
+def test_the_comparison_draws_each_group_in_its_own_colour(tmp_path: Path) -> None:
     blue, orange = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
     counts = []
     for groups in ([group("a", [0.6, 0.62])], [group("a", [0.6, 0.62]), group("b", [0.4])]):
@@ -336,13 +338,13 @@ def saved_figure(monkeypatch: pytest.MonkeyPatch, path: Path, groups: list[Group
     monkeypatch.setattr(compare, "save_png", save)
     save_comparison(path, groups)
     (figure,) = figures
-    # The places are those at the resolution at which it was saved.
+    # The positions depend on the resolution at which the figure was saved.
     figure.set_dpi(110)
     return figure
 
 
 @pytest.mark.parametrize("accuracies", [[0.0], [1.0], [1.0, 0.999]])
-def test_no_axis_goes_beyond_what_an_accuracy_can_be(
+def test_no_axis_extends_beyond_the_range_of_an_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracies: list[float]
 ) -> None:
     runs = tuple(
@@ -354,7 +356,7 @@ def test_no_axis_goes_beyond_what_an_accuracy_can_be(
 
 
 def visible_texts(axis: Axes) -> list[Text]:
-    """All texts of a plot, less the labels of ticks beyond its ends."""
+    """Return all texts of a plot, without the labels of ticks outside its limits."""
     (left, right), (low, high) = sorted(axis.get_xlim()), sorted(axis.get_ylim())
     return [
         *(axis.title, axis.xaxis.label, axis.yaxis.label, *axis.texts),
@@ -364,7 +366,7 @@ def visible_texts(axis: Axes) -> list[Text]:
 
 
 @pytest.mark.parametrize(("groups", "settings"), [(1, 1), (1, 14), (3, 14), (8, 1), (30, 14)])
-def test_no_text_of_the_comparison_lies_on_another_or_is_cut_off(
+def test_no_text_of_the_comparison_overlaps_another_or_is_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: int, settings: int
 ) -> None:
     label = r"classic, $\no$" + ", learning rate 0.0001" * settings

@@ -4,7 +4,7 @@ from pathlib import Path
 from tests.conftest import RunJob
 
 
-def test_a_machine_without_gpus_is_ready_as_json(run_job: RunJob) -> None:
+def test_a_machine_without_gpus_passes_with_json_output(run_job: RunJob) -> None:
     result = run_job("doctor", "--log-format", "json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
@@ -20,7 +20,7 @@ def test_a_machine_without_gpus_is_ready_as_json(run_job: RunJob) -> None:
     assert folders["--output-dir"]["free_gib"] > 0
 
 
-def test_a_promised_gpu_that_is_missing_is_exit_code_3_with_the_reason(run_job: RunJob) -> None:
+def test_a_missing_expected_gpu_causes_exit_code_3_with_the_reason(run_job: RunJob) -> None:
     result = run_job("doctor", "--log-format", "text", env={"SLURM_GPUS_ON_NODE": "64"})
     assert result.returncode == 3
     assert "SLURM_GPUS_ON_NODE=64 promises 64 GPUs" in result.stdout
@@ -29,7 +29,7 @@ def test_a_promised_gpu_that_is_missing_is_exit_code_3_with_the_reason(run_job: 
     assert "Traceback" not in result.stderr
 
 
-def test_a_folder_that_cannot_be_used_is_a_finding(run_job: RunJob, tmp_path: Path) -> None:
+def test_an_unusable_folder_is_a_finding(run_job: RunJob, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = run_job(
         "doctor",

@@ -72,7 +72,7 @@ def test_problems_come_first() -> None:
         "Data         512 images",
     ]
     first = found_with(TrainConfig())[0]
-    assert first == "Dry run      nothing stands in the way; nothing was written"
+    assert first == "Dry run      no problems found; nothing was written"
 
 
 @pytest.mark.usefixtures("nothing_changes")
@@ -93,10 +93,10 @@ def test_a_new_run(config: TrainConfig, find: Find) -> None:
     assert report["data"]["train_examples"] == 512
     assert report["data"]["found"] == "drawn from seed 42"
     text = found.as_text()
-    assert "96 images a step = 2 replicas x 48" in text
-    assert "5 steps an epoch, 32 images left out" in text
+    assert "96 images per step = 2 replicas x 48" in text
+    assert "5 steps per epoch, 32 images left out" in text
     first, second, *_ = text.splitlines()
-    assert first == "Dry run      nothing stands in the way; nothing was written"
+    assert first == "Dry run      no problems found; nothing was written"
     assert second.startswith(f"Config       {program()} train --output-dir ")
     assert " --epochs 2 " in second
     labels = [line.split()[0] for line in text.splitlines() if line[0] != " "]
@@ -104,9 +104,7 @@ def test_a_new_run(config: TrainConfig, find: Find) -> None:
     json.dumps(report)
 
 
-def test_a_run_that_the_recipe_does_not_resume_is_a_problem(
-    config: TrainConfig, find: Find
-) -> None:
+def test_a_run_that_the_recipe_cannot_resume_is_a_problem(config: TrainConfig, find: Find) -> None:
     run(
         config,
         save(config, epochs=0, steps=5, **{"optimizer.beta_1": 0.5, "optimizer.name": "Adam"}),
@@ -129,10 +127,10 @@ def test_a_run_that_was_stopped_and_then_finished(
     assert found.problems == []
     output = found.report["output"]
     assert (output["state"], output["step"]) == ("resume", 5)
-    assert "holds this run: it would resume after step 5" in found.as_text()
+    assert "contains this run: it would resume at step 5" in found.as_text()
     assert find(replace(config, fresh=True)).report["output"]["state"] == "fresh"
 
-    # What it would be refused for does not hide the rest.
+    # A problem does not hide the remaining checks.
     found = find(replace(config, seed=43, batch_size=95))
     first, second = map(str, found.problems)
     assert "--seed received 43, expected 42" in first
@@ -147,17 +145,17 @@ def test_a_run_that_was_stopped_and_then_finished(
     before = tree(tmp_path)
     found = find(config)
     assert found.report["output"]["state"] == "finished"
-    # Devices and data need not be looked at.
+    # Devices and data need not be checked.
     assert found.report.keys() == {"config", "output"}
     assert found.as_text().startswith(
         "Dry run      the run is finished: train would report that, do nothing and end with exit "
-        "code 0; raise --epochs to resume it, start over with --fresh, or name another "
+        "code 0; raise --epochs to resume it, pass --fresh to start over, or use another "
         "--output-dir; nothing was written\n"
     )
     assert tree(tmp_path) == before
 
 
-def test_a_batch_larger_than_the_data_has_advice_that_can_be_followed(
+def test_the_advice_for_a_batch_larger_than_the_data_names_only_options_in_use(
     config: TrainConfig, find: Find
 ) -> None:
     (problem,) = find(replace(config, batch_size=514)).problems
@@ -168,7 +166,7 @@ def test_a_batch_larger_than_the_data_has_advice_that_can_be_followed(
 
 
 @pytest.mark.usefixtures("nothing_changes")
-def test_a_download_is_announced_and_not_made(
+def test_a_download_is_announced_but_not_started(
     config: TrainConfig, find: Find, tmp_path: Path
 ) -> None:
     address = "http://127.0.0.1:9/x"
@@ -225,7 +223,7 @@ def test_a_network_that_cannot_be_trained_is_a_problem(
 
 
 @pytest.mark.parametrize("name", ["file", "file/below"])
-def test_a_folder_that_cannot_take_the_run_is_a_problem(
+def test_an_unusable_output_folder_is_a_problem(
     config: TrainConfig, find: Find, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "file").write_text("mine")
@@ -235,15 +233,15 @@ def test_a_folder_that_cannot_take_the_run_is_a_problem(
     assert tree(tmp_path) == before
 
 
-def test_a_textfile_without_a_folder_is_a_problem(
+def test_a_metrics_textfile_in_a_missing_folder_is_a_problem(
     config: TrainConfig, find: Find, tmp_path: Path
 ) -> None:
-    asked = replace(config, metrics_textfile=tmp_path / "missing" / "job.prom")
-    (problem,) = find(asked).problems
+    config = replace(config, metrics_textfile=tmp_path / "missing" / "job.prom")
+    (problem,) = find(config).problems
     assert "cannot write --metrics-textfile" in str(problem)
 
 
-def test_a_folder_that_is_held_is_left_to_its_holder(
+def test_a_dry_run_leaves_a_held_folder_to_its_holder(
     config: TrainConfig, find: Find, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = StopRequest()
@@ -267,13 +265,13 @@ def test_a_folder_that_is_held_is_left_to_its_holder(
         (problem,) = find(config).problems
         assert isinstance(problem, LeaseLostError)
         path = next((config.output_dir / ".lease").iterdir())
-        of_a_killed_process = path.read_bytes()
+        lease_of_killed_process = path.read_bytes()
     assert find(config).report["output"]["held_by"] is None
-    path.write_bytes(of_a_killed_process)
+    path.write_bytes(lease_of_killed_process)
     assert find(config).report["output"]["held_by"] is None
 
 
-def test_the_command_line_ends_as_the_training_would_and_writes_nothing(
+def test_the_command_exits_with_the_code_of_the_training_and_writes_nothing(
     run_job: RunJob, tmp_path: Path
 ) -> None:
     options = ("--log-format", "text", "--devices", "cpu:2")
@@ -281,9 +279,9 @@ def test_the_command_line_ends_as_the_training_would_and_writes_nothing(
     assert good.returncode == 0, good.stderr
     assert good.stderr == ""
     first, *lines = good.stdout.splitlines()
-    assert first == "Dry run      nothing stands in the way; nothing was written"
+    assert first == "Dry run      no problems found; nothing was written"
     assert sum(line.startswith("Devices      CPU:") for line in lines) == 2
-    assert "Batch        195 steps an epoch, 80 images left out, others each time" in lines
+    assert "Batch        195 steps per epoch, 80 images left out, others in each epoch" in lines
     assert f"Config       {program()} train --output-dir output --devices cpu:2" in lines
     missing = run_job("train", "--dry-run", env={"SLURM_GPUS_ON_NODE": "99"})
     assert missing.returncode == 3

@@ -72,7 +72,7 @@ def run(
     [(1, None), (1, Compilation(True, True, loops=True)), (4, None)],
     ids=["1", "1-compiled", "4"],
 )
-def test_probabilities_are_the_models_whatever_the_replicas_and_the_padding(
+def test_probabilities_do_not_depend_on_replicas_and_padding(
     model: keras.Model,
     small_dataset: Dataset,
     make_devices: MakeDevices,
@@ -99,7 +99,7 @@ def test_views_are_averaged(
     np.testing.assert_allclose(received, np.mean(expected, axis=0), atol=1e-6)
 
 
-def test_without_its_evaluation_a_models_classes_are_numbers(
+def test_classes_are_numbers_without_an_evaluation_of_the_model(
     model_output: OutputDir, make_devices: MakeDevices, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = model_output.path / MODEL
@@ -119,10 +119,10 @@ def test_without_its_evaluation_a_models_classes_are_numbers(
         model_output.write_bytes(EVALUATION, document)
         names = load_predictor(path, make_devices(1)).class_names
         assert names == tuple(f"class {label}" for label in range(10))
-        assert "its classes go by numbers" in capsys.readouterr().err
+        assert "its classes are shown as numbers" in capsys.readouterr().err
 
 
-def test_the_views_are_those_of_the_recipe_that_trained_the_model(
+def test_views_come_from_the_recipe_that_trained_the_model(
     model: keras.Model,
     small_dataset: Dataset,
     model_output: OutputDir,
@@ -144,7 +144,7 @@ def test_the_views_are_those_of_the_recipe_that_trained_the_model(
 
 
 def save_model_of(folder: Path, *shape: int | None) -> Path:
-    """Save a model of inputs of this shape."""
+    """Save a model with inputs of this shape."""
     layers = keras.layers
     first = layers.GlobalAveragePooling2D() if len(shape) == 3 else layers.Flatten()
     model = keras.Sequential([keras.Input(shape), first, layers.Dense(10, "softmax")])
@@ -154,7 +154,7 @@ def save_model_of(folder: Path, *shape: int | None) -> Path:
     return folder / MODEL
 
 
-def test_a_model_of_grey_images_computes_them(tmp_path: Path, make_devices: MakeDevices) -> None:
+def test_a_model_of_grey_images_predicts_them(tmp_path: Path, make_devices: MakeDevices) -> None:
     path = save_model_of(tmp_path, 24, 20, 1)
     predictor = load_predictor(path, make_devices(1), 4)
     assert predictor.image_shape == (24, 20, 1)
@@ -172,12 +172,12 @@ def test_a_model_of_grey_images_computes_them(tmp_path: Path, make_devices: Make
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((24, 24, 4), r"takes images of 4 channels, expected 1 \(grey\) or 3 \(RGB\)"),
+        ((24, 24, 4), r"requires images with 4 channels, expected 1 \(grey\) or 3 \(RGB\)"),
         ((None, None, 3), r"expected \(None, height, width, channels\); begin it with keras"),
         ((7, 3), r"takes inputs of shape \(None, 7, 3\), expected \(None, height, width, channels"),
     ],
 )
-def test_a_model_of_other_inputs_is_refused(
+def test_a_model_of_other_inputs_is_rejected(
     tmp_path: Path, make_devices: MakeDevices, shape: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -185,7 +185,7 @@ def test_a_model_of_other_inputs_is_refused(
 
 
 def classifier(*ends: Any) -> keras.Model:
-    """A network of 8x8 images, in several ends where several layers are given."""
+    """Make a network of 8x8 images with one output per given layer."""
     images = keras.Input((8, 8, 3))
     features = keras.layers.Flatten()(images)
     return keras.Model(images, [end(features) for end in ends])
@@ -206,7 +206,7 @@ def classifier(*ends: Any) -> keras.Model:
     ],
     ids=["logits", "sigmoids", "nan", "one", "several", "map"],
 )
-def test_a_model_without_probabilities_is_refused(
+def test_a_model_whose_outputs_are_not_probabilities_is_rejected(
     photos: Path,
     make_devices: MakeDevices,
     capsys: pytest.CaptureFixture[str],
@@ -220,7 +220,7 @@ def test_a_model_without_probabilities_is_refused(
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_model_that_keras_saved_predicts(
+def test_a_model_saved_by_keras_can_predict(
     tmp_path: Path, make_devices: MakeDevices, compiled: bool
 ) -> None:
     model = classifier(keras.layers.Dense(3, "softmax", dtype="mixed_bfloat16"))
@@ -234,7 +234,7 @@ def test_a_model_that_keras_saved_predicts(
     np.testing.assert_allclose(received, expected.astype(np.float32), atol=0.01)
 
 
-def test_every_batch_is_one_traced_function(
+def test_all_batches_use_one_traced_function(
     model: keras.Model, photos: Path, make_devices: MakeDevices
 ) -> None:
     traced = []
@@ -249,7 +249,7 @@ def test_every_batch_is_one_traced_function(
     assert traced == [(4, 32, 32, 3)]
 
 
-def test_lines_for_people_are_aligned_and_broken_images_told_on_stderr(
+def test_text_lines_are_aligned_and_broken_images_reported_on_stderr(
     run: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = "1 of 6 images could not be read; each is named above;"
@@ -265,13 +265,13 @@ def test_lines_for_people_are_aligned_and_broken_images_told_on_stderr(
     assert summary.startswith("cifar10-job: 5 images in ")
 
 
-def test_json_lines_have_every_image_in_order(
+def test_json_lines_contain_every_image_in_order(
     run: Any,
     model: keras.Model,
     small_dataset: Dataset,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    message = "1 of 6 images could not be read; each has its line with an error on stdout;"
+    message = "1 of 6 images could not be read; each has an error line on stdout;"
     with pytest.raises(UserError, match=message):
         run(top=99, as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -286,13 +286,15 @@ def test_json_lines_have_every_image_in_order(
         assert [received[name] for name in CLASS_NAMES] == pytest.approx(probabilities, abs=1e-6)
 
 
-def test_one_class_needs_no_brackets(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_class_is_printed_without_brackets(
+    run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError):
         run(top=1)
     assert "(" not in capsys.readouterr().out
 
 
-def test_the_picture_tells_how_many_are_left_out(
+def test_the_message_about_the_picture_counts_the_images_left_out(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(predict, "PICTURES", 4)
@@ -302,22 +304,22 @@ def test_the_picture_tells_how_many_are_left_out(
     with Image.open(tmp_path / "grid.png") as picture:
         assert picture.format == "PNG"
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line == f"cifar10-job: picture {tmp_path}/grid.png of the first 4; 1 left out"
+    assert line == f"cifar10-job: wrote {tmp_path}/grid.png with the first 4 images; 1 left out"
 
 
-def test_a_single_image_that_cannot_be_read_is_one_line(
+def test_a_single_unreadable_image_causes_one_error_line(
     run: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError) as error:
         run(names=["photos/2a.png"])
     assert str(error.value) == (
-        "cannot read photos/2a.png: no image of a known format; name an image, or a folder that "
-        "has some"
+        "cannot read photos/2a.png: no image of a known format; pass an image, or a folder with "
+        "images"
     )
     assert capsys.readouterr() == ("", "")
 
 
-def test_an_empty_folder_is_one_line(
+def test_an_empty_folder_causes_one_error_line(
     run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -326,7 +328,7 @@ def test_an_empty_folder_is_one_line(
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_cannot_be_drawn_or_done_is_refused_before_anything_is_computed(
+def test_invalid_arguments_are_rejected_before_anything_is_computed(
     model_output: OutputDir, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(photos.parent)
@@ -338,13 +340,13 @@ def test_what_cannot_be_drawn_or_done_is_refused_before_anything_is_computed(
         ("photos --model nowhere.h5", "there is no model nowhere.h5"),
         ("photos --model .", "received '.', expected a file that can be read"),
         ("photos --png grid.jpg", "expected a name that ends in .png"),
-        ("photos --png no/grid.png", "make no, or name another"),
+        ("photos --png no/grid.png", "create no, or use another folder"),
         ("photos --png photos/0.png", "received --png photos/0.png, which is one of the images"),
         ("photos/0.png --png ./photos/0.png", "which is one of the images to be predicted"),
     ):
         command = ["predict", *arguments.split(), "--output-dir", "output"]
         result = CliRunner().invoke(cli, command, obj=StopRequest(), standalone_mode=False)
         assert isinstance(result.exception, UserError | click.ClickException), arguments
-        said = getattr(result.exception, "format_message", result.exception.__str__)()
-        assert message in " ".join(said.split())
+        received = getattr(result.exception, "format_message", result.exception.__str__)()
+        assert message in " ".join(received.split())
     assert (photos / "0.png").read_bytes() == before

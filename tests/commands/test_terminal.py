@@ -49,12 +49,12 @@ class Terminal(io.TextIOWrapper):
 
 
 def open_terminal(monkeypatch: pytest.MonkeyPatch, columns: int, **env: str) -> Terminal:
-    # Not a fixture: pytest sets stdout anew before it calls the test.
+    # Not a fixture: pytest replaces stdout again before it calls the test.
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    # The variable is stale, as a script's may be.
+    # COLUMNS is outdated, as it can be in a script.
     for name, value in {"TERM": "xterm", "COLUMNS": "1000", **env}.items():
         monkeypatch.setenv(name, value)
     size = os.terminal_size((columns, 24))
@@ -62,11 +62,11 @@ def open_terminal(monkeypatch: pytest.MonkeyPatch, columns: int, **env: str) -> 
     return terminal
 
 
-def test_names_are_printed_in_one_line_that_no_terminal_obeys() -> None:
+def test_names_are_printed_in_one_line_without_control_characters() -> None:
     assert printable("größe 日本.png") == "größe 日本.png"
     assert printable("a\nb\x1b[31m\u202e") == r"a\nb\x1b[31m\u202e"
     assert printable(os.fsdecode(b"caf\xe9.png")) == r"caf\xe9.png"
-    assert printable("\ud800") == r"\ud800"  # JSON may hold it
+    assert printable("\ud800") == r"\ud800"  # JSON can contain it
 
 
 def test_wide_letters_take_two_columns() -> None:
@@ -74,7 +74,7 @@ def test_wide_letters_take_two_columns() -> None:
     assert padded("longer", 3) == "longer"
 
 
-def test_a_reader_that_has_gone_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_pipe_ends_the_command_with_exit_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
@@ -85,7 +85,7 @@ def test_a_reader_that_has_gone_is_the_end(monkeypatch: pytest.MonkeyPatch) -> N
         sys.stdout.close()
 
 
-def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", os.fdopen(os.open("/dev/full", os.O_WRONLY), "w"))
     with pytest.raises(UserError, match="cannot write to standard output: No space left"):
         write_lines(["a"])
@@ -93,7 +93,7 @@ def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         sys.stdout.close()
 
 
-def test_a_table_is_plain_and_whole_and_commands_no_terminal(
+def test_a_table_is_plain_and_complete_without_control_characters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_table(COLUMNS, [*ROWS, ("日本\x1b[2J\nb", "", "1%")], left=("run",))
@@ -119,7 +119,7 @@ def plain(status: Status, width: int) -> str:
     return line
 
 
-def test_a_line_has_what_the_terminal_has_room_for() -> None:
+def test_a_status_line_shows_what_fits_on_the_terminal() -> None:
     for width, end in (
         (120, "120/195  1:02:03 left  loss 1.2346  acc 55.3%  6,001 img/s"),
         (80, "120/195  1:02:03 left  loss 1.2346  acc 55.3%"),
@@ -134,7 +134,7 @@ def test_a_line_has_what_the_terminal_has_room_for() -> None:
 
 
 @pytest.mark.parametrize("phase", ["compiling", "training", "validating"])
-def test_no_line_is_as_wide_as_the_terminal(phase: str) -> None:
+def test_a_status_line_is_narrower_than_the_terminal(phase: str) -> None:
     large = replace(STATUS, epoch=10_000, epochs=10_000, steps=99_999, steps_per_epoch=100_000)
     for status in (STATUS, large):
         for width in range(12, 200):
@@ -143,7 +143,7 @@ def test_no_line_is_as_wide_as_the_terminal(phase: str) -> None:
             assert len(line) <= width - 2, line
 
 
-def test_what_is_not_known_yet_is_not_shown() -> None:
+def test_unknown_values_are_omitted() -> None:
     start = Status("compiling", 1, 50, 0, 195, seconds_left_is_least=True)
     assert plain(start, 60).endswith("  0/195  compiling")
     first = replace(STATUS, epoch=1, images_per_second=None, seconds_left=None)
@@ -154,7 +154,7 @@ def test_what_is_not_known_yet_is_not_shown() -> None:
     assert validating.endswith("  195/195  validating  1:02:03 left  loss 1.2346  acc 55.3%")
 
 
-def test_colours_are_left_out_where_they_are_not_wanted() -> None:
+def test_colours_can_be_turned_off() -> None:
     assert "\x1b[" in rendered(STATUS, 60)[0]
     assert all("\x1b[" not in line for line in rendered(STATUS, 60, no_color=True))
 
@@ -171,7 +171,7 @@ START = Start("float32", "1 x a processor", 195, History())
         (False, {"TERM": "xterm", "FORCE_COLOR": "1"}, False),
     ],
 )
-def test_bars_are_drawn_on_terminals_that_can(
+def test_bars_are_drawn_only_on_capable_terminals(
     monkeypatch: pytest.MonkeyPatch, on_terminal: bool, variables: dict[str, str], is_drawn: bool
 ) -> None:
     stdout = open_terminal(monkeypatch, 80, **variables)
@@ -190,7 +190,7 @@ def test_bars_are_drawn_on_terminals_that_can(
         assert written == ""
 
 
-def test_bars_that_are_not_wanted_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disabled_bars_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = open_terminal(monkeypatch, 80)
     with closing(EpochBar(enabled=False)) as bar, closing(DownloadBar(enabled=False)) as download:
         bar.begin(START)
@@ -200,7 +200,7 @@ def test_bars_that_are_not_wanted_are_not_drawn(monkeypatch: pytest.MonkeyPatch)
     assert stdout.text() == ""
 
 
-def test_a_bar_is_erased_once_and_from_any_side(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_is_erased_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = open_terminal(monkeypatch, 80)
     with closing(EpochBar(enabled=True)) as bar:
         bar.begin(START)
@@ -213,7 +213,7 @@ def test_a_bar_is_erased_once_and_from_any_side(monkeypatch: pytest.MonkeyPatch)
     assert stdout.text() == written
 
 
-def test_events_go_above_the_bar_which_leaves_the_screen_for_the_evaluation(
+def test_events_are_printed_above_the_bar_which_is_erased_before_the_evaluation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stdout = open_terminal(monkeypatch, 60)

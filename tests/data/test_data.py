@@ -124,7 +124,7 @@ def test_a_module_of_the_users_own_waits(
 def test_a_download_waits(
     downloads: list[ProgressBar | None], monkeypatch: pytest.MonkeyPatch, small_dataset: Dataset
 ) -> None:
-    monkeypatch.setattr("job.data.is_own", lambda path: False)
+    monkeypatch.setattr("job.data.is_user_module", lambda path: False)
     config = TrainConfig(dataset="mine")
     ahead = load_ahead(config)
     time.sleep(0.2)

@@ -165,7 +165,7 @@ def test_standard_input_and_a_model_elsewhere(
     assert (piped["path"], named["path"]) == ("-", "image")
     assert piped["predictions"] == named["predictions"]
     assert piped["predictions"][0]["class"].startswith("class ")
-    assert "its classes go by numbers" in result.stderr
+    assert "its classes are shown as numbers" in result.stderr
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly(

@@ -104,11 +104,11 @@ def test_each_refusal_of_the_system_has_its_own_advice(tmp_path: Path) -> None:
     for number, advice in (
         (errno.ENOSPC, "free some space, then"),
         (errno.EDQUOT, "free some space, or ask for a larger quota, then"),
-        (errno.EFBIG, "raise the limit of a file's size (ulimit -f), then"),
+        (errno.EFBIG, "raise the limit on file sizes (ulimit -f), then"),
         (errno.EROFS, "mount the volume writable, then"),
         (errno.EACCES, f"give user {os.getuid()} access, or run as"),
-        (errno.EIO, "mend the volume, then"),
-        (errno.EINVAL, "mend the volume, or name another path, then"),
+        (errno.EIO, "fix the volume, then"),
+        (errno.EINVAL, "fix the volume, or use another path, then"),
     ):
         error = refused("write", tmp_path, OSError(number, os.strerror(number)))
         assert str(error).startswith(f"cannot write {tmp_path}: {os.strerror(number)}; {advice}")

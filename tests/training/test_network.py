@@ -122,20 +122,20 @@ TRAINED = "conv/kernel, conv/bias, norm/gamma, norm/beta, dense/kernel, dense/bi
     [
         (
             {"fixed_weights": lambda images: [KERNEL]},
-            "TypeError: fixed_weights returns list, expected a dictionary of arrays; mend it there",
+            "TypeError: fixed_weights returns list, expected a dictionary of arrays; fix the file",
         ),
         (
             {"fixed_weights": lambda images: {"conv9/kernel": KERNEL}},
-            f"ValueError: fixed_weights has 'conv9/kernel', expected some of {TRAINED}; mend it",
+            f"ValueError: fixed_weights has 'conv9/kernel', expected some of {TRAINED}; fix the",
         ),
         (
             {"fixed_weights": lambda images: {"norm/moving_mean": KERNEL}},
-            f"ValueError: fixed_weights has 'norm/moving_mean', expected some of {TRAINED}; mend",
+            f"ValueError: fixed_weights has 'norm/moving_mean', expected some of {TRAINED}; fix",
         ),
         (
             {"fixed_weights": lambda images: {"conv/kernel": KERNEL[0]}},
             "ValueError: fixed_weights has float32 [3, 3, 2] for conv/kernel, expected float32 "
-            "[3, 3, 3, 2]; mend it there",
+            "[3, 3, 3, 2]; fix the file",
         ),
         (
             {"fixed_weights": lambda images: {"conv/kernel": KERNEL.astype(int)}},
@@ -143,11 +143,11 @@ TRAINED = "conv/kernel, conv/bias, norm/gamma, norm/beta, dense/kernel, dense/bi
         ),
         (
             {"fixed_weights": lambda images: {"conv/kernel": images[99]}},
-            "IndexError: index 99 is out of bounds for axis 0 with size 4; mend it there",
+            "IndexError: index 99 is out of bounds for axis 0 with size 4; fix the file",
         ),
         (
             {"early_variables": {"conv/weights": 0.5}},
-            f"ValueError: early_variables has 'conv/weights', expected some of {TRAINED}; mend",
+            f"ValueError: early_variables has 'conv/weights', expected some of {TRAINED}; fix",
         ),
     ],
 )

@@ -100,8 +100,8 @@ def test_a_volume_that_refuses_locks_does_not_matter(model_output: OutputDir) ->
     ("target", "cause"),
     [
         # Nothing is mapped where its reading begins.
-        ("/proc/self/mem", "Input/output error; mend the volume"),
-        ("loop", "Too many levels of symbolic links; mend the volume, or name another path"),
+        ("/proc/self/mem", "Input/output error; fix the volume"),
+        ("loop", "Too many levels of symbolic links; fix the volume, or use another path"),
     ],
 )
 def test_an_error_of_the_system_is_no_damage(
