@@ -42,7 +42,7 @@ class UserError(JobError):
 
 
 class GpuMissingError(JobError):
-    """A GPU that is expected or required cannot be used; another node may have one."""
+    """A GPU that is expected or required cannot be used; another node can have one."""
 
     exit_code = ExitCode.GPU_MISSING
 
@@ -147,7 +147,7 @@ class TrainConfig:
     cifar10_url: str = _option(
         CIFAR10_URL, "Address to download CIFAR-10 from if it is not in --data-dir."
     )
-    seed: int = _option(42, "Seed of everything random.", minimum=0, maximum=2**31 - 1)
+    seed: int = _option(42, "Seed for all random numbers.", minimum=0, maximum=2**31 - 1)
     recipe: str = _option("classic", "Network, optimizer and augmentation.", choices=list_recipes)
     epochs: int = _option(50, "Passes over the training set.", minimum=1)
     batch_size: int = _option(256, "Images per step, over all replicas together.", minimum=1)

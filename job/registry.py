@@ -101,7 +101,7 @@ def require_parameters(function: Callable[..., Any], name: str, *parameters: str
     """Reject a function that cannot be called with values for these parameters, in this order.
 
     Raises:
-        TypeError: If the function cannot be called so.
+        TypeError: If the function does not accept them.
     """
     if not accepts(function, *parameters):
         received = f"{name}({', '.join(inspect.signature(function).parameters)})"

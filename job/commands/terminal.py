@@ -52,7 +52,7 @@ def padded(text: str, width: int) -> str:
 
 
 def print_message(message: str) -> None:
-    """Write a message of the program to stderr; errors are ignored, as nobody may read it."""
+    """Write a message of the program to stderr; write errors are ignored."""
     with contextlib.suppress(OSError):
         click.echo(f"cifar10-job: {message}", err=True)
 
