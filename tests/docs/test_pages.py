@@ -330,7 +330,7 @@ def test_make_passes_options_on_and_refuses_unknown_variables(tmp_path: Path) ->
     assert re.search("^given train .* --epochs 3 --seed 7$", passed.stdout, re.MULTILINE)
     refused = run_make(tmp_path, "train", "EPOCHS=3", script="echo started")
     assert refused.returncode == 2
-    assert "received EPOCHS, which is no variable of this Makefile" in refused.stderr
+    assert "received EPOCHS, which is not a variable of this Makefile" in refused.stderr
     assert 'make train ARGS="--epochs 3"' in refused.stderr
     assert "started" not in refused.stdout
     assert run_make(tmp_path, "train", "epochs=3").returncode == 2
@@ -349,7 +349,7 @@ def test_make_passes_options_on_and_refuses_unknown_variables(tmp_path: Path) ->
 
 def test_make_explains_a_stop_and_a_missing_program(tmp_path: Path) -> None:
     stopped = run_make(tmp_path, "train", script="exit 75")
-    assert "make: exit code 75 is no failure: run the same command again to" in stopped.stderr
+    assert "make: exit code 75 is not a failure: run the same command again to" in stopped.stderr
     failed = run_make(tmp_path, "train", script="exit 2")
     assert "stopped" not in failed.stderr
     for target, program in (
@@ -359,7 +359,8 @@ def test_make_explains_a_stop_and_a_missing_program(tmp_path: Path) -> None:
         result = run_make(tmp_path, target, "IMAGE=registry/image:1")
         assert result.returncode == 2
         first = result.stderr.splitlines()[0]
-        assert first.startswith(f"{program} is not there, which make {target} needs; install it")
+        problem = f"make {target} needs {program}, which is not installed"
+        assert first.startswith(f"{problem}; install it")
 
 
 def demo() -> list[str]:

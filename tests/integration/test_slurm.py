@@ -75,7 +75,8 @@ def test_the_script_leaves_every_artifact_and_one_readable_log(
     assert json.loads((reference / "evaluation.json").read_text())["examples"] == 10_000
     log = cluster.log(undisturbed)
     start = (
-        rf"job {undisturbed}, attempt 0 on n1: \.venv/bin/python, GPUs a node: 1, output \S+/slurm,"
+        rf"job {undisturbed}, attempt 0 on n1: \.venv/bin/python, GPUs per node: 1, "
+        r"output \S+/slurm,"
     )
     assert re.search(start, log)
     assert "error" not in log
@@ -186,7 +187,7 @@ def test_a_node_without_its_gpu_is_excluded_once(cluster: Cluster, output: Path)
     assert (fields["ExitCode"], fields["Restarts"]) == ("3:0", "1")
     log = cluster.log(job)
     assert log.count("CUDA_VISIBLE_DEVICES=0 promises 1 GPU, TensorFlow sees 0") == 2
-    assert "exit code 3, requeueing from the start, not on n1;" in log
+    assert "exit code 3, requeueing from the start, excluding n1;" in log
     assert "attempt 1 on n2" in log
     assert "two attempts in a row made no progress after the start" in log
 
@@ -274,14 +275,14 @@ def test_an_ordinary_user_may_exclude_a_node(ordinary: Cluster) -> None:
     job = ordinary.submit("slurm/train.sh", CODE="3")
     assert ordinary.wait(job) == "FAILED"
     assert ordinary.log(job).count("the stub ends with 3") == 2
-    assert "requeueing from the start, not on n1;" in ordinary.log(job)
+    assert "requeueing from the start, excluding n1;" in ordinary.log(job)
     assert ordinary.fields(job)["ExitCode"] == "3:0"
 
 
 def test_a_job_that_wants_its_node_is_not_sent_elsewhere(ordinary: Cluster) -> None:
     job = ordinary.submit("--nodelist=n2", "slurm/train.sh", CODE="3")
     assert ordinary.wait(job) == "FAILED"
-    message = "a GPU is missing on n2, and the job has no other nodes to go to"
+    message = "a GPU is missing on n2, and the job cannot run on other nodes"
     assert message in ordinary.log(job)
     assert ordinary.fields(job)["ExitCode"] == "3:0"
 
@@ -420,6 +421,6 @@ def test_the_recipe_for_a_nodes_own_disk_trains_without_gpu_on_what_it_copied(
     words = ("--gpus-per-node=0", *TRAIN, "--epochs", "1")
     job = other.submit(*words, JOB_OUTPUT_DIR=str(output), SLURM_TMPDIR=str(disk))
     assert other.wait(job) == "COMPLETED", other.log(job)
-    assert f"GPUs a node: 0, output {output}, data {disk}/cifar10-{job}\n" in other.log(job)
+    assert f"GPUs per node: 0, output {output}, data {disk}/cifar10-{job}\n" in other.log(job)
     # Removed by the recipe itself.
     assert list(disk.iterdir()) == []

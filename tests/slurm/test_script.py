@@ -1,4 +1,4 @@
-"""What slurm/train.sh refuses, and its command line for pyxis, with stand-ins for Slurm."""
+"""What slurm/train.sh rejects, and its command line for pyxis, with stubs for Slurm's commands."""
 
 import os
 import subprocess
@@ -12,17 +12,17 @@ RECORD = "JobId=41 JobState=RUNNING BatchFlag={batch} Restarts=0 ReqNodeList=(nu
 
 
 class Node:
-    """A node whose scontrol has one record, and whose srun writes down its arguments."""
+    """A node whose scontrol prints one record and whose srun records its arguments."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.put("srun", f'printf "%s\\n" "$@" > {folder}/received; env > {folder}/environment')
-        self.has_job()
+        self.stub("srun", f'printf "%s\\n" "$@" > {folder}/received; env > {folder}/environment')
+        self.set_job()
 
-    def has_job(self, batch: int = 1, more: str = "") -> None:
-        self.put("scontrol", f'echo "{RECORD.format(batch=batch, more=more)}"')
+    def set_job(self, batch: int = 1, more: str = "") -> None:
+        self.stub("scontrol", f'echo "{RECORD.format(batch=batch, more=more)}"')
 
-    def put(self, name: str, script: str) -> None:
+    def stub(self, name: str, script: str) -> None:
         path = self._folder / name
         path.write_text(f"#!/bin/bash\n{script}\n")
         path.chmod(0o755)
@@ -58,18 +58,18 @@ def node(tmp_path: Path) -> Node:
     [
         ({"SLURM_JOB_ID": ""}, "", "not run by sbatch; submit it with: sbatch slurm/train.sh"),
         ({}, "", "after make install LOCK=gpu, or set CONTAINER_IMAGE"),
-        ({"CONTAINER_IMAGE": "b.sif"}, "", "b.sif, which is not on"),
+        ({"CONTAINER_IMAGE": "b.sif"}, "", "b.sif, which does not exist on"),
         ({"CONTAINER_IMAGE": "team/job:1"}, "", "expected apptainer or pyxis"),
         ({"CONTAINER_IMAGE": "job:1", "CONTAINER_RUNTIME": "none"}, "", "expected apptainer or"),
         ({"CONTAINER_IMAGE": "a.sqsh"}, "--output-dir x", "set JOB_OUTPUT_DIR or JOB_DATA_DIR"),
         (
             {"CONTAINER_IMAGE": "a.sqsh", "JOB_OUTPUT_DIR": "/dev/null/x"},
             "",
-            "cannot make /dev/null/x or ",
+            "cannot create /dev/null/x or ",
         ),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_runs(
+def test_invalid_settings_are_rejected_before_srun_starts(
     node: Node, env: dict[str, str], arguments: str, message: str
 ) -> None:
     result = node.run(*arguments.split(), **env)
@@ -77,22 +77,24 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     assert message in result.stderr
 
 
-def test_a_script_that_salloc_or_srun_has_started_is_refused(node: Node) -> None:
-    node.has_job(batch=0)
+def test_starting_the_script_with_salloc_or_srun_is_rejected(node: Node) -> None:
+    node.set_job(batch=0)
     result = node.run()
     assert (result.returncode, node.received()) == (2, [])
     assert "run by salloc or srun; submit it with: sbatch slurm/train.sh" in result.stderr
 
 
-def test_slurm_that_does_not_answer_is_no_mistake_of_the_user(node: Node) -> None:
-    node.put("scontrol", "exit 1")
-    node.put("sleep", "")
+def test_no_answer_from_slurm_is_not_a_user_error(node: Node) -> None:
+    node.stub("scontrol", "exit 1")
+    node.stub("sleep", "")
     result = node.run(CONTAINER_IMAGE="a.sqsh")
     assert (result.returncode, node.received()) == (75, [])
     assert "Slurm has not answered" in result.stderr
 
 
-def test_a_sites_file_keeps_its_settings_to_itself(node: Node, tmp_path: Path) -> None:
+def test_shell_options_and_arguments_set_by_site_sh_have_no_effect(
+    node: Node, tmp_path: Path
+) -> None:
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "site.sh").write_text("set -euo pipefail\nset -- --epochs 9 $#\n")
     result = node.run("--epochs", "3", CONTAINER_IMAGE="a.sqsh")
@@ -100,32 +102,34 @@ def test_a_sites_file_keeps_its_settings_to_itself(node: Node, tmp_path: Path) -
     assert node.received()[-5:] == ["-m", "job", "train", "--epochs", "3"]
 
 
-def test_the_step_of_a_checkpoint_is_in_its_name_alone(node: Node, tmp_path: Path) -> None:
+def test_the_step_of_a_checkpoint_is_read_from_its_file_name_only(
+    node: Node, tmp_path: Path
+) -> None:
     output = tmp_path / "step-2" / "run"
     (output / "checkpoints").mkdir(parents=True)
     (output / "checkpoints" / "000001-step-00000015-0.npz").touch()
-    node.put("srun", "exit 1")
+    node.stub("srun", "exit 1")
     result = node.run(CONTAINER_IMAGE="a.sqsh", JOB_OUTPUT_DIR=str(output))
     assert result.returncode == 1
     assert "requeueing from step-00000015; Slurm reports" in result.stderr
 
 
-def test_what_slurm_does_not_requeue_is_reported(node: Node) -> None:
-    node.put("srun", "exit 75")
-    node.put("scontrol", f'test "$1" != requeue && echo "{RECORD.format(batch=1, more="")}"')
+def test_a_requeue_that_slurm_refuses_is_reported(node: Node) -> None:
+    node.stub("srun", "exit 75")
+    node.stub("scontrol", f'test "$1" != requeue && echo "{RECORD.format(batch=1, more="")}"')
     result = node.run(CONTAINER_IMAGE="a.sqsh")
     assert result.returncode == 75
     assert result.stderr.splitlines()[-1].endswith(
-        "exit code 75, not requeued for Slurm's reason above; submit it again to resume"
+        "exit code 75, not requeued because of Slurm's error above; submit it again to resume"
     )
 
 
-def test_a_seed_in_an_array_is_refused(node: Node) -> None:
+def test_a_seed_in_an_array_is_rejected(node: Node) -> None:
     assert node.run("--seed", "7", CONTAINER_IMAGE="a.sqsh").returncode == 0
-    node.has_job(more="ArrayJobId=40 ArrayTaskId=3 ")
+    node.set_job(more="ArrayJobId=40 ArrayTaskId=3 ")
     result = node.run("--seed", "7", CONTAINER_IMAGE="a.sqsh")
     assert result.returncode == 2
-    assert "received --seed in an array; leave it out" in result.stderr
+    assert "received --seed in an array; remove it" in result.stderr
 
 
 def test_pyxis_gets_image_mounts_and_variables(node: Node, tmp_path: Path) -> None:
