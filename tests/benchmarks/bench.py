@@ -1,6 +1,6 @@
-"""Measure this job against the conventional Keras script, and where the job's own time goes.
+"""Compare the speed of this job and the conventional Keras script, and profile this job.
 
-A run counts by the fastest of its epochs after the first, and each figure is the median over
+The result of a run is its fastest epoch after the first. Each figure is the median over
 interleaved rounds.
 """
 
@@ -29,11 +29,11 @@ CONVENTIONAL = "conventional"
 
 @dataclass(frozen=True)
 class Kernels:
-    """How much of an epoch's training time oneDNN's kernels account for.
+    """Share of oneDNN's kernels in the training time of an epoch.
 
     Attributes:
         covered: Fraction of the time in which at least one kernel was running.
-        summed: The kernels' durations added up over the time; above 1 where they overlap.
+        summed: Sum of the kernels' durations as a fraction of the time; above 1 if they overlap.
     """
 
     covered: float
@@ -49,7 +49,7 @@ def main(data_dir: Path, output_dir: Path, rounds: int, epochs: int) -> None:
         rounds,
         (CONVENTIONAL, *JOB_PRECISIONS),
         lambda name: _fastest_epoch(name, data_dir, epochs),
-        lambda name, result: f"{name:<14} {result:7.2f} s an epoch",
+        lambda name, result: f"{name:<14} {result:7.2f} s per epoch",
     )
     kernels = {name: _measure_kernels(name, data_dir) for name in JOB_PRECISIONS}
     results = _results(seconds, kernels)
@@ -73,7 +73,8 @@ def _epochs(lines: Iterable[str]) -> list[Record]:
 def _measure_kernels(precision: str, data_dir: Path) -> Kernels:
     """Time oneDNN's kernels over the training part of a run's second epoch.
 
-    Each kernel prints a line when it ends, which itself takes time: shares are underestimated.
+    Each kernel prints a line when it ends. Printing takes time itself, so the shares are
+    underestimated.
     """
     env = {"ONEDNN_VERBOSE": "profile_exec", "ONEDNN_VERBOSE_TIMESTAMP": "1"}
     lines = train(data_dir, f"--epochs 2 --precision {precision}", env=env).lines
@@ -90,7 +91,10 @@ def _measure_kernels(precision: str, data_dir: Path) -> Kernels:
 
 
 def kernels_in(spans: Iterable[tuple[float, float]], start: float, end: float) -> Kernels:
-    """Shares of a time that (begin, end) spans cover and add up to; spans outside count nothing."""
+    """Compute the share of kernels, given as (begin, end) spans, between two times.
+
+    Spans outside of these times do not count.
+    """
     covered, summed, reached = 0.0, 0.0, start
     for begin, finish in sorted(span for span in spans if span[0] < span[1]):
         summed += finish - begin
@@ -114,7 +118,7 @@ def _results(seconds: dict[str, list[float]], kernels: dict[str, Kernels]) -> di
 
 def _table(results: dict[str, Record]) -> str:
     return table(
-        ("", "s an epoch", "ratio", "in oneDNN", "summed"),
+        ("", "s per epoch", "ratio", "in oneDNN", "summed"),
         [
             (
                 name if name == CONVENTIONAL else f"this job, {name}",

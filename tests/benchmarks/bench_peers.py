@@ -1,10 +1,11 @@
-"""Measure this job, PyTorch and JAX in turn on the same device: the same recipe in each.
+"""Compare this job, PyTorch and JAX with the same recipe on the same device.
 
-PyTorch and JAX are installed apart, as their CUDA libraries and TensorFlow's do not fit into one
-environment; --python names the interpreter that has them. One that it lacks is left out.
+PyTorch and JAX need their own environment, because their CUDA libraries conflict with those of
+TensorFlow; --python is its interpreter. A framework that is not installed there is skipped.
 
-An epoch counts by its training alone. A run counts by its first epoch, which compiles, and by the
-median of the others; each figure is the median over interleaved rounds.
+Only the training part of an epoch is timed. The results of a run are its first epoch, which
+includes compilation, and the median of the others. Each figure is the median over interleaved
+rounds.
 """
 
 import shutil
@@ -32,9 +33,9 @@ from tests.benchmarks.harness import (
 )
 
 THIS_JOB = "this job"
-# The package that each needs.
+# The package that each peer needs.
 PEERS = {"PyTorch": "torch", "JAX": "jax"}
-# For each recipe the module by which each of them trains it.
+# For each recipe, the module with which each peer trains it.
 MODULES = {
     "classic": {"PyTorch": "peer_pytorch", "JAX": "peer_jax"},
     "fast": {"PyTorch": "peer_pytorch_fast"},
@@ -42,12 +43,12 @@ MODULES = {
 
 
 class Run(NamedTuple):
-    """A training of one of them.
+    """A training by this job or a peer.
 
     Attributes:
-        seconds: Of the training in each epoch.
-        device: The model of its first device.
-        versions: Of its libraries.
+        seconds: Training time of each epoch.
+        device: Model of its first device.
+        versions: Versions of its libraries.
     """
 
     seconds: Sequence[float]
@@ -56,7 +57,7 @@ class Run(NamedTuple):
 
     @property
     def later(self) -> float:
-        """Seconds of an epoch after the first: their median."""
+        """Median seconds of the epochs after the first."""
         return statistics.median(self.seconds[1:])
 
 
@@ -68,14 +69,14 @@ class Run(NamedTuple):
     type=click.Choice(("float32", "bfloat16")),
     default="bfloat16",
     show_default=True,
-    help="What all of them compute in.",
+    help="Precision that all of them compute in.",
 )
 @click.option(
     "--peer",
     type=click.Choice([*PEERS]),
     multiple=True,
     default=[*PEERS],
-    help="Measure this one; all. On CPUs JAX takes very long, above all in bfloat16.",
+    help="Measure this peer [default: all]. On CPUs JAX is very slow, most of all in bfloat16.",
 )
 @click.option("--epochs", type=click.IntRange(min=2), default=3, show_default=True)
 @click.option(
@@ -83,10 +84,10 @@ class Run(NamedTuple):
     type=click.IntRange(min=1),
     default=50_000,
     show_default=True,
-    help="Only the first N training images.",
+    help="Use only the first N training images.",
 )
 @click.option(
-    "--python", default=sys.executable, help="The interpreter that has PyTorch and JAX; this one."
+    "--python", default=sys.executable, help="Interpreter with PyTorch and JAX [default: this one]."
 )
 def main(
     data_dir: Path,
@@ -102,25 +103,25 @@ def main(
     """Print a table and write bench_peers-RECIPE-PRECISION.json."""
     if not shutil.which(python):
         raise click.BadParameter(
-            f"received {python}, expected a Python interpreter; name its path",
+            f"received {python}, expected a Python interpreter; pass its path",
             param_hint="--python",
         )
     batch_size = int(recipe_defaults(recipe).get("batch_size", TrainConfig().batch_size))
     if limit < batch_size:
         raise click.BadParameter(
-            f"received {limit}, expected at least a batch of {batch_size}", param_hint="--limit"
+            f"received {limit}, expected at least one batch of {batch_size}", param_hint="--limit"
         )
     arguments = f"--precision {precision} --epochs {epochs} --limit {limit}"
     modules = MODULES[recipe]
     for name in peer:
         if name not in modules:
-            click.echo(f"{name} is left out: it has no form of {recipe}", err=True)
+            click.echo(f"skipping {name}: the recipe {recipe} has no {name} version", err=True)
     peers = _installed([one for one in peer if one in modules], python)
     runs = interleave(
         rounds,
         [THIS_JOB, *peers],
         lambda name: _run(modules.get(name), recipe, data_dir, arguments, python),
-        lambda name, run: f"{name:<10} {run.later:7.3f} s an epoch, the first {run.seconds[0]:.1f}",
+        lambda name, run: f"{name:<10} {run.later:7.3f} s per epoch, first {run.seconds[0]:.1f} s",
     )
     results = summarize(runs, limit // batch_size * batch_size)
     document = {"recipe": recipe, "options": arguments, "results": results}
@@ -131,8 +132,8 @@ def main(
         click.echo(f"{name}: {result['device']}; {libraries}")
 
 
-def problem_with(package: str, python: str) -> str | None:
-    """Why an interpreter cannot load a package, in one line; None if it can."""
+def import_error(package: str, python: str) -> str | None:
+    """The error when an interpreter imports a package, in one line; None if it succeeds."""
     command = [python, "-c", f"import numpy, {package}"]
     result = subprocess.run(command, capture_output=True, text=True)
     if not result.returncode:
@@ -141,14 +142,14 @@ def problem_with(package: str, python: str) -> str | None:
 
 
 def _installed(peers: Iterable[str], python: str) -> list[str]:
-    """The peers that the interpreter can run; why it cannot run others goes to stderr."""
+    """Return the peers that the interpreter can run; print to stderr why others are skipped."""
     installed = []
     for name in peers:
         package = PEERS[name]
-        if problem := problem_with(package, python):
+        if problem := import_error(package, python):
             click.echo(
-                f"{name} is left out: {python} cannot load it ({problem}); install it there by "
-                f"{python} -m pip install {package} numpy, or name another interpreter",
+                f"skipping {name}: {python} cannot import it ({problem}); install it there with "
+                f"{python} -m pip install {package} numpy, or pass another --python",
                 err=True,
             )
         else:
@@ -157,7 +158,7 @@ def _installed(peers: Iterable[str], python: str) -> list[str]:
 
 
 def _run(module: str | None, recipe: str, data_dir: Path, arguments: str, python: str) -> Run:
-    """Train by a peer's module, or by this job."""
+    """Train with a peer's module, or with this job."""
     if module is None:
         return run_of_job(train(data_dir, f"--recipe {recipe} {arguments}"))
     command = ["-m", f"tests.benchmarks.{module}", "--data-dir", data_dir, *arguments.split()]
@@ -166,16 +167,16 @@ def _run(module: str | None, recipe: str, data_dir: Path, arguments: str, python
 
 
 def run_of_job(training: Training) -> Run:
-    """What counts of a training by this job.
+    """Extract the results of a training by this job.
 
     Raises:
-        UsageError: If it trained on several devices, as no peer does.
+        UsageError: If it trained on several devices, which no peer supports.
     """
     manifest = training.manifest
     if manifest["replicas"] > 1:
         raise click.UsageError(
-            f"this job trained on {manifest['replicas']} devices, expected one, as the peers take "
-            f"one; set CUDA_VISIBLE_DEVICES=0"
+            f"this job trained on {manifest['replicas']} devices, expected one, because the peers "
+            f"use one; set CUDA_VISIBLE_DEVICES=0"
         )
     events = json_lines(training.lines)
     seconds = [event["seconds"] for event in events if event["event"] == "epoch"]
@@ -183,11 +184,11 @@ def run_of_job(training: Training) -> Run:
 
 
 def summarize(runs: dict[str, list[Run]], images: int) -> dict[str, Record]:
-    """Medians over the rounds of each, and their ratios to this job's.
+    """Compute the medians over the rounds, and their ratios to those of this job.
 
     Args:
-        runs: Of each, one a round; this job's among them.
-        images: That an epoch trains on.
+        runs: The runs of this job and of each peer, one per round.
+        images: Number of images that an epoch trains on.
     """
     base = statistics.median(run.later for run in runs[THIS_JOB])
     results = {}
@@ -206,7 +207,7 @@ def summarize(runs: dict[str, list[Run]], images: int) -> dict[str, Record]:
 
 
 def _table(results: dict[str, Record], precision: str) -> str:
-    header = (precision, "first epoch, compiles, s", "an epoch, s", "images/s", "ratio")
+    header = (precision, "first epoch with compilation, s", "later epochs, s", "images/s", "ratio")
     rows: list[Sequence[str]] = [
         (
             name,

@@ -1,9 +1,9 @@
-"""Measure the prediction of image files against the evaluation of the same images.
+"""Compare the speed of predicting image files with evaluating the same images.
 
-The real test images are written as PNG files. In each round either side is a process of its own
-that goes over them four times with the same network. The first pass compiles and is all that a
-command does; the fastest of the others is the speed once everything is warm. Each figure is the
-median over the rounds.
+The real test images are written as PNG files. In each round, each side runs in its own process and
+processes them four times with the same network. The first pass includes compilation and is all that
+a command does; the fastest later pass is the speed when warm. Each figure is the median over the
+rounds.
 """
 
 import json
@@ -35,8 +35,8 @@ PASSES = 4
 
 @click.command()
 @options
-@click.option("--side", type=click.Choice(SIDES), help="Measure it in this process.")
-@click.option("--folder", help="Where the PNG files are then.")
+@click.option("--side", type=click.Choice(SIDES), help="Measure only this side, in this process.")
+@click.option("--folder", help="Folder of the PNG files, for --side.")
 def main(
     data_dir: Path, output_dir: Path, rounds: int, side: str | None, folder: str | None
 ) -> None:
@@ -74,7 +74,7 @@ def _run_side(data_dir: Path, pngs: str, side: str) -> dict[str, float]:
 
 
 def _measure(data_dir: Path, folder: str, side: str) -> dict[str, float]:
-    """Images per second of a side in this process: the first pass, and the fastest later."""
+    """Measure a side in this process: images per second in the first and the fastest later pass."""
     from job.commands.cli import load_tensorflow
 
     load_tensorflow()

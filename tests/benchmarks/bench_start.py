@@ -1,27 +1,27 @@
-"""Measure where the time of a short run goes: its start, its first steps and its end.
+"""Measure the stages of a short run: its start, its first steps and its end.
 
-Each run is the program as a user starts it, on the real data, for two epochs of 60 steps. An
-execution has 15 steps. With --baseline another checkout of this project runs in turn with this one,
-by the same Python.
+Each run is the program as a user starts it, on the real data, for two epochs of 60 steps. One
+execution is 15 steps. With --baseline, another checkout of this project runs in turn with this one,
+with the same Python.
 
-Nothing is added to the program; a stage ends at the first moment at which a version has
+The program is not instrumented. A stage ends when the program has
 
-1. ``command line``: made the record of its attempt in run.json; options and output folder are good.
-2. ``TensorFlow, devices, data``: logged ``start``; the network is built, nothing is computed yet.
-3. ``first 15 steps, compiled``: the loss of these steps. It has no event in earlier versions, so it
-   is counted back from ``epoch``: by the time in training and validation that was no training, and
-   by the other steps at the second epoch's pace. An epoch's lines are written in between, so that
-   it comes out 0.01 s late.
-4. ``105 steps more, validation``: the loss of the last step. It is counted from what was logged
-   last before the second epoch, by that epoch's ``seconds``.
+1. ``command line``: recorded its attempt in run.json; options and output folder are valid.
+2. ``TensorFlow, devices, data``: logged ``start``; the network is built, but nothing is computed.
+3. ``first 15 steps, compiled``: computed the loss of these steps. Earlier versions log no event for
+   this, so it is calculated back from ``epoch``: minus the epoch's time outside of training, and
+   minus the other steps at the second epoch's speed. The result is 0.01 s late, because the epoch's
+   lines are written in between.
+4. ``105 steps more, validation``: computed the loss of the last step, which is the time of the last
+   event before the second ``epoch`` plus that epoch's ``seconds``.
 5. ``validation, checkpoints``: logged ``epoch`` and the last ``checkpoint``.
 6. ``saved model evaluated``: logged ``evaluation`` of the model that was saved and loaded.
 7. ``report``: logged ``report``.
-8. ``exit``: ended as a process.
+8. ``exit``: exited.
 
-The clock starts before the process does. What a version does early, while something else goes on,
-leaves a stage of no length. Each figure is the median over interleaved rounds; the picture shows
-the run of median length.
+The clock starts before the process does. If a version does the work of a stage early, in parallel
+with other work, the stage has zero length. Each figure is the median over interleaved rounds; the
+picture shows the run of median length.
 """
 
 import statistics
@@ -45,7 +45,7 @@ from tests.benchmarks.harness import (
 )
 
 OPTIONS = "--limit 15360 --epochs 2"
-LATER_STEPS = 45 / 60  # of an epoch: those after its first execution
+LATER_STEPS = 45 / 60  # fraction of an epoch's steps after its first execution
 START = ("command line", "TensorFlow, devices, data", "first 15 steps, compiled")
 MIDDLE = ("105 steps more, validation",)
 END = ("validation, checkpoints", "saved model evaluated", "report", "exit")
@@ -62,10 +62,12 @@ STAGES = TOTALS["whole run"]
 @click.option(
     "--baseline",
     type=click.Path(path_type=Path, resolve_path=True),
-    help="Another checkout of this project, to compare with.",
+    help="Another checkout of this project to compare with.",
 )
 @click.option(
-    "--picture", type=click.Path(path_type=Path, dir_okay=False), help="PNG file for stacked bars."
+    "--picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw stacked bars into this PNG file.",
 )
 def main(
     data_dir: Path, output_dir: Path, rounds: int, baseline: Path | None, picture: Path | None
@@ -75,7 +77,7 @@ def main(
     if baseline:
         if not (baseline / "job" / "__main__.py").is_file():
             raise click.BadParameter(
-                f"received {baseline}, expected a checkout of this project, with job/; name "
+                f"received {baseline}, expected a checkout of this project, with job/; pass "
                 f"the folder of a git clone or worktree",
                 param_hint="--baseline",
             )
@@ -94,10 +96,10 @@ def main(
 
 
 def stages_of(run: Training) -> dict[str, float]:
-    """Seconds of each stage of a run.
+    """Compute the seconds of each stage of a run.
 
     Raises:
-        ClickException: If its log lacks an event that ends a stage.
+        ClickException: If an event that ends a stage is missing from its log.
     """
     events = json_lines(run.lines)
     names = ("start", "epoch", "checkpoint", "evaluation", "report")
@@ -133,7 +135,7 @@ def _commit(run: Training) -> str:
 
 
 def _summary(runs: Iterable[Training]) -> Record:
-    """Medians of stages and totals, and the stages of each round."""
+    """Compute the medians of stages and totals; keep the stages of each round."""
     rounds = [stages_of(run) for run in runs]
     parts = {**{stage: (stage,) for stage in STAGES}, **TOTALS}
     medians = {
@@ -154,7 +156,7 @@ def _table(results: dict[str, Record]) -> str:
 
 
 def middle_run(rounds: Iterable[dict[str, float]]) -> dict[str, float]:
-    """The stages of the run of median length: unlike medians of stages they add up to a run."""
+    """Select the run of median length. Unlike medians of stages, its stages add up to a run."""
     ordered = sorted(rounds, key=lambda stages: sum(stages.values()))
     return ordered[len(ordered) // 2]
 

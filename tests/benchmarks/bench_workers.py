@@ -1,8 +1,8 @@
-"""Measure a training step against the number of workers and replicas, all on this machine.
+"""Measure a training step for different numbers of workers and replicas, all on this machine.
 
-That tells what the exchange between workers costs, not how several machines scale: they share its
-processors. As root it runs in a network namespace of its own, whose loopback carries nothing but
-what the workers say to each other.
+This measures the overhead of the communication between workers, not how training scales over
+machines: the workers share the machine's CPUs. As root it runs in its own network namespace, whose
+loopback carries only the traffic between the workers.
 """
 
 import itertools
@@ -34,7 +34,7 @@ def main(data_dir: Path, output_dir: Path, rounds: int) -> None:
         lambda layout: _measure(data_dir, *layout),
         lambda layout, result: (
             f"{layout[0]} worker(s) x {layout[1]} replica(s)  "
-            f"{result[0] * 1000:7.1f} ms a step  {result[1]:7.2f} MiB a step"
+            f"{result[0] * 1000:7.1f} ms per step  {result[1]:7.2f} MiB per step"
         ),
     )
     rows = [
@@ -48,7 +48,7 @@ def main(data_dir: Path, output_dir: Path, rounds: int) -> None:
     ]
     results = {"rounds": rounds, "options": OPTIONS, "rows": rows}
     write_results(output_dir, "bench_workers", results)
-    header = ("workers", "replicas each", "ms a step", "MiB exchanged a step")
+    header = ("workers", "replicas each", "ms per step", "MiB exchanged per step")
     lines = [
         (
             f"{row['workers']}",
@@ -62,7 +62,7 @@ def main(data_dir: Path, output_dir: Path, rounds: int) -> None:
 
 
 def _measure(data_dir: Path, workers: int, replicas: int) -> tuple[float, float]:
-    """Seconds and MiB on loopback a step: the median epoch after the first."""
+    """Seconds and MiB on loopback per step, of the median epoch after the first."""
     with tempfile.TemporaryDirectory() as folder:
         team = Team(
             Path(folder),
@@ -82,7 +82,7 @@ def _measure(data_dir: Path, workers: int, replicas: int) -> tuple[float, float]
         finally:
             team.kill()
     seconds = statistics.median(line["seconds"] for line in lines[1:]) / STEPS
-    # With an epoch's validation, which adds less than a hundredth.
+    # Includes the validation of the epoch, which adds less than 1%.
     exchanged = statistics.median(b - a for a, b in itertools.pairwise(sent)) / STEPS
     return seconds, exchanged / 2**20
 
@@ -96,8 +96,8 @@ def _bytes_on_loopback() -> int:
 
 
 if __name__ == "__main__":
-    apart = os.environ.get("BENCH_WORKERS_APART")
-    if not apart and os.getuid() == 0 and shutil.which("unshare") and shutil.which("ip"):
+    isolated = os.environ.get("BENCH_WORKERS_APART")
+    if not isolated and os.getuid() == 0 and shutil.which("unshare") and shutil.which("ip"):
         inner = 'ip link set lo up && exec "$@"'
         command = ["unshare", "--net", "sh", "-c", inner, "sh", sys.executable, "-m"]
         command += ["tests.benchmarks.bench_workers", *sys.argv[1:]]

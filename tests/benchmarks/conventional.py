@@ -1,7 +1,7 @@
-"""The conventional Keras script that the job is measured against, timed epoch by epoch.
+"""The conventional Keras script that the job is compared with, timed epoch by epoch.
 
-It is the script of the specification, section by section, with the CIFAR-10 folder read directly.
-Prints one JSON line an epoch: the training seconds without the validation, and the accuracies.
+It is the script of the specification, section by section, but reads the CIFAR-10 folder directly.
+Prints one JSON line per epoch: the training seconds without validation, and the accuracies.
 """
 
 import json
@@ -20,7 +20,7 @@ from keras.utils import to_categorical
 
 
 class Timer(keras.callbacks.Callback):  # type: ignore[misc]
-    """Times an epoch's training from its start to the end of its last batch."""
+    """Times the training of an epoch from its start to the end of its last batch."""
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, interleaved rounds, the runs of programs, and results."""
+"""Shared code of the benchmarks: options, interleaved rounds, running programs, and results."""
 
 import json
 import os
@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 
 def options(command: Command) -> Command:
-    """Add the options that every benchmark has: folders (absolute paths) and number of rounds."""
+    """Add the options of every benchmark: folders (made absolute) and the number of rounds."""
     folder = click.Path(path_type=Path, resolve_path=True)
     for add in (
         click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True),
@@ -40,7 +40,7 @@ def _require_data(_context: click.Context, _option: click.Parameter, folder: Pat
     if not (folder / "cifar-10-batches-py").is_dir():
         raise click.BadParameter(
             f"received {folder}, expected a folder with cifar-10-batches-py/; unpack CIFAR-10's "
-            f"archive there, or name another"
+            f"archive there, or pass another folder"
         )
     return folder
 
@@ -51,16 +51,16 @@ def interleave(
     measure: Callable[[Side], Result],
     describe: Callable[[Side, Result], str],
 ) -> dict[Side, list[Result]]:
-    """Measure all sides in turn, round after round: a machine whose speed drifts is fair to all.
+    """Measure all sides in turn in each round, so that a drift of the machine's speed affects all.
 
     Args:
-        rounds: How often.
-        sides: What is compared.
+        rounds: Number of rounds.
+        sides: The sides to compare.
         measure: Measures a side once.
-        describe: Words a result in a line, which is printed when it is there.
+        describe: Formats a result as a line, which is printed at once.
 
     Returns:
-        The results of each side, one a round.
+        The results of each side, one per round.
     """
     results: dict[Side, list[Result]] = {side: [] for side in sides}
     for number in range(1, rounds + 1):
@@ -77,18 +77,18 @@ def run_python(
     cwd: Path = REPOSITORY,
     env: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Run a Python program to its end and return the lines of its stdout.
+    """Run a Python program until it exits and return the lines of its stdout.
 
-    Options of the job that the environment sets are left out, as the benchmark's own count.
+    The program does not inherit JOB_… variables: only the benchmark sets the job's options.
 
     Args:
-        arguments: Of the interpreter.
+        arguments: Arguments of the interpreter.
         python: The interpreter.
-        cwd: Folder to run in, whose modules come first.
+        cwd: Working directory, whose modules are imported first.
         env: Variables to add to the environment.
 
     Raises:
-        ClickException: If it fails.
+        ClickException: If the program fails.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
     environ = {**inherited, **(env or {})}
@@ -101,13 +101,13 @@ def run_python(
 
 
 class Training(NamedTuple):
-    """A training that has ended.
+    """A finished training.
 
     Attributes:
-        lines: Of its stdout: its events and what libraries print.
-        manifest: Its run.json.
-        began: Time before its process was started, seconds since the epoch.
-        ended: Time after its process had ended.
+        lines: Lines of its stdout: its events, and the output of libraries.
+        manifest: Contents of its run.json.
+        began: Time before its process started, in seconds since the Unix epoch.
+        ended: Time after its process exited, in the same unit.
     """
 
     lines: list[str]
@@ -126,13 +126,13 @@ def train(
     """Train with these options in a folder that is removed afterwards.
 
     Args:
-        data_dir: Has CIFAR-10.
-        arguments: Options of `train`, but for folders and log format.
-        checkout: Whose program it is.
+        data_dir: Folder with CIFAR-10.
+        arguments: Options of `train`, except folders and log format.
+        checkout: Checkout of the program to run.
         env: Variables to add to the environment.
 
     Raises:
-        ClickException: If it fails.
+        ClickException: If the training fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         folders = ("--data-dir", data_dir, "--output-dir", folder)
@@ -145,12 +145,12 @@ def train(
 
 
 def json_lines(lines: Iterable[str]) -> list[Record]:
-    """The JSON objects among lines of output."""
+    """Parse the lines of an output that are JSON objects."""
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 def write_results(output_dir: Path, name: str, results: Record) -> None:
-    """Write a benchmark's results and what they were measured on to a JSON file of this name."""
+    """Write the results of a benchmark, with machine and versions, to the JSON file `name`.json."""
     document = {
         "time": log.utc_now(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
@@ -162,7 +162,7 @@ def write_results(output_dir: Path, name: str, results: Record) -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out a Markdown table: the first column to the left, the others to the right."""
+    """Format a Markdown table, with the first column left-aligned and the others right-aligned."""
     lines = [header, *rows]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]

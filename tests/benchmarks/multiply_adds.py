@@ -2,11 +2,12 @@
 
     python -m tests.benchmarks.multiply_adds fast
 
-Convolutions and products of matrices count, forwards and backwards, as their shapes have it: a
-padded border is multiplied, too. PyTorch's own counter (`peer_pytorch_fast --count`) does the same.
+Convolutions and matrix products count, in the forward and backward pass, according to their shapes:
+multiplications with a padded border count too. PyTorch's own counter (`peer_pytorch_fast --count`)
+counts in the same way.
 """
 
-# ruff: noqa: E402 (TensorFlow is loaded first, its messages held back)
+# ruff: noqa: E402 (TensorFlow is loaded first, with its messages suppressed)
 
 import json
 import math
@@ -32,15 +33,16 @@ from job.training.evaluate import mean_over_views
 
 
 def count(function: Callable[..., Any], *arguments: Any) -> int:
-    """Multiply-adds of one call of a function of tensors."""
+    """Count the multiply-adds of one call of a function of tensors."""
     graph = tf.function(function, autograph=False).get_concrete_function(*arguments).graph
     return sum(map(_count_operation, _operations(graph)))
 
 
 def _operations(graph: Any) -> list[Any]:
-    """What TensorFlow runs of a graph without loops, and of the functions that it calls.
+    """List the operations that TensorFlow runs for a graph without loops.
 
-    It leaves out what no output and no assignment depends on.
+    This includes the functions that the graph calls. TensorFlow skips operations that no output and
+    no assignment depends on.
     """
     found, pending, seen = [], [one.op for one in graph.outputs] + graph.control_outputs, set()
     while pending:
@@ -69,7 +71,7 @@ def _count_operation(operation: Any) -> int:
             inner = rows if operation.get_attr("transpose_a") else columns
             return _size(operation.outputs[0].shape) * int(inner)
     if any(part in operation.type for part in ("Conv", "MatMul", "Einsum")):
-        raise ValueError(f"received {operation.type}, expected an operation that is counted")
+        raise ValueError(f"received {operation.type}, expected an operation that can be counted")
     return 0
 
 
@@ -80,17 +82,17 @@ def _size(shape: tf.TensorShape) -> int:
 def count_run(
     recipe_name: str, dataset: Dataset, devices: Devices, plan: Plan, examples: int
 ) -> dict[str, int]:
-    """Multiply-adds of a training, its validations and its evaluation.
+    """Count the multiply-adds of a training, its validations and its evaluation.
 
     Args:
-        recipe_name: The recipe.
-        dataset: Gives the number of classes and the images that a recipe takes weights from.
-        devices: One replica, with nothing compiled by XLA, whose operations are not seen.
-        plan: Of the run.
-        examples: Test images.
+        recipe_name: Name of the recipe.
+        dataset: Provides the number of classes, and the images that a recipe computes weights from.
+        devices: One replica without XLA, whose compiled operations are not visible in the graph.
+        plan: Plan of the run.
+        examples: Number of test images.
 
     Returns:
-        By part of the run.
+        The counts by part of the run.
     """
     recipe = get_recipe(recipe_name)
     engine = Engine(recipe, devices, dataset, plan, 0.24)

@@ -1,7 +1,8 @@
-"""What the programs that train the recipe `classic` in other frameworks share.
+"""Shared code of the peers: programs that train this job's recipes in other frameworks.
 
-NumPy and the standard library only: a peer runs where TensorFlow is not installed. The numbers are
-those of `job/recipes/classic.py` and of Keras's defaults, restated because it imports TensorFlow.
+It imports only NumPy and the standard library, because peers run in environments without
+TensorFlow. The numbers are those of `job/recipes/classic.py` and of Keras's defaults. They are
+repeated here because that module imports TensorFlow.
 """
 
 import argparse
@@ -43,28 +44,32 @@ class Cifar10(NamedTuple):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches of the training set; the rest is left out, other images each epoch."""
+        """Whole batches per epoch. The remaining images, others in each epoch, are skipped."""
         return len(self.train_images) // BATCH_SIZE
 
 
 def option_parser(description: str | None, epochs: int = 50) -> argparse.ArgumentParser:
-    """The options that every peer has; one adds its own."""
+    """Make a parser with the options of every peer; each peer adds its own."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--data-dir", type=Path, required=True, help="has cifar-10-batches-py/")
+    parser.add_argument(
+        "--data-dir", type=Path, required=True, help="folder with cifar-10-batches-py/"
+    )
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--limit", type=int, help="only this many training images; all 50,000")
+    parser.add_argument(
+        "--limit", type=int, help="use only the first LIMIT training images (default: all 50,000)"
+    )
     return parser
 
 
 def load(data_dir: Path, limit: int | None, batch_size: int = BATCH_SIZE) -> Cifar10:
-    """Load CIFAR-10, of the training images the first `limit`, at least a batch."""
+    """Load CIFAR-10 with the first `limit` training images, which must be at least one batch."""
     folder = data_dir / "cifar-10-batches-py"
     if not folder.is_dir():
-        raise SystemExit(f"no cifar-10-batches-py in {data_dir}; name another --data-dir")
+        raise SystemExit(f"no cifar-10-batches-py in {data_dir}; use another --data-dir")
     if limit is not None and limit < batch_size:
-        raise SystemExit(f"received --limit {limit}, expected at least a batch of {batch_size}")
+        raise SystemExit(f"received --limit {limit}, expected at least one batch of {batch_size}")
     train_images, train_labels = _read(folder, [f"data_batch_{number}" for number in range(1, 6)])
     return Cifar10(train_images[:limit], train_labels[:limit], *_read(folder, ["test_batch"]))
 
@@ -77,11 +82,11 @@ def _read(folder: Path, names: list[str]) -> tuple[npt.NDArray[np.uint8], npt.ND
 
 
 def affine_maps(unit: Any, ops: Any) -> list[Any]:
-    """`job.recipes._augment.draw_parameters` and `affine_transforms`, in any framework.
+    """Compute `job.recipes._augment.draw_parameters` and `affine_transforms` in any framework.
 
     Args:
-        unit: [7, ...] uniform from 0 to 1, an array of the framework's.
-        ops: What has the framework's `cos` and `sin`.
+        unit: Array of the framework, [7, ...], uniform from 0 to 1.
+        ops: Module with the framework's `cos` and `sin`.
 
     Returns:
         The columns (a, b, c, d, e, f), [...] each: output pixel (x, y) shows the input at
@@ -109,14 +114,14 @@ def train(
     validate: Callable[[], float],
     about: dict[str, Any],
 ) -> None:
-    """Train, printing one JSON line an epoch and a last one with the summary.
+    """Train, and print one JSON line per epoch and a last one with the summary.
 
     Args:
-        epochs: Passes over the training set.
-        train_epoch: Trains the epoch of this number, from 0, waits for the device and returns the
-            mean loss.
-        validate: Returns the accuracy on the test images, having waited for the device.
-        about: What the summary says of framework, device and options.
+        epochs: Number of passes over the training set.
+        train_epoch: Trains the epoch with this number, from 0, waits for the device and returns
+            the mean loss.
+        validate: Waits for the device and returns the accuracy on the test images.
+        about: Framework, device and options, for the summary.
     """
     seconds, accuracies = [], []
     begin = time.perf_counter()
@@ -138,7 +143,7 @@ def train(
     summary = {
         **about,
         "epochs": epochs,
-        # Compilation included.
+        # Includes compilation.
         "first_epoch_seconds": seconds[0],
         "median_epoch_seconds": statistics.median(seconds[1:]) if epochs > 1 else None,
         "total_seconds": time.perf_counter() - begin,

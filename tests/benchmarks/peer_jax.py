@@ -1,8 +1,8 @@
-"""The recipe `classic` in JAX, as fast as JAX trains it on one GPU; needs no TensorFlow.
+"""The recipe `classic` in JAX, optimized for one GPU; needs no TensorFlow.
 
     python -m tests.benchmarks.peer_jax --data-dir data --epochs 50 --precision bfloat16
 
-An epoch is one compiled program: it draws the order and the affine maps and scans over the steps.
+An epoch is one compiled program that draws the order and the affine maps and scans over the steps.
 """
 
 from functools import partial
@@ -24,14 +24,14 @@ DENSES = {"dense1": (512, 512), "dense2": (512, 128), "head": (128, peer.CLASSES
 
 
 class State(NamedTuple):
-    """All that training changes; float32.
+    """Everything that training changes, in float32.
 
     Attributes:
         parameters: By layer.
         statistics: Moving means and variances, by layer.
         first: Adam's first moments, shaped as the parameters.
         second: Adam's second moments.
-        step: Steps done, int32.
+        step: Number of completed steps, int32.
     """
 
     parameters: Tree
@@ -42,7 +42,7 @@ class State(NamedTuple):
 
 
 def initial_state(key: jax.Array) -> State:
-    """Keras's initial values: Glorot-uniform kernels, zero biases."""
+    """Create Keras's initial values: Glorot-uniform kernels, zero biases."""
     glorot = jax.nn.initializers.glorot_uniform()
     shapes = {name: (3, 3, *channels) for name, channels in CONVOLUTIONS.items()} | DENSES
     keys = jax.random.split(key, len(shapes))
@@ -60,10 +60,10 @@ def initial_state(key: jax.Array) -> State:
 
 @jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
-    """Max pooling of [batch, height, width, channels] of even size, windows and strides of 2.
+    """Max pooling of [batch, height, width, channels] of even size, with windows and strides of 2.
 
-    Elementwise, because XLA scatters the gradient of a pooling by `lax.reduce_window`. It goes to
-    the first of equal largest values.
+    Elementwise, because XLA computes the gradient of `lax.reduce_window` with a scatter. If several
+    values are the largest, the gradient goes to the first.
     """
     return _max_pool_forward(x)[0]
 
@@ -91,11 +91,11 @@ max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def batch_norm(x: jax.Array, layer: Tree, moving: Tree, training: bool) -> tuple[jax.Array, Tree]:
-    """Normalize in float32, and in training bring the moving statistics forward."""
+    """Normalize in float32; in training, also update the moving statistics."""
     wide = x.astype(jnp.float32)
     mean, variance = moving["mean"], moving["variance"]
     if training:
-        # Both sums in one pass over x.
+        # Computes both means in one pass over x.
         mean = wide.mean((0, 1, 2))
         variance = jnp.maximum((wide * wide).mean((0, 1, 2)) - mean * mean, 0)
         keep = peer.NORM_MOMENTUM
@@ -110,13 +110,13 @@ def batch_norm(x: jax.Array, layer: Tree, moving: Tree, training: bool) -> tuple
 def forward(
     parameters: Tree, statistics: Tree, x: jax.Array, dropout_key: jax.Array | None
 ) -> tuple[jax.Array, Tree]:
-    """The network of `job/recipes/classic.py`, in the dtype of its input.
+    """Apply the network of `job/recipes/classic.py` in the dtype of its input.
 
     Args:
         parameters: By layer.
         statistics: By layer.
         x: Images [batch, 32, 32, 3].
-        dropout_key: What to drop units by; None is inference.
+        dropout_key: Random key for Dropout; None for inference.
 
     Returns:
         Logits [batch, 10] float32 and the new statistics.
@@ -136,7 +136,7 @@ def forward(
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         x = x + layer["bias"].astype(x.dtype)
-        # ReLU commutes with the pooling, behind which it has a quarter of the values.
+        # ReLU commutes with the pooling; after it, there are only a quarter of the values.
         _, height, width, _ = x.shape
         x = jax.nn.relu(max_pool(x[:, : height // 2 * 2, : width // 2 * 2]))
         x, updated[name] = batch_norm(x, layer, statistics[name], training)
@@ -154,7 +154,7 @@ def draw_transforms(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def augment(pixels: jax.Array, rows: jax.Array, transforms: jax.Array) -> jax.Array:
-    """Sample rows of the data set through affine maps, straight from the resident bytes.
+    """Sample rows of the data set through affine maps, directly from the bytes on the device.
 
     Args:
         pixels: [examples * 1024, 3] uint8.
@@ -185,7 +185,7 @@ def augment(pixels: jax.Array, rows: jax.Array, transforms: jax.Array) -> jax.Ar
 
 
 def adam(state: State, gradients: Tree, statistics: Tree) -> State:
-    """Keras's Adam, whose epsilon joins the second moment before its bias is corrected."""
+    """Apply Keras's Adam, which adds epsilon to the root of the uncorrected second moment."""
     step = state.step + 1
     time = step.astype(jnp.float32)
     rate = peer.LEARNING_RATE * jnp.sqrt(1 - peer.BETA_2**time) / (1 - peer.BETA_1**time)
@@ -211,7 +211,7 @@ def train_epoch(
     dtype: Any,
     unroll: int,
 ) -> tuple[State, jax.Array]:
-    """Train an epoch; returns the new state and the mean loss."""
+    """Train an epoch; return the new state and the mean loss."""
     order_key, transform_key, dropout_key = jax.random.split(key, 3)
     order = jax.random.permutation(order_key, len(labels))[: steps * BATCH_SIZE]
 
@@ -240,16 +240,16 @@ def train_epoch(
 
 @partial(jax.jit, static_argnames="dtype")
 def count_correct(state: State, images: jax.Array, labels: jax.Array, *, dtype: Any) -> jax.Array:
-    """Right predictions among images [batch, 32, 32, 3] uint8."""
+    """Count the correct predictions for images [batch, 32, 32, 3] uint8."""
     decoded = (images.astype(jnp.float32) * (1 / 255)).astype(dtype)
     logits, _ = forward(state.parameters, state.statistics, decoded, None)
     return (logits.argmax(-1) == labels).sum()
 
 
 def main() -> None:
-    """Train and report."""
+    """Train and print the results."""
     parser = peer.option_parser(__doc__)
-    parser.add_argument("--unroll", type=int, default=5, help="steps an iteration of the scan")
+    parser.add_argument("--unroll", type=int, default=5, help="steps per iteration of the scan")
     options = parser.parse_args()
     data = peer.load(options.data_dir, options.limit)
     dtype = jnp.dtype(options.precision)

@@ -1,9 +1,10 @@
-"""The recipe `classic` in PyTorch, as fast as PyTorch trains it on one GPU; needs no TensorFlow.
+"""The recipe `classic` in PyTorch, optimized for one GPU; needs no TensorFlow.
 
     python -m tests.benchmarks.peer_pytorch --data-dir data --epochs 50 --precision bfloat16
 
-Inductor compiles augmentation, network and gradients; Adam is the fused one; a CUDA graph holds
-some steps and is replayed until the epoch is done. Without CUDA everything runs eagerly.
+Inductor compiles augmentation, network and gradients; Adam is the fused version. A CUDA graph
+contains several steps and is replayed until the epoch is complete. Without CUDA everything runs
+eagerly.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - what all of PyTorch's users call it
+import torch.nn.functional as F  # noqa: N812 - the usual name in PyTorch code
 from torch import nn
 
 from tests.benchmarks import peer
@@ -19,7 +20,7 @@ from tests.benchmarks.peer import BATCH_SIZE, IMAGE_SIZE, PIXELS
 
 COMPILE_MODES = {
     "default": "default",
-    # The graphs of plain "max-autotune" cannot be captured into this program's own.
+    # Plain "max-autotune" uses its own CUDA graphs, which cannot be captured into another graph.
     "max-autotune": "max-autotune-no-cudagraphs",
 }
 
@@ -43,18 +44,18 @@ class Network(nn.Module):  # type: ignore[misc]
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         for norm in self.norms:
-            # Counts steps, which nothing reads where the momentum is given.
+            # A counter of steps that is not used with a fixed momentum.
             norm.num_batches_tracked = None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         device_type = images.device.type
         mixed = self.dtype != torch.float32
-        # A cache of cast weights would not outlive a CUDA graph.
+        # Cached casts of weights become invalid outside of a CUDA graph.
         with torch.autocast(device_type, self.dtype, enabled=mixed, cache_enabled=False):
-            # Channels last in memory: what the tensor cores take.
+            # Channels last in memory, as the tensor cores require.
             x = images.permute(0, 3, 1, 2)
             for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-                # ReLU commutes with the pooling, behind which it has a quarter of the values.
+                # ReLU commutes with the pooling; after it, there are only a quarter of the values.
                 x = norm(F.relu(F.max_pool2d(convolution(x), 2)))
             x = F.relu(self.dense1(x.permute(0, 2, 3, 1).flatten(1)))
             x = F.dropout(x, peer.DROPOUT, self.training)
@@ -71,13 +72,13 @@ def draw_transforms(count: int, device: torch.device) -> torch.Tensor:
 def augment(
     pixels: torch.Tensor, rows: torch.Tensor, transforms: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Sample rows of the data set through affine maps, straight from the resident bytes.
+    """Sample rows of the data set through affine maps, directly from the bytes on the device.
 
     Args:
         pixels: [examples * 1024, 3] uint8.
         rows: [batch] int64.
         transforms: [batch, 6] float32.
-        dtype: Of the result.
+        dtype: Dtype of the result.
 
     Returns:
         [batch, 32, 32, 3], 0 to 1: bilinear, with the nearest pixel beyond the edges.
@@ -102,24 +103,24 @@ def augment(
 
 
 def loss_of(model: Network, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of a batch."""
+    """Compute the mean cross entropy of a batch."""
     return F.cross_entropy(model(images), labels)
 
 
 def count_correct(model: Network, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Right predictions among images [batch, 32, 32, 3] uint8."""
+    """Count the correct predictions for images [batch, 32, 32, 3] uint8."""
     decoded = (images.float() * (1 / 255)).to(model.dtype)
     return (model(decoded).argmax(-1) == labels).sum()
 
 
 class Trainer:
-    """The training loop: an epoch is so many executions of so many steps.
+    """The training loop: an epoch is divided into executions of a fixed number of steps.
 
     Args:
-        data: The training images go to the device.
-        device: Where to train.
-        dtype: What to compute in; parameters and statistics are float32.
-        steps_per_execution: Steps of an execution.
+        data: The data set; its images are copied to the device.
+        device: Device to train on.
+        dtype: Dtype to compute in; parameters and statistics are float32.
+        steps_per_execution: Number of steps in one execution.
         compiled: Compiles a function.
     """
 
@@ -149,7 +150,7 @@ class Trainer:
         self._draw, self._augment = compiled(draw_transforms), compiled(augment)
         self._loss, self._count_correct = compiled(loss_of), compiled(count_correct)
 
-        # A CUDA graph reads and writes the same memory each time.
+        # A CUDA graph reads and writes the same memory on each replay.
         self._steps_per_execution = steps_per_execution
         self._steps = data.steps_per_epoch
         self._rows = torch.zeros(steps_per_execution * BATCH_SIZE, dtype=torch.int64, device=device)
@@ -175,7 +176,7 @@ class Trainer:
         return float(self._loss_sum) / self._steps
 
     def validate(self) -> float:
-        """Accuracy on the test images."""
+        """Compute the accuracy on the test images."""
         self.model.eval()
         with torch.no_grad():
             correct = self._count_correct(self.model, self._test_images, self._test_labels)
@@ -183,11 +184,11 @@ class Trainer:
         return int(correct) / len(self._test_labels)
 
     def _execute(self) -> None:
-        """Train an execution: the first as it is, which compiles, the later ones by their graph."""
+        """Run one execution: the first without the graph, which compiles; later ones with it."""
         if self._stream is None:
             self._train_steps()
         elif not self._warm:
-            # On the stream of the capture, as PyTorch asks of what comes before one.
+            # PyTorch requires warm-up runs on the same stream as the capture.
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 self._train_steps()
@@ -197,13 +198,13 @@ class Trainer:
             if self._graph is None:
                 self._optimizer.zero_grad(set_to_none=True)
                 self._graph = torch.cuda.CUDAGraph()
-                # Records the steps without running it.
+                # Records the steps without running them.
                 with torch.cuda.graph(self._graph, stream=self._stream):
                     self._train_steps()
             self._graph.replay()
 
     def _train_steps(self) -> None:
-        # One kernel makes the images of all steps.
+        # One kernel creates the images of all steps.
         images = self._augment(self._pixels, self._rows, self._transforms, self._dtype)
         labels = self._labels[self._rows].split(BATCH_SIZE)
         for batch, batch_labels in zip(images.split(BATCH_SIZE), labels, strict=True):
@@ -223,12 +224,14 @@ def _labels(labels: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def main() -> None:
-    """Train and report."""
+    """Train and print the results."""
     parser = peer.option_parser(__doc__)
     parser.add_argument(
-        "--compile", choices=(*COMPILE_MODES, "off"), help="default on a GPU, off on a CPU"
+        "--compile",
+        choices=(*COMPILE_MODES, "off"),
+        help="mode of torch.compile; by default 'default' on a GPU, 'off' on a CPU",
     )
-    parser.add_argument("--graph-steps", type=int, default=15, help="steps of one CUDA graph")
+    parser.add_argument("--graph-steps", type=int, default=15, help="steps in one CUDA graph")
     options = parser.parse_args()
     data = peer.load(options.data_dir, options.limit)
     on_gpu = torch.cuda.is_available()
@@ -236,7 +239,7 @@ def main() -> None:
     if data.steps_per_epoch % options.graph_steps:
         raise SystemExit(
             f"received --graph-steps {options.graph_steps}, expected a divisor of the "
-            f"{data.steps_per_epoch} steps of an epoch"
+            f"{data.steps_per_epoch} steps per epoch"
         )
     mode = options.compile or ("default" if on_gpu else "off")
 
@@ -247,7 +250,7 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     torch.backends.cudnn.benchmark = True
-    # TF32 in float32, as TensorFlow and JAX have it by default.
+    # Allows TF32 in float32, which is the default in TensorFlow and JAX.
     torch.set_float32_matmul_precision("high")
     dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
     trainer = Trainer(data, device, dtype, options.graph_steps, compiled)

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.peer_pytorch_fast --data-dir data --epochs 8 --precision bfloat16
 
-Memory is channels last, and the network computes under autocast. Inductor compiles network and
-gradients on a GPU.
+Memory format is channels last, and the network runs under autocast. On a GPU, Inductor compiles
+network and gradients.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - what all of PyTorch's users call it
+import torch.nn.functional as F  # noqa: N812 - the usual name in PyTorch code
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -71,7 +71,7 @@ class Network(nn.Module):  # type: ignore[misc]
             return self.head(x.float()) / x.shape[1]
 
     def whiten(self, images: torch.Tensor) -> None:
-        """Set the fixed filters from normalized images [examples, 3, 32, 32]."""
+        """Compute the fixed filters from normalized images [examples, 3, 32, 32]."""
         patches = F.unfold(images[:WHITENED_IMAGES].double(), 2).transpose(1, 2).reshape(-1, 12)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
         filters = (vectors / torch.sqrt(values + WHITENING_EPSILON)).T.reshape(12, 3, 2, 2)
@@ -79,7 +79,7 @@ class Network(nn.Module):  # type: ignore[misc]
 
 
 class Muon:
-    """`job.recipes.fast.Muon` of convolution filters alone."""
+    """`job.recipes.fast.Muon`, for convolution filters only."""
 
     def __init__(self, kernels: list[torch.Tensor]) -> None:
         self._kernels = kernels
@@ -87,7 +87,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Update the kernels by their gradients."""
+        """Update the kernels with their gradients."""
         for kernel, momentum in zip(self._kernels, self._momentums, strict=True):
             momentum.mul_(MOMENTUM).add_(kernel.grad)
             step = kernel.grad.add(momentum, alpha=MOMENTUM)
@@ -97,7 +97,7 @@ class Muon:
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """Three Newton-Schulz iterations in bfloat16."""
+    """Orthogonalize a matrix with three Newton-Schulz iterations in bfloat16."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = (matrix / (matrix.norm() + 1e-7)).bfloat16()
     if tall := len(x) > x.shape[1]:
@@ -109,7 +109,7 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def loss_of(model: Network, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed cross entropy of a batch."""
+    """Compute the summed cross entropy of a batch."""
     logits = model(images)
     return F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING, reduction="sum")
 
@@ -118,15 +118,15 @@ class Trainer:
     """The training loop.
 
     Args:
-        data: Goes to the device.
-        device: Where to train.
-        dtype: What to compute in; parameters and statistics are float32.
-        epochs: Of the run.
+        data: The data set; it is copied to the device.
+        device: Device to train on.
+        dtype: Dtype to compute in; parameters and statistics are float32.
+        epochs: Number of epochs of the run.
         compiled: Compiles a function.
 
     Attributes:
         model: The network.
-        steps: Of an epoch.
+        steps: Number of steps per epoch.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Trainer:
         return float(loss_sum) / len(order)
 
     def train_step(self, *, late: bool = False) -> None:
-        """Train a step on the first images, of those after the whitening layer's if `late`."""
+        """Train one step on the first images, with `late` one after the whitening bias is fixed."""
         self._done = self._bias_steps if late else 0
         images = self._images[:BATCH_SIZE].contiguous(memory_format=torch.channels_last)
         self._train_batch(images, self._labels[:BATCH_SIZE])
@@ -191,7 +191,7 @@ class Trainer:
         return loss.detach()
 
     def validate(self) -> float:
-        """Accuracy on the test images, each as it is."""
+        """Compute the accuracy on the unmodified test images."""
         self.model.eval()
         with torch.no_grad():
             parts = zip(self._test_images.split(500), self._test_labels.split(500), strict=True)
@@ -202,7 +202,7 @@ class Trainer:
         return int(correct) / len(self._test_labels)
 
     def validate_views(self) -> float:
-        """Accuracy on the test images by the mean logits over mirrored and shifted ones."""
+        """Compute the accuracy with the mean logits over mirrored and shifted test images."""
         self.model.eval()
         correct = 0
         with torch.no_grad():
@@ -217,7 +217,7 @@ class Trainer:
         return correct / len(self._test_labels)
 
     def _load(self, images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalized images [examples, 3, 32, 32], and labels, on the device."""
+        """Return normalized images [examples, 3, 32, 32] and labels on the device."""
         scaled = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2).float() / 255
         mean, deviation = (
             torch.tensor(one, device=self._device)[:, None, None] for one in (MEAN, DEVIATION)
@@ -252,7 +252,7 @@ class Trainer:
 
 
 def count_multiply_adds(trainer: Trainer, epochs: int) -> dict[str, int]:
-    """Multiply-adds of a run, by what PyTorch counts in one epoch of each kind."""
+    """Count the multiply-adds of a run from single steps, one validation and one evaluation."""
 
     def count(function: Callable[[], object]) -> int:
         with FlopCounterMode(display=False) as counter:
@@ -271,9 +271,11 @@ def count_multiply_adds(trainer: Trainer, epochs: int) -> dict[str, int]:
 
 
 def main() -> None:
-    """Train and report."""
+    """Train and print the results."""
     parser = peer.option_parser(__doc__, epochs=8)
-    parser.add_argument("--count", action="store_true", help="count multiply-adds instead")
+    parser.add_argument(
+        "--count", action="store_true", help="count multiply-adds instead of training"
+    )
     options = parser.parse_args()
     data = peer.load(options.data_dir, options.limit, BATCH_SIZE)
     on_gpu = torch.cuda.is_available()

@@ -11,7 +11,7 @@ from job.cluster.devices import Compilation
 from job.data import Dataset
 from job.training.engine import Plan
 from tests.benchmarks.bench import Kernels, kernels_in
-from tests.benchmarks.bench_peers import THIS_JOB, Run, problem_with, run_of_job, summarize
+from tests.benchmarks.bench_peers import THIS_JOB, Run, import_error, run_of_job, summarize
 from tests.benchmarks.bench_start import STAGES, middle_run, stages_of
 from tests.benchmarks.harness import Training, interleave, run_python, table
 from tests.benchmarks.multiply_adds import count, count_run
@@ -23,16 +23,16 @@ def test_overlapping_kernels_cover_their_time_once() -> None:
     assert kernels_in(spans, start=0.0, end=10.0) == Kernels(covered=0.5, summed=0.6)
 
 
-def test_kernels_outside_of_the_time_count_nothing() -> None:
-    # As `_measure_kernels` cuts spans to the time, one outside ends before it begins.
+def test_kernels_outside_of_the_measured_time_do_not_count() -> None:
+    # `_measure_kernels` clips spans to the measured time, so a span outside ends before it begins.
     assert kernels_in([(5.0, 3.0)], start=5.0, end=10.0) == Kernels(0.0, 0.0)
     assert kernels_in([(5.0, 10.0)], start=5.0, end=10.0).covered == pytest.approx(1.0)
 
 
-def a_run(**seconds: float) -> Training:
-    """A run whose events come so many seconds after its start.
+def make_training(**seconds: float) -> Training:
+    """A run with events at the given number of seconds after its start.
 
-    Its epochs train for 6 and 1 s. The first has 3 s besides.
+    Its epochs train for 6 and 1 s. The first takes another 3 s for other work.
     """
     times = {"start": 4.0, "epoch": 15.5, "checkpoint": 16.0, "evaluation": 18.5, "report": 20.5}
     events: list[tuple[float, dict[str, Any]]] = [
@@ -48,23 +48,24 @@ def a_run(**seconds: float) -> Training:
 
 @pytest.mark.parametrize(("first_checkpoint", "pause"), [(None, 0.0), (10.5, 0.0), (13.25, 0.25)])
 def test_a_run_is_divided_into_its_stages(first_checkpoint: float | None, pause: float) -> None:
-    # Versions differ in when they save first.
-    run = a_run()
+    # Versions save their first checkpoint at different times.
+    run = make_training()
     if first_checkpoint:
-        early = next(line for line in a_run(checkpoint=first_checkpoint).lines if "check" in line)
+        other = make_training(checkpoint=first_checkpoint)
+        early = next(line for line in other.lines if "check" in line)
         run.lines.insert(2 if first_checkpoint < 13 else 3, early)
     lengths = (0.5, 3.5, 5.25, 4.75 + pause, 2.0 - pause, 2.5, 2.0, 0.25)
     assert stages_of(run) == pytest.approx(dict(zip(STAGES, lengths, strict=True)))
 
 
-def test_what_is_done_early_leaves_a_stage_of_no_length() -> None:
-    stages = stages_of(a_run(evaluation=15.9, report=15.8))
+def test_work_done_early_results_in_a_stage_of_zero_length() -> None:
+    stages = stages_of(make_training(evaluation=15.9, report=15.8))
     assert (stages["saved model evaluated"], stages["report"]) == (0, 0)
     assert sum(stages.values()) == pytest.approx(20.75)
 
 
-def test_a_run_without_one_of_the_events_is_refused() -> None:
-    run = a_run()
+def test_a_run_without_a_required_event_is_rejected() -> None:
+    run = make_training()
     del run.lines[-1]
     with pytest.raises(click.ClickException, match="no event report"):
         stages_of(run)
@@ -75,7 +76,7 @@ def test_the_picture_shows_the_run_of_median_length() -> None:
     assert middle_run([first, second, third]) is third
 
 
-def test_rounds_take_all_sides_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_round_measures_all_sides_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[str] = []
 
     def measure(side: str) -> int:
@@ -87,7 +88,7 @@ def test_rounds_take_all_sides_in_turn(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.splitlines()[-1] == "round 2/2  b4"
 
 
-def test_programs_get_no_options_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_options_in_the_environment_are_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOB_LIMIT", "256")
     show = "import os; print(os.environ.get('JOB_LIMIT'), os.environ['ADDED'])"
     assert run_python(["-c", show], env={"ADDED": "1"}) == ["None 1"]
@@ -101,12 +102,12 @@ def test_a_table_is_aligned_markdown() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
-def test_a_peer_that_is_not_installed_is_named_with_the_reason() -> None:
-    assert problem_with("json", sys.executable) is None
-    assert "No module named 'no_peer'" in str(problem_with("no_peer", sys.executable))
+def test_the_import_error_of_a_peer_that_is_not_installed() -> None:
+    assert import_error("json", sys.executable) is None
+    assert "No module named 'no_peer'" in str(import_error("no_peer", sys.executable))
 
 
-def test_multiply_adds_are_those_of_what_is_computed() -> None:
+def test_only_multiply_adds_that_are_computed_count() -> None:
     images, kernel, matrix = tf.ones([2, 8, 8, 3]), tf.ones([3, 3, 3, 4]), tf.ones([256, 5])
     convolution, product = 2 * 8 * 8 * 4 * (9 * 3), 2 * 5 * 256
 
@@ -117,19 +118,19 @@ def test_multiply_adds_are_those_of_what_is_computed() -> None:
             loss = tf.reduce_sum((hidden @ matrix) ** 2)
         return tape.gradient(loss, matrix)
 
-    # Two products with the matrix, none with the convolution's gradient.
+    # Two products with the matrix; the gradient of the convolution is not computed.
     assert count(compute, images) == convolution + 2 * product
     assert count(tf.function(compute), images) == convolution + 2 * product
 
 
-def test_the_fast_recipe_multiplies_what_its_network_needs(
+def test_multiply_adds_of_the_fast_recipe(
     small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
     devices = make_devices(1, compilation=Compilation(False, False))
     counts = count_run("fast", small_dataset, devices, Plan(16, 1, epochs=8, seed=1), 10)
     whitening, second, forward = 276_768, 13_284_864, 118_147_360
     muon = 3_166_765_056
-    # Nothing for the whitening filters and the images' gradient; later no gradient of its outputs.
+    # No gradients of the whitening filters and of the images; later none of the whitening outputs.
     early = 16 * (3 * forward - 2 * whitening) + muon
     assert counts == {
         "training": 8 * early - 5 * 16 * second,
@@ -146,7 +147,7 @@ def test_peers_are_compared_by_their_later_epochs() -> None:
     assert (jax["seconds_first_epoch"], jax["images_per_second"], jax["ratio"]) == (4, 100, 0.5)
 
 
-def test_this_job_is_compared_on_one_device_alone() -> None:
+def test_this_job_is_compared_only_on_one_device() -> None:
     lines = ['{"event": "epoch", "seconds": 2.5}', '{"event": "checkpoint", "seconds": 0.1}']
     manifest: dict[str, Any] = {"replicas": 1, "devices": [{"model": "a GPU"}], "versions": {}}
     assert run_of_job(Training(lines, manifest, 0, 1)) == Run([2.5], "a GPU", {})

@@ -19,12 +19,12 @@ from tests.conftest import REPOSITORY
 from tests.integration.containers import HERE, podman
 from tests.k8s.manifests import (
     Manifest,
-    copy_of_the_repository,
+    container_of,
+    copy_repository,
     fetch_pod,
     make,
     of_kind,
     only,
-    the_container,
 )
 
 UID = "6a41c0ac-5a6b-4f6e-9d2e-0f4f2f1c7a11"
@@ -54,7 +54,7 @@ def run(*args: str | Path) -> str:
 def pod_of(job: Manifest, image: str) -> Manifest:
     """The Pod that Kubernetes makes, but for the image, the GPU and the size of the run."""
     template = job["spec"]["template"]
-    container = the_container(template["spec"])
+    container = container_of(template["spec"])
     container["image"] = image
     container["args"][container["args"].index("--require-gpus") + 1] = "0"
     container["args"] += ["--epochs", "3", "--limit", "768"]
@@ -169,9 +169,9 @@ def test_it_ran_under_the_manifests_restrictions(played: Played) -> None:
 def test_k8s_fetch_copies_the_artifacts_out_of_the_volume(
     played: Played, image: str, tmp_path: Path
 ) -> None:
-    folder = copy_of_the_repository(tmp_path / "repository")
+    folder = copy_repository(tmp_path / "repository")
     fetch = fetch_pod(folder, "k8s")
-    the_container(fetch["spec"])["image"] = image
+    container_of(fetch["spec"])["image"] = image
     pod, kubectl = tmp_path / "fetch.yaml", tmp_path / "kubectl"
     pod.write_text(yaml.safe_dump(fetch))
     kubectl.write_text(KUBECTL.format(config=HERE / "containers.conf", pod=pod))

@@ -14,8 +14,8 @@ from tests.conftest import REPOSITORY
 Manifest = dict[str, Any]
 
 
-def copy_of_the_repository(folder: Path) -> Path:
-    """What the make targets need, in a folder that they may write."""
+def copy_repository(folder: Path) -> Path:
+    """Copy the files that the make targets need into a folder that they can write to."""
     shutil.copytree(REPOSITORY / "k8s", folder / "k8s", symlinks=True)
     shutil.copy(REPOSITORY / "Makefile", folder)
     return folder
@@ -47,7 +47,7 @@ def fetch_pod(folder: Path, kustomization: str) -> Manifest:
 
 
 def render(folder: Path, kustomization: str) -> list[Manifest]:
-    """What `make k8s-run` applies in a copy of the repository, and the Pod of `make k8s-fetch`."""
+    """The manifests that `make k8s-run` applies, and the Pod of `make k8s-fetch`."""
     return [*kustomize(folder / kustomization), fetch_pod(folder, kustomization)]
 
 
@@ -60,7 +60,7 @@ def only(kind: str, manifests: list[Manifest]) -> Manifest:
     return manifest
 
 
-def the_container(pod: Manifest) -> Manifest:
+def container_of(pod: Manifest) -> Manifest:
     """The container of a Pod's spec."""
     (container,) = pod["containers"]
     assert isinstance(container, dict)

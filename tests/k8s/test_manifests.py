@@ -1,4 +1,4 @@
-"""The manifests as they are rendered, field by field."""
+"""The rendered manifests, field by field."""
 
 import os
 import re
@@ -18,12 +18,12 @@ from job.config import UserError
 from tests.conftest import REPOSITORY
 from tests.k8s.manifests import (
     Manifest,
-    copy_of_the_repository,
+    container_of,
+    copy_repository,
     kustomize,
     of_kind,
     only,
     render,
-    the_container,
 )
 
 K8S = REPOSITORY / "k8s"
@@ -31,7 +31,7 @@ COMPONENTS = sorted(folder.name for folder in (K8S / "components").iterdir())
 VERSIONS = [
     version for version in all_versions() if tuple(map(int, version.split(".")[:2])) >= (1, 31)
 ]
-# Each overlay alone, and what `k8s/kustomization.yaml` combines with all components.
+# Each overlay alone, and each base in `k8s/kustomization.yaml` with all components.
 RENDERINGS = [
     "k8s",
     *(f"k8s/overlays/{folder.name}" for folder in sorted((K8S / "overlays").iterdir())),
@@ -46,7 +46,7 @@ MULTI_NODE = "k8s/overlays/multi-node"
 def manifests(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Manifest]:
-    folder = copy_of_the_repository(tmp_path_factory.mktemp("rendering"))
+    folder = copy_repository(tmp_path_factory.mktemp("rendering"))
     if request.param.startswith("k8s"):
         return render(folder, request.param)
     combination = folder / "k8s" / "kustomization.yaml"
@@ -70,12 +70,12 @@ def pod(job: Manifest) -> Manifest:
 
 @pytest.fixture
 def container(pod: Manifest) -> Manifest:
-    return the_container(pod)
+    return container_of(pod)
 
 
 @pytest.fixture(params=["Job", "Pod"])
 def any_pod(request: pytest.FixtureRequest, manifests: list[Manifest]) -> Manifest:
-    """The Job's Pod, and the one of `make k8s-fetch`."""
+    """The Pod of the Job, and the Pod of `make k8s-fetch`."""
     return pod_of(only(request.param, manifests))
 
 
@@ -91,7 +91,7 @@ def test_manifests_are_valid_for_every_supported_version(manifests: list[Manifes
             kubernetes_validate.validate(manifest, version, strict=True)
 
 
-def test_the_validation_refuses_a_field_that_does_not_exist() -> None:
+def test_validation_rejects_an_unknown_field() -> None:
     job = only("Job", kustomize(K8S))
     job["spec"]["backofLimit"] = 4
     with pytest.raises(kubernetes_validate.ValidationError, match="backofLimit"):
@@ -102,13 +102,13 @@ def by_name(manifests: list[Manifest]) -> dict[tuple[str, str], Manifest]:
     return {(manifest["kind"], manifest["metadata"]["name"]): manifest for manifest in manifests}
 
 
-def test_without_overlays_kustomize_gives_job_yaml() -> None:
+def test_without_overlays_kustomize_renders_job_yaml() -> None:
     file = list(yaml.safe_load_all((K8S / "job.yaml").read_text()))
     assert by_name(kustomize(K8S)) == by_name(file)
     assert {kind for kind, _ in by_name(file)} == {"Job", "PersistentVolumeClaim"}
 
 
-def test_pods_keep_to_the_restricted_standard(any_pod: Manifest) -> None:
+def test_pods_comply_with_the_restricted_pod_security_standard(any_pod: Manifest) -> None:
     assert any_pod["securityContext"] == {
         "runAsNonRoot": True,
         "runAsUser": 10001,
@@ -117,7 +117,7 @@ def test_pods_keep_to_the_restricted_standard(any_pod: Manifest) -> None:
         "fsGroupChangePolicy": "OnRootMismatch",
         "seccompProfile": {"type": "RuntimeDefault"},
     }
-    assert the_container(any_pod)["securityContext"] == {
+    assert container_of(any_pod)["securityContext"] == {
         "allowPrivilegeEscalation": False,
         "capabilities": {"drop": ["ALL"]},
         "readOnlyRootFilesystem": True,
@@ -127,27 +127,27 @@ def test_pods_keep_to_the_restricted_standard(any_pod: Manifest) -> None:
         assert volume.keys() - {"name"} <= {"persistentVolumeClaim", "emptyDir"}
 
 
-def test_pods_get_neither_a_token_nor_the_services_variables(any_pod: Manifest) -> None:
+def test_pods_get_no_token_and_no_service_variables(any_pod: Manifest) -> None:
     assert any_pod["automountServiceAccountToken"] is False
     assert any_pod["enableServiceLinks"] is False
 
 
-def test_the_images_tag_is_this_version(any_pod: Manifest) -> None:
+def test_the_image_tag_is_this_version(any_pod: Manifest) -> None:
     assert re.fullmatch(
-        rf"(\S+/)?cifar10-job:{re.escape(__version__)}", the_container(any_pod)["image"]
+        rf"(\S+/)?cifar10-job:{re.escape(__version__)}", container_of(any_pod)["image"]
     )
 
 
 @pytest.mark.parametrize("kustomization", ["k8s", MULTI_NODE])
-def test_the_image_is_one_line_of_job_yaml(tmp_path: Path, kustomization: str) -> None:
+def test_the_image_is_set_in_a_single_line_of_job_yaml(tmp_path: Path, kustomization: str) -> None:
     image, mine = f"image: cifar10-job:{__version__}", "registry.example.com/mine:1"
-    folder = copy_of_the_repository(tmp_path)
+    folder = copy_repository(tmp_path)
     file = folder / "k8s" / "job.yaml"
     assert file.read_text().count(image) == 1
     file.write_text(file.read_text().replace(image, f"image: {mine}"))
     rendered = render(folder, kustomization)
     for kind in ("Job", "Pod"):
-        assert the_container(pod_of(only(kind, rendered)))["image"] == mine
+        assert container_of(pod_of(only(kind, rendered)))["image"] == mine
 
 
 def is_sweep(job: Manifest) -> bool:
@@ -159,8 +159,8 @@ def rules(job: Manifest) -> list[Manifest]:
     return listed
 
 
-def reaction(job: Manifest, exit_code: int, disrupted: bool = False) -> str:
-    """What happens to a Pod that ended: the first rule that matches decides, and none counts it."""
+def action_for(job: Manifest, exit_code: int, disrupted: bool = False) -> str:
+    """The Job's action for a Pod that ended: the first matching rule, by default Count."""
     for rule in rules(job):
         if "onPodConditions" in rule:
             condition = {"type": "DisruptionTarget", "status": "True"}
@@ -168,20 +168,20 @@ def reaction(job: Manifest, exit_code: int, disrupted: bool = False) -> str:
         else:
             codes = rule["onExitCodes"]
             assert codes["operator"] == "In"
-            name = the_container(pod_of(job))["name"]
+            name = container_of(pod_of(job))["name"]
             matches = codes["containerName"] == name and exit_code in codes["values"]
         if matches:
             return str(rule["action"])
     return "Count"
 
 
-def test_each_end_of_a_pod_has_its_consequence(job: Manifest) -> None:
+def test_each_exit_code_of_a_pod_leads_to_the_right_action(job: Manifest) -> None:
     for exit_code in (1, 2, 3, 75, 137, 143):
-        assert reaction(job, exit_code, disrupted=True) == "Ignore"
-    assert reaction(job, 75) == "Ignore"
-    assert reaction(job, 2) == ("FailIndex" if is_sweep(job) else "FailJob")
-    assert [reaction(job, exit_code) for exit_code in (1, 3, 137)] == ["Count"] * 3
-    # Written down, although it is what happens without a rule.
+        assert action_for(job, exit_code, disrupted=True) == "Ignore"
+    assert action_for(job, 75) == "Ignore"
+    assert action_for(job, 2) == ("FailIndex" if is_sweep(job) else "FailJob")
+    assert [action_for(job, exit_code) for exit_code in (1, 3, 137)] == ["Count"] * 3
+    # Listed explicitly, although it is also the default.
     codes = [rule.get("onExitCodes", {}).get("values") for rule in rules(job)]
     assert [3] in codes
 
@@ -189,10 +189,10 @@ def test_each_end_of_a_pod_has_its_consequence(job: Manifest) -> None:
 def test_retries_are_bounded(job: Manifest) -> None:
     spec = job["spec"]
     if "completions" in spec:
-        # A limit over all indexes would be used up by one seed, or by one failure of all nodes.
+        # One seed, or one failure that ends all nodes, could use up a limit over all indexes.
         assert "backoffLimit" not in spec
         assert spec["backoffLimitPerIndex"] == 4
-        # A run cannot do without one of its nodes.
+        # A run cannot continue without one of its nodes.
         assert spec["maxFailedIndexes"] == (2 if is_sweep(job) else 0)
     else:
         assert spec["backoffLimit"] == 4
@@ -201,14 +201,14 @@ def test_retries_are_bounded(job: Manifest) -> None:
     assert spec["ttlSecondsAfterFinished"] >= 86400
 
 
-def test_a_pod_has_the_time_to_write_its_checkpoint(pod: Manifest) -> None:
+def test_a_pod_has_enough_time_to_write_its_checkpoint(pod: Manifest) -> None:
     assert pod["restartPolicy"] == "Never"
-    # It takes 3 s on a fast volume; a slow one may need ten times as long.
+    # The checkpoint takes 3 s on a fast volume; a slow one can need ten times as long.
     assert pod["terminationGracePeriodSeconds"] >= 30
 
 
 def test_requests_equal_limits(any_pod: Manifest) -> None:
-    resources = the_container(any_pod)["resources"]
+    resources = container_of(any_pod)["resources"]
     assert resources["requests"] == resources["limits"]
     assert {"cpu", "memory"} <= resources["limits"].keys()
 
@@ -221,7 +221,7 @@ def test_the_gpus_are_limited_required_and_tolerated(pod: Manifest, container: M
     assert toleration in pod["tolerations"]
 
 
-def test_shared_memory_is_memory_and_less_than_the_limit(
+def test_shared_memory_is_in_memory_and_far_below_the_limit(
     pod: Manifest, container: Manifest
 ) -> None:
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
@@ -237,7 +237,7 @@ def test_shared_memory_is_memory_and_less_than_the_limit(
 
 
 def environment(container: Manifest, index: int = 1) -> dict[str, str]:
-    """The variables as Kubernetes gives them to the Pod of a Job or of an index."""
+    """The variables that Kubernetes sets in the Pod of a Job or of an index."""
     pod = {
         "metadata.labels['batch.kubernetes.io/controller-uid']": "6a41c0ac",
         "metadata.labels['batch.kubernetes.io/job-name']": "cifar10-multi-node",
@@ -248,7 +248,7 @@ def environment(container: Manifest, index: int = 1) -> dict[str, str]:
         if "valueFrom" in variable:
             value = pod[variable["valueFrom"]["fieldRef"]["fieldPath"]]
         else:
-            # Only variables further up are replaced.
+            # Kubernetes expands only variables that are defined earlier.
             value = re.sub(r"\$\((\w+)\)", lambda name: environ[name[1]], variable["value"])
         environ[variable["name"]] = value
     if "KUBERNETES_JOB_COMPLETIONS" in environ:
@@ -256,10 +256,10 @@ def environment(container: Manifest, index: int = 1) -> dict[str, str]:
     return environ
 
 
-def outcome(
+def parsed(
     monkeypatch: pytest.MonkeyPatch, container: Manifest, environ: dict[str, str]
 ) -> tuple[dict[str, Any], RunIdentity, ClusterSpec | str]:
-    """Options, the run's identity and its workers, as the program sees arguments and variables."""
+    """Options, run identity and workers that the program derives from arguments and variables."""
     command, *arguments = container["args"]
     assert command == "train"
     with monkeypatch.context() as patch:
@@ -275,45 +275,45 @@ def outcome(
     return params, run_identity(environ, params["run_id"]), cluster
 
 
-def test_every_variable_reaches_the_program(
+def test_the_program_reads_every_variable(
     container: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environ = environment(container)
-    with_all = outcome(monkeypatch, container, environ)
+    with_all = parsed(monkeypatch, container, environ)
     assert with_all[1].name == "kubernetes job 6a41c0ac"
     for name in environ:
         without = {other: value for other, value in environ.items() if other != name}
-        assert outcome(monkeypatch, container, without) != with_all, name
+        assert parsed(monkeypatch, container, without) != with_all, name
 
 
-def test_the_folders_are_on_the_claims(
+def test_output_and_data_folders_are_on_the_claims(
     manifests: list[Manifest], container: Manifest, pod: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params, _, _ = outcome(monkeypatch, container, environment(container))
+    params, _, _ = parsed(monkeypatch, container, environment(container))
     mounts = {mount["name"]: Path(mount["mountPath"]) for mount in container["volumeMounts"]}
     claims = {
         volume["persistentVolumeClaim"]["claimName"]: mounts[volume["name"]]
         for volume in pod["volumes"]
         if "persistentVolumeClaim" in volume
     }
-    made = {claim["metadata"]["name"] for claim in of_kind("PersistentVolumeClaim", manifests)}
-    assert claims.keys() == made
+    created = {claim["metadata"]["name"] for claim in of_kind("PersistentVolumeClaim", manifests)}
+    assert claims.keys() == created
     output, data = claims.values()
     assert params["output_dir"].is_relative_to(output)
     assert params["data_dir"] == data
 
 
-def test_the_fetching_pod_sleeps_on_the_output_of_the_job(
+def test_the_fetch_pod_mounts_the_output_of_the_job_and_sleeps(
     manifests: list[Manifest], pod: Manifest
 ) -> None:
     manifest = only("Pod", manifests)
-    # `k8s/fetch.sh` applies it by this label.
+    # `k8s/fetch.sh` selects the Pod by this label.
     assert manifest["metadata"]["labels"]["app.kubernetes.io/component"] == "fetch"
     fetch = pod_of(manifest)
-    container = the_container(fetch)
+    container = container_of(fetch)
     assert container["command"] == ["sleep", str(fetch["activeDeadlineSeconds"])]
     assert not {"args", "env"} & container.keys()
-    # It waits for no GPU, and not for a node without the Job's Pods.
+    # It needs no GPU, and can run on the same node as the Job's Pods.
     assert container["resources"]["limits"].keys() == {"cpu", "memory"}
     assert fetch["affinity"].keys() == {"podAffinity"}
     mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
@@ -323,19 +323,19 @@ def test_the_fetching_pod_sleeps_on_the_output_of_the_job(
     assert fetch.get("imagePullSecrets") == pod.get("imagePullSecrets")
 
 
-def test_overlay_gpus_asks_for_several() -> None:
-    container = the_container(pod_of(only("Job", kustomize(K8S / "overlays" / "gpus"))))
+def test_overlay_gpus_requests_several() -> None:
+    container = container_of(pod_of(only("Job", kustomize(K8S / "overlays" / "gpus"))))
     assert int(container["resources"]["limits"]["nvidia.com/gpu"]) > 1
 
 
 def test_overlay_image_pulls_from_a_private_registry() -> None:
     pod = pod_of(only("Job", kustomize(K8S / "overlays" / "image")))
     assert pod["imagePullSecrets"]
-    assert "/" in the_container(pod)["image"]
+    assert "/" in container_of(pod)["image"]
 
 
-def test_overlay_gpus_refuses_arguments_in_another_order(tmp_path: Path) -> None:
-    folder = copy_of_the_repository(tmp_path)
+def test_overlay_gpus_rejects_arguments_in_another_order(tmp_path: Path) -> None:
+    folder = copy_repository(tmp_path)
     job = folder / "k8s" / "job.yaml"
     job.write_text(job.read_text().replace("[train, ", '[train, --epochs, "9", '))
     with pytest.raises(AssertionError, match="args/1"):
@@ -348,13 +348,13 @@ def test_overlay_kueue_waits_in_a_queue() -> None:
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
 
 
-def test_overlay_sweep_gives_each_seed_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlay_sweep_uses_a_folder_per_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     manifests = kustomize(K8S / "overlays" / "sweep")
     spec = only("Job", manifests)["spec"]
-    container = the_container(spec["template"]["spec"])
+    container = container_of(spec["template"]["spec"])
     assert (spec["completionMode"], spec["parallelism"] > 1) == ("Indexed", True)
     options = [
-        outcome(monkeypatch, container, environment(container, index))[0]
+        parsed(monkeypatch, container, environment(container, index))[0]
         for index in range(spec["completions"])
     ]
     assert [params["seed"] for params in options] == list(range(spec["completions"]))
@@ -373,8 +373,8 @@ def test_one_node_trains_alone(container: Manifest, job: Manifest) -> None:
 def multi_node(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Manifest]:
-    """Overlay multi-node with `completions` as it is, and changed."""
-    folder = copy_of_the_repository(tmp_path_factory.mktemp("nodes"))
+    """Overlay multi-node with the default `completions`, and with another number."""
+    folder = copy_repository(tmp_path_factory.mktemp("nodes"))
     file = folder / MULTI_NODE / "job.yaml"
     assert file.read_text().count("completions: 2 ") == 1
     file.write_text(file.read_text().replace("completions: 2 ", f"completions: {request.param} "))
@@ -386,14 +386,14 @@ def multi_node(
 def test_the_number_of_nodes_is_the_same_everywhere(multi_node: list[Manifest]) -> None:
     spec = only("Job", multi_node)["spec"]
     nodes = spec["completions"]
-    variables = environment(the_container(spec["template"]["spec"]))
+    variables = environment(container_of(spec["template"]["spec"]))
     assert spec["completionMode"] == "Indexed"
     assert spec["parallelism"] == int(variables["KUBERNETES_JOB_COMPLETIONS"]) == nodes
-    # The run is complete when the chief is.
+    # The Job is complete when the chief is.
     assert spec["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
 
 
-def test_each_pod_derives_the_names_that_kubernetes_gives_to_all(
+def test_each_pod_derives_the_host_names_of_all_pods(
     multi_node: list[Manifest],
 ) -> None:
     job, service = only("Job", multi_node), only("Service", multi_node)
@@ -404,7 +404,7 @@ def test_each_pod_derives_the_names_that_kubernetes_gives_to_all(
     hosts = [f"{name}-{index}.{service['metadata']['name']}" for index in range(nodes)]
     assert max(len(host.partition(".")[0]) for host in hosts) <= 63
     for index in range(nodes):
-        environ = environment(the_container(pod), index)
+        environ = environment(container_of(pod), index)
         assert environ["KUBERNETES_JOB_NAME"] == name
         spec = cluster_spec(environ)
         assert spec.index == index
@@ -413,7 +413,7 @@ def test_each_pod_derives_the_names_that_kubernetes_gives_to_all(
 
 
 def own_pods(manifests: list[Manifest]) -> dict[str, str]:
-    """The label that Kubernetes gives to the Pods of this Job and no others."""
+    """The label that Kubernetes adds only to the Pods of this Job."""
     return {"batch.kubernetes.io/job-name": only("Job", manifests)["metadata"]["name"]}
 
 
@@ -424,7 +424,7 @@ def test_names_resolve_before_the_pods_are_ready(multi_node: list[Manifest]) -> 
     assert spec["selector"] == own_pods(multi_node)
 
 
-def test_only_its_own_pods_reach_a_worker(multi_node: list[Manifest]) -> None:
+def test_only_pods_of_the_same_job_can_reach_a_worker(multi_node: list[Manifest]) -> None:
     own = {"matchLabels": own_pods(multi_node)}
     assert only("NetworkPolicy", multi_node)["spec"] == {
         "podSelector": own,
@@ -433,7 +433,7 @@ def test_only_its_own_pods_reach_a_worker(multi_node: list[Manifest]) -> None:
     }
 
 
-def test_each_worker_has_a_node_of_its_own(multi_node: list[Manifest]) -> None:
+def test_each_worker_runs_on_its_own_node(multi_node: list[Manifest]) -> None:
     affinity = pod_of(only("Job", multi_node))["affinity"]
     assert affinity["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"] == [
         {
@@ -446,5 +446,5 @@ def test_each_worker_has_a_node_of_its_own(multi_node: list[Manifest]) -> None:
 def test_every_node_can_mount_the_claims(multi_node: list[Manifest]) -> None:
     claims = of_kind("PersistentVolumeClaim", multi_node)
     assert [claim["spec"]["accessModes"] for claim in claims] == [["ReadWriteMany"]] * 2
-    # Applied beside job.yaml, whose claims have another access mode, it changes nothing there.
+    # The overlay can be applied together with job.yaml, whose claims have another access mode.
     assert not by_name(claims).keys() & by_name(kustomize(K8S)).keys()

@@ -1,13 +1,13 @@
-"""The make targets for Kubernetes. There is no cluster: a stand-in records kubectl's arguments."""
+"""The make targets for Kubernetes, without a cluster: a stub records kubectl's arguments."""
 
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.k8s.manifests import copy_of_the_repository, make
+from tests.k8s.manifests import copy_repository, make
 
-# What `kubectl create --output=name` prints of overlay sweep.
+# Output of `kubectl create --output=name` for overlay sweep.
 NAMES = "persistentvolumeclaim/cifar10-output-sweep job.batch/cifar10-sweep"
 
 KUBECTL = """#!/bin/sh
@@ -23,10 +23,10 @@ esac
 
 
 class Cluster:
-    """A folder to run make in, with what kubectl is given and a volume to fetch from."""
+    """A folder to run make in, with a log of the kubectl calls and a volume to fetch from."""
 
     def __init__(self, folder: Path, failing: str = "-") -> None:
-        self.folder = copy_of_the_repository(folder)
+        self.folder = copy_repository(folder)
         self.volume = folder / "volume"
         self.log = folder / "log"
         self.kubectl = folder / "kubectl"
@@ -46,7 +46,7 @@ class Cluster:
         return [line.removeprefix("--namespace=team ") for line in lines]
 
 
-def test_k8s_run_replaces_the_job_alone(tmp_path: Path) -> None:
+def test_k8s_run_replaces_only_the_job(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
     assert cluster.make("k8s-run", "K8S=k8s/overlays/sweep").returncode == 0
     assert cluster.calls == [
@@ -57,7 +57,7 @@ def test_k8s_run_replaces_the_job_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", ["create", "delete"])
-def test_k8s_run_goes_no_further_than_what_fails(tmp_path: Path, failing: str) -> None:
+def test_k8s_run_stops_at_the_first_failure(tmp_path: Path, failing: str) -> None:
     cluster = Cluster(tmp_path, failing)
     assert cluster.make("k8s-run").returncode != 0
     assert cluster.calls[-1].split()[0] == failing
@@ -79,7 +79,7 @@ def test_k8s_fetch_copies_the_artifacts_and_deletes_its_pod(tmp_path: Path) -> N
         if path.is_file()
     }
     assert files == {name: name for name in names}
-    # A Pod that an earlier copy left has ended, and applying would change nothing.
+    # A Pod left by an earlier call has ended; applying the manifest again does not restart it.
     assert cluster.calls[:2] == [
         "delete pod cifar10-fetch --ignore-not-found",
         "apply -k build/k8s-fetch --selector app.kubernetes.io/component=fetch",
@@ -87,7 +87,7 @@ def test_k8s_fetch_copies_the_artifacts_and_deletes_its_pod(tmp_path: Path) -> N
     assert cluster.calls[-1] == "delete pod cifar10-fetch --ignore-not-found"
 
 
-def test_k8s_fetch_shows_why_its_pod_does_not_start(tmp_path: Path) -> None:
+def test_k8s_fetch_prints_the_events_of_a_pod_that_does_not_start(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path, failing="wait")
     cluster.make("k8s-fetch", "FETCH_DIR=here")
     assert "get events --field-selector involvedObject.name=cifar10-fetch" in cluster.calls
