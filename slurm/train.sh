@@ -143,7 +143,7 @@ if ((code == 3)); then # a GPU is missing here; another node may have it
   ((others >= SLURM_JOB_NUM_NODES)) ||
     finish "not requeued; a GPU is missing on $SLURM_JOB_NODELIST, and the job cannot run on other nodes"
 fi
-log "job $job: exit code $code, requeueing from $step${excluded:+, excluding $excluded};" \
+log "job $job: exit code $code, requeueing from $step${excluded:+, not on $excluded};" \
   "Slurm reports this attempt as cancelled"
 trap '' TERM # Slurm now ends this script with SIGTERM
 scontrol requeue Incomplete "$job" || finish "not requeued because of Slurm's error above; submit it again to resume"

@@ -1,5 +1,5 @@
-# Stands in for TensorFlow's GPU image where that cannot be pulled: Debian with Python, TensorFlow's CUDA
-# build and no CUDA library.
+# Substitute for TensorFlow's GPU image, which cannot be pulled everywhere: Debian with Python and TensorFlow's CUDA
+# build, but no CUDA library.
 FROM localhost/cifar10-job-debian:bookworm
 
 COPY tensorflow.txt /tmp/tensorflow.txt
@@ -7,8 +7,8 @@ RUN rm /usr/lib/python3*/EXTERNALLY-MANAGED \
     && ln -s "$(command -v python3)" /usr/local/bin/python \
     && python -m pip install --no-cache-dir --no-deps --require-hashes -r /tmp/tensorflow.txt
 
-# The GPU image lets the loader find a stub of the driver. Here another small library poses as one: the
-# names of both have the same length.
+# In the GPU image the loader finds a stub of the driver. Here a small library replaces it; sed can patch the name
+# because both names have the same length.
 RUN mkdir -p /usr/local/cuda/lib64/stubs \
     && sed 's/libutil\.so\.1/libcuda.so.1/' /lib/x86_64-linux-gnu/libutil.so.1 \
       > /usr/local/cuda/lib64/stubs/libcuda.so.1 \

@@ -1,7 +1,7 @@
 """Kill small real-data trainings in every way, resume them until done, and compare every bit.
 
-A round is one run: faults of one kind hit it one after the other, then it may finish. Its weights,
-optimizer state, metrics and evaluation have to be those of a run that nothing happened to.
+A round is one run: faults of one kind interrupt it several times, then it finishes undisturbed. Its
+weights, optimizer state, metrics and evaluation must equal those of an uninterrupted run.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from job.run.predictions import Predictions
 from job.run.stop import SIGNALS
 
 REPOSITORY = Path(__file__).parents[2]
-# Of operations on files, with how many of them an attempt has at least while it is worth to hit.
+# File operations to kill at, with the highest number to draw: every attempt has at least as many.
 OPERATIONS = {"checkpoints": 40, "artifacts": 80}
 FAULTS = (
     "SIGKILL",
@@ -55,13 +55,13 @@ VISIBLE = {
     "run.json",
     "checkpoints",
 }
-# Due after every execution, so that there is no moment without a checkpoint being written.
+# A checkpoint after every execution, so that one is always being written.
 OPTIONS = "--limit 5120 --batch-size 64 --epochs 3 --checkpoint-every 0.001 --log-format json"
-# From the start of the process; on two cores training begins after some eight seconds.
+# Since the start of the process. On two cores, training starts after about eight seconds.
 LONGEST_SECONDS = 16.0
-# Until Python has run the program's first lines, signals do what they do by default.
+# Until Python has run the program's first lines, signals have their default effect.
 STARTING_SECONDS = 0.5
-# Nothing in here takes nearly as long, unless it hangs.
+# An attempt that takes this long hangs.
 TIMEOUT_SECONDS = 300.0
 
 
@@ -71,10 +71,10 @@ class Round:
 
     Attributes:
         fault: One of `FAULTS`.
-        replicas: CPU replicas that trained.
-        exits: Exit codes of the attempts; negative is the signal that killed one.
-        seconds_to_end: How long each attempt took to end after a signal other than SIGKILL.
-        problems: What was found to be wrong; nothing if the round is good.
+        replicas: Number of CPU replicas.
+        exits: Exit codes of the attempts; a negative code is the signal that killed the attempt.
+        seconds_to_end: Seconds from a signal other than SIGKILL to the end of each attempt.
+        problems: Problems that were found; empty if the round is good.
     """
 
     fault: str
@@ -88,7 +88,7 @@ class Attempt:
     """A process of the job.
 
     Args:
-        command: What to run.
+        command: The command to run.
     """
 
     def __init__(self, command: list[str]) -> None:
@@ -111,7 +111,7 @@ class Attempt:
         self._timer.start()
 
     def read(self, events: int | None = None) -> None:
-        """Read so many events of the log, or all up to the end, and note the epochs reported."""
+        """Read this number of log events, by default all, and record the reported epochs."""
         assert self._process.stdout is not None
         for line in itertools.islice(self._process.stdout, events):
             event = json.loads(line)
@@ -122,7 +122,7 @@ class Attempt:
         self._process.send_signal(getattr(signal, name))
 
     def finish(self) -> tuple[int, str]:
-        """Wait for the end: exit code and stderr."""
+        """Wait for the process to exit; return its exit code and stderr."""
         self.read()
         _, errors = self._process.communicate()
         self._timer.cancel()
@@ -130,37 +130,37 @@ class Attempt:
 
 
 class Chaos:
-    """Makes rounds of one number of replicas.
+    """Runs rounds with a fixed number of replicas.
 
     Args:
-        data_dir: Has the real CIFAR-10.
-        folder: Receives the runs' folders.
-        replicas: CPU replicas.
+        data_dir: Folder with the real CIFAR-10.
+        folder: Parent folder for the runs.
+        replicas: Number of CPU replicas.
     """
 
     def __init__(self, data_dir: Path, folder: Path, replicas: int) -> None:
         self._data_dir, self._folder, self._replicas = data_dir, folder, replicas
         self._reference = folder / f"reference-{replicas}"
 
-    def make_reference(self) -> None:
-        """Train once without a fault."""
+    def train_reference(self) -> None:
+        """Train once without faults."""
         shutil.rmtree(self._reference, ignore_errors=True)
         code, errors = self._launch(self._reference).finish()
         assert code == 0, errors
 
-    def make_round(self, fault: str, seed: int) -> Round:
-        """Let faults hit a run, let it finish, and examine it."""
+    def run_round(self, fault: str, seed: int) -> Round:
+        """Interrupt a run with faults, let it finish, and check it."""
         rng = random.Random(seed)
         output = self._folder / f"round-{self._replicas}-{seed}"
         result = Round(fault, self._replicas)
-        # Some faults come too late for a run to notice; then it is done over.
+        # If every fault came too late to interrupt the run, repeat the round.
         while not any(result.exits):
             shutil.rmtree(output, ignore_errors=True)
             result = Round(fault, self._replicas)
             epochs = []
             for _ in range(rng.randint(1, 3)):
-                epochs += self._hit(fault, output, rng, result)
-                result.problems += examine_visible(output)
+                epochs += self._interrupt(fault, output, rng, result)
+                result.problems += check_visible(output)
                 if result.exits[-1] == 0:
                     break
         if result.exits[-1] != 0:
@@ -169,17 +169,17 @@ class Chaos:
             result.exits.append(code)
             epochs += attempt.epochs
             if code != 0:
-                result.problems.append(f"nothing happened, but the exit code was {code}: {errors}")
+                result.problems.append(f"exit code {code} without a fault: {errors}")
                 return result
         if epochs != sorted(set(epochs)):
             result.problems.append(f"epochs were repeated: {epochs}")
-        result.problems += [*examine_visible(output), *compare(self._reference, output)]
+        result.problems += [*check_visible(output), *compare(self._reference, output)]
         if not result.problems:
             shutil.rmtree(output)
         return result
 
-    def _hit(self, fault: str, output: Path, rng: random.Random, result: Round) -> list[int]:
-        """Start an attempt, let one fault hit it, and return the epochs that it reported."""
+    def _interrupt(self, fault: str, output: Path, rng: random.Random, result: Round) -> list[int]:
+        """Start an attempt, interrupt it with one fault, and return the epochs that it reported."""
         module, options = ["job"], []
         match = re.search("checkpoint|artifact", fault)
         if match:
@@ -192,7 +192,7 @@ class Chaos:
         attempt = self._launch(output, module, options)
         seconds = None
         if not match and fault != "--stop-after":
-            # One half at any moment, the other while it trains and writes.
+            # Half of the signals come at any moment, the others while the run trains and writes.
             events = rng.choice([0, rng.randint(1, 20)])
             attempt.read(events)
             time.sleep(rng.uniform(0, 0.5 if events else LONGEST_SECONDS))
@@ -226,8 +226,8 @@ class Chaos:
         )
 
 
-def examine_visible(output: Path) -> list[str]:
-    """Find files that are visible and not whole."""
+def check_visible(output: Path) -> list[str]:
+    """Find visible files that are unexpected or incomplete."""
     problems = []
     for path in output.glob("[!.]*"):
         if path.name not in VISIBLE:
@@ -235,7 +235,7 @@ def examine_visible(output: Path) -> list[str]:
     for path in (output / "checkpoints").glob("[!.]*"):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         if not path.stem.endswith(f"-{digest[:16]}"):
-            problems.append(f"half a checkpoint {path.name}")
+            problems.append(f"incomplete checkpoint {path.name}")
     try:
         for name in ("evaluation.json", "run.json"):
             if (output / name).exists():
@@ -247,26 +247,26 @@ def examine_visible(output: Path) -> list[str]:
             state_of_model(output)
         for picture in (*output.glob("[!.]*.png"), *(output / "report").glob("[!.]*.png")):
             if not picture.read_bytes().endswith(b"IEND\xaeB`\x82"):
-                problems.append(f"half a picture {picture.name}")
+                problems.append(f"incomplete picture {picture.name}")
         page = output / "report.html"
         if page.exists() and not page.read_text().endswith("</html>\n"):
-            problems.append("half a report")
+            problems.append("incomplete report")
         if (output / "predictions.npz").exists():
             Predictions.load(output)
     except (ValueError, OSError, UserError) as error:
-        problems.append(f"half a file: {error}")
+        problems.append(f"incomplete file: {error}")
     return problems
 
 
 def compare(
     reference: Path, output: Path, ends: tuple[str, ...] = ("stopped", "lost", "done")
 ) -> list[str]:
-    """Find what two finished runs differ in, but for times.
+    """Find differences between two finished runs, except in times.
 
     Args:
-        reference: Output folder of a run that nothing happened to.
-        output: Output folder of the other.
-        ends: How attempts before the last may have ended.
+        reference: Output folder of an uninterrupted run.
+        output: Output folder of the other run.
+        ends: Allowed outcomes of the attempts before the last.
     """
     problems = []
     for what, read in (
@@ -277,36 +277,36 @@ def compare(
         one, two = read(reference), read(output)
         different = [name for name in one if not np.array_equal(one[name], two.get(name, ()))]
         if different or one.keys() != two.keys():
-            problems.append(f"other {what}: {different}")
+            problems.append(f"different {what}: {different}")
     if metrics(reference) != metrics(output):
-        problems.append("other metrics.jsonl")
+        problems.append("different metrics.jsonl")
     one, two = (json.loads((run / "evaluation.json").read_text()) for run in (reference, output))
     if {**one, "model_sha256": ""} != {**two, "model_sha256": ""}:
-        problems.append("other evaluation.json")
+        problems.append("different evaluation.json")
     manifest = json.loads((output / "run.json").read_text())
     attempts = manifest["attempts"]
     if manifest["outcome"] != "done" or attempts[-1]["outcome"] != "done":
-        problems.append("run.json does not say done")
-    # One that is hit while it draws the report has done the rest.
+        problems.append("the outcome in run.json is not done")
+    # An attempt that is interrupted while it draws the report has completed the training.
     if any(attempt["outcome"] not in ends for attempt in attempts[:-1]):
         problems.append(f"attempts ended as {[attempt['outcome'] for attempt in attempts]}")
     return problems
 
 
 def state_of_checkpoint(output: Path) -> dict[str, Any]:
-    """Variables of network and optimizer in the last checkpoint."""
+    """Read the variables of network and optimizer from the last checkpoint."""
     with np.load(max((output / "checkpoints").glob("*.npz"))) as file:
         return {name: file[name] for name in file.files if name != "metadata"}
 
 
 def state_of_predictions(output: Path) -> dict[str, Any]:
-    """Every array of the predictions; compressed, its bytes are those of the library, too."""
+    """Read every array of the predictions, because the file's bytes depend on the zip library."""
     with np.load(output / "predictions.npz") as file:
         return dict(file)
 
 
 def state_of_model(output: Path) -> dict[str, Any]:
-    """Every array of the model file."""
+    """Read every array of the model file."""
     arrays = {}
 
     def collect(name: str, item: Any) -> None:
@@ -319,28 +319,28 @@ def state_of_model(output: Path) -> dict[str, Any]:
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the clock."""
+    """Read the lines of metrics.jsonl without the fields that depend on the clock."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIME_FIELDS} for line in lines]
 
 
-def make_rounds(
+def run_rounds(
     data_dir: Path, folder: Path, plan: list[tuple[str, int]], seed: int, jobs: int
 ) -> Iterator[Round]:
-    """Make a round for each pair of fault and number of replicas."""
+    """Run a round for each pair of fault and number of replicas."""
     chaos = {replicas: Chaos(data_dir, folder, replicas) for _, replicas in plan}
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(Chaos.make_reference, chaos.values()))
+        list(pool.map(Chaos.train_reference, chaos.values()))
         yield from pool.map(
-            lambda item: chaos[item[1][1]].make_round(item[1][0], seed + item[0]),
+            lambda item: chaos[item[1][1]].run_round(item[1][0], seed + item[0]),
             enumerate(plan),
         )
 
 
 def table(rounds: list[Round]) -> str:
-    """The rounds as a table for the README."""
+    """Format the rounds as a table for the README."""
     lines = [
-        "| fault | replicas | rounds | times it hit | identical |",
+        "| fault | replicas | rounds | interruptions | identical |",
         "| --- | --- | --- | --- | --- |",
     ]
     for fault in FAULTS:
@@ -352,9 +352,9 @@ def table(rounds: list[Round]) -> str:
 
 
 def _row(fault: str, replicas: str, rounds: list[Round]) -> str:
-    hits = sum(code != 0 for one in rounds for code in one.exits)
+    interruptions = sum(code != 0 for one in rounds for code in one.exits)
     good = sum(not one.problems for one in rounds)
-    return f"| {fault} | {replicas} | {len(rounds)} | {hits} | {good} of {len(rounds)} |"
+    return f"| {fault} | {replicas} | {len(rounds)} | {interruptions} | {good} of {len(rounds)} |"
 
 
 @click.command()
@@ -364,17 +364,17 @@ def _row(fault: str, replicas: str, rounds: list[Round]) -> str:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True)
 def main(data_dir: Path, output_dir: Path, rounds: int, seed: int, jobs: int) -> None:
-    """Make rounds, print what happened in each and a table of all."""
-    # Each kind on one replica, then each on two, and so on.
+    """Run rounds, print the result of each, and a table of all."""
+    # Each kind of fault on one replica, then each on two, and so on.
     plan = [(FAULTS[n % len(FAULTS)], 1 + n // len(FAULTS) % 2) for n in range(rounds)]
     done = []
-    for number, one in enumerate(make_rounds(data_dir, output_dir, plan, seed, jobs), 1):
+    for number, one in enumerate(run_rounds(data_dir, output_dir, plan, seed, jobs), 1):
         done.append(one)
         verdict = "; ".join(one.problems) or "identical"
         click.echo(f"{number}/{rounds}  {one.fault} on {one.replicas}: {one.exits} {verdict}")
     click.echo(table(done))
     seconds = [second for one in done for second in one.seconds_to_end]
-    click.echo(f"longest time from a signal to the end: {max(seconds, default=0.0):.1f} s")
+    click.echo(f"longest time from a signal to the exit: {max(seconds, default=0.0):.1f} s")
     sys.exit(any(one.problems for one in done))
 
 

@@ -1,4 +1,4 @@
-"""Volumes and trainings that the integration tests share."""
+"""Fixtures shared by the integration tests: volumes, images and data."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ MakeVolume = Callable[[int], Path]
 
 @pytest.fixture
 def make_volume(tmp_path: Path) -> Iterator[MakeVolume]:
-    """Make and mount a volume of so many KiB."""
+    """Create and mount a volume of the given size in KiB."""
     volumes: list[Path] = []
 
     def make(kibibytes: int) -> Path:
@@ -32,7 +32,7 @@ def make_volume(tmp_path: Path) -> Iterator[MakeVolume]:
     yield make
     for volume in volumes:
         if volume.is_mount():
-            # Lazily: a process that has just been killed may still hold a file.
+            # Lazily, because a process that was just killed can still have files open.
             subprocess.run(["umount", "-l", volume], check=True)
 
 
@@ -44,7 +44,7 @@ def small_volume(make_volume: MakeVolume) -> Path:
 
 @pytest.fixture(scope="session")
 def image() -> str:
-    """The project's image, built on a stand-in for its base."""
+    """The project's image, built on a substitute for its base image."""
     require_containers()
     build = build_image()
     assert build.returncode == 0, build.stdout + build.stderr
@@ -53,16 +53,16 @@ def image() -> str:
 
 @pytest.fixture(scope="session")
 def sif(image: str) -> Path:
-    """That image as a file for Apptainer."""
+    """The same image as a file for Apptainer."""
     require_tools(("apptainer", "mksquashfs", "squashfuse"), "running Slurm for an ordinary user")
-    # As udev sets it: an ordinary user mounts the image by FUSE.
+    # The mode that udev sets, which lets an ordinary user mount the image with FUSE.
     Path("/dev/fuse").chmod(0o666)
     return build_sif()
 
 
 @pytest.fixture(scope="session")
 def readable_data(cifar10_dir: Path) -> Iterator[Path]:
-    """The data set where every user can read it."""
+    """The data set in a folder that every user can read."""
     with tempfile.TemporaryDirectory(prefix="cifar10-job-data-") as folder:
         shutil.copytree(cifar10_dir, folder, dirs_exist_ok=True)
         subprocess.run(["chmod", "-R", "a+rX", folder], check=True)

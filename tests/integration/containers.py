@@ -1,4 +1,4 @@
-"""The project's image, built by buildah on a stand-in base, for podman and for Apptainer."""
+"""The project's image, built with buildah on a substitute base image, for podman and Apptainer."""
 
 import contextlib
 import fcntl
@@ -20,33 +20,33 @@ IMAGE = "localhost/cifar10-job:test"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 TOOLS = ("podman", "buildah", "runc", "mmdebstrap")
 NOBODY = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups")
-"""Words that have the command behind them run as an ordinary user."""
+"""Prefix of a command that runs it as an ordinary user."""
 
 _DISK = Path("/var/tmp")
 _DEBIAN = "localhost/cifar10-job-debian:bookworm"
 
 
 def require_containers() -> None:
-    """Skip where containers cannot be built and run."""
+    """Skip the test if containers cannot be built and run."""
     require_tools(TOOLS, "running containers as any user, on the real network,")
 
 
 def podman(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run podman to its end, whatever that is."""
+    """Run podman and return its result; its exit code is not checked."""
     return _run("podman", *args)
 
 
 def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a script whose podman is set up like `podman`."""
+    """Run a script that uses podman with the same settings as `podman`."""
     return _run("bash", "-c", script, folder=folder)
 
 
 def build_image(tag: str = IMAGE, context: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-    """Build the Dockerfile as it stands on the stand-in base; unchanged layers are reused.
+    """Build the unmodified Dockerfile on the substitute base; unchanged layers are reused.
 
-    One process at a time: the first builds for all that ask for the same.
+    Only one process builds at a time; the others then reuse its layers.
     """
-    with _alone("image"):
+    with _exclusive_lock("image"):
         return _build(
             *("--file", context / "docker" / "Dockerfile", "--tag", tag),
             *("--build-arg", f"BASE_IMAGE={_base()}"),
@@ -56,8 +56,8 @@ def build_image(tag: str = IMAGE, context: Path = REPOSITORY) -> subprocess.Comp
 
 
 def build_sif() -> Path:
-    """Convert the built image for Apptainer, as an ordinary user; reuse a file that exists."""
-    with _alone("sif"):
+    """Convert the built image for Apptainer, as an ordinary user; reuse an existing file."""
+    with _exclusive_lock("sif"):
         image = podman("image", "inspect", "--format", "{{.Id}}", IMAGE).stdout.strip()
         sif = _DISK / f"cifar10-job-{image[:12]}.sif"
         if not sif.exists():
@@ -83,7 +83,7 @@ def build_sif() -> Path:
 
 
 def _documented_conversion() -> tuple[str, str]:
-    """The commands of docs/container.md, for the tests' image and without compression."""
+    """The commands of docs/container.md, adapted to the tests' image and without compression."""
     page = (REPOSITORY / "docs" / "container.md").read_text()
     lines = re.findall(r"^(podman save .*|apptainer build .*)$", page, re.MULTILINE)
     (plain,) = re.findall(r"--mksquashfs-args \"[^\"]+\"", page)
@@ -95,8 +95,8 @@ def _documented_conversion() -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _alone(work: str) -> Iterator[None]:
-    """Have one process at a time do some work."""
+def _exclusive_lock(work: str) -> Iterator[None]:
+    """Let only one process at a time do this work."""
     lock = Path(tempfile.gettempdir()) / f"cifar10-job-test-{work}.lock"
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -104,7 +104,7 @@ def _alone(work: str) -> Iterator[None]:
 
 
 def _base() -> str:
-    """The stand-in for the base image; built once on a machine."""
+    """The substitute for the base image; built once per machine."""
     lock = (REPOSITORY / "locks" / "gpu.txt").read_text()
     tensorflow = re.search(r"^tensorflow==.*?(?=^\w)", lock, re.MULTILINE | re.DOTALL)
     assert tensorflow
@@ -131,7 +131,7 @@ def _base() -> str:
 
 
 def _build(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    # The certificates are those of a package mirror that a machine may be behind.
+    # The certificates may be needed for a package mirror.
     settings = "--layers --isolation chroot --network host -v /etc/ssl/certs:/etc/ssl/certs:ro"
     return _run("buildah", "build", *settings.split(), *args)
 
@@ -142,6 +142,6 @@ def _run(*command: str | Path, folder: Path | None = None) -> subprocess.Complet
 
 
 if __name__ == "__main__":
-    # The gate builds ahead of the tests.
+    # The gate starts this build before the tests.
     print(build_image().stderr)
     print(build_sif())

@@ -1,9 +1,9 @@
-"""Run the job so that each of several workers can have several CPU replicas, as it has GPUs.
+"""Run the job with several CPU replicas per worker, in place of several GPUs.
 
-TensorFlow's own strategy takes one CPU replica a worker. Several stand in for GPUs here.
+TensorFlow's own strategy uses only one CPU replica per worker.
 """
 
-# ruff: noqa: E402 (TensorFlow is loaded first, its messages held back)
+# ruff: noqa: E402 (TensorFlow is loaded first, with its messages suppressed)
 
 from job.commands.cli import load_tensorflow
 
@@ -36,7 +36,7 @@ class _CpuReplicasStrategy(tf.distribute.MultiWorkerMirroredStrategy):  # type: 
 
 
 def allow_cpu_replicas() -> None:
-    """Have TensorFlow take every CPU device of each worker."""
+    """Make TensorFlow use every CPU device of each worker."""
     tf.distribute.MultiWorkerMirroredStrategy = _CpuReplicasStrategy
 
 

@@ -1,7 +1,7 @@
-"""Run the job, and kill it at one of its operations on files: python -m … WHAT N MOMENT train …
+"""Run the job and kill it at one of its file operations: python -m … WHAT N MOMENT train …
 
-N counts the operations that change checkpoints or artifacts, whichever WHAT says, from 1. MOMENT is
-"before", "after", or "half", which writes half of the content first.
+WHAT is "checkpoints" or "artifacts". N is the number of the operation that changes one of these
+files, from 1. MOMENT is "before", "after", or "half", which first writes half of the content.
 """
 
 import functools
@@ -20,10 +20,10 @@ class Injector:
 
     Args:
         folder: The output folder.
-        what: "checkpoints", or "artifacts" for everything else in it but the lease, which another
-            thread renews at any time.
-        number: Which operation is the last, from 1.
-        moment: "before", "half" or "after" it.
+        what: "checkpoints", or "artifacts" for everything else in the folder except the lease,
+            which another thread renews at any time.
+        number: Number of the operation at which the process is killed, from 1.
+        moment: "before", "half" or "after" the operation.
     """
 
     def __init__(self, folder: Path, what: str, number: int, moment: str) -> None:
@@ -40,7 +40,7 @@ class Injector:
         path = target
         if isinstance(target, int):
             path = Path(f"/proc/self/fd/{target}").readlink()
-        # Not the file itself, which may be a link or not be there.
+        # Resolve only the parent: the file itself can be a link, or be missing.
         name = Path(path).parent.resolve() / Path(path).name
         if not name.is_relative_to(self._folder):
             return False

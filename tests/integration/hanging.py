@@ -1,11 +1,11 @@
-"""Run the job as a worker whose main thread hangs at some place, while its heartbeats continue.
+"""Run the job as a worker whose main thread hangs in a call, while its heartbeats continue.
 
-``HANG`` is that place, ``Class.method number``: the number of the call that hangs. Without it none
-does. ``COMPILATION_SECONDS`` is the time that a call has for compiling, as ten minutes are too long
-to wait for.
+``HANG`` selects the call as ``Class.method number``, with the number of the call to the method.
+Without it, no call hangs. ``COMPILATION_SECONDS`` is the time that a call may spend compiling,
+because the program's ten minutes are too long for a test.
 """
 
-# ruff: noqa: E402 (TensorFlow is loaded first, its messages held back)
+# ruff: noqa: E402 (TensorFlow is loaded first, with its messages suppressed)
 
 import functools
 import itertools
@@ -30,7 +30,7 @@ CLASSES = {one.__name__: one for one in (CheckpointStore, Engine, Evaluator, Run
 
 
 def hang_at(place: str) -> None:
-    """Have a call of a method never return."""
+    """Make one call of a method hang."""
     method, number = place.split()
     kind, name = method.split(".")
     original = getattr(CLASSES[kind], name)

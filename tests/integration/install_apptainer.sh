@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs Apptainer, which Debian 12 does not have, from Debian's unstable distribution. Its two programs get
-# that distribution's libraries from a folder of their own, and the system's libraries stay as they are.
+# Installs Apptainer from Debian's unstable distribution, because Debian 12 does not package it. Its two programs load
+# that distribution's libraries from a separate folder; the system's libraries are not changed.
 set -euo pipefail
 
 readonly LIBS=/opt/apptainer-libs

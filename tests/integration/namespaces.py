@@ -1,6 +1,7 @@
-"""Hosts with names and addresses of their own on this machine, by namespaces.
+"""Simulated hosts with their own names and addresses on this machine, made with namespaces.
 
-They share processes and files with the machine, but for /etc/hosts, and end with their holders.
+They share processes and files, except /etc/hosts, with the machine. Each exists as long as the
+process that holds its namespaces.
 """
 
 import subprocess
@@ -11,9 +12,9 @@ from tests.integration.tools import require_tools
 
 TOOLS = ("ip", "nsenter", "unshare")
 ADMINISTRATION = "198.18.0"
-"""Network of the scheduler; the first host's address ends with 1, the second's with 2."""
+"""Network of the scheduler; the address of the first host ends with 1, of the second with 2."""
 FABRIC = "198.18.1"
-"""Network of the programs that run, where the hosts' names lead."""
+"""Network of the programs that run; the hosts' names resolve to addresses in it."""
 
 _HOST = """\
 set -e
@@ -26,23 +27,23 @@ exec sleep infinity
 
 
 def require_namespaces() -> None:
-    """Skip where there are none."""
+    """Skip the test if namespaces cannot be created."""
     require_tools(TOOLS, "making network namespaces")
 
 
 class Hosts:
-    """Some hosts and the two networks between them, whose switches the first host holds.
+    """Several hosts and the two networks between them; the first host contains the switches.
 
     Attributes:
-        names: Of the hosts.
+        names: Names of the hosts.
     """
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
         """Start the hosts.
 
         Args:
-            names: What they are called.
-            folder: Where to put the file that names them to each other.
+            names: Names of the hosts.
+            folder: Folder for their common /etc/hosts file.
         """
         self.names = tuple(names)
         self._file = folder / "hosts"
@@ -82,7 +83,7 @@ class Hosts:
             self.run(name, "ip", "link", "set", switch, "up")
 
     def prefix(self, name: str, folder: Path) -> tuple[str, ...]:
-        """Words that have the command behind them run on a host, in a folder."""
+        """Prefix of a command that runs it on a host, in a folder."""
         of_host = (f"--target={self._holders[name].pid}", "--net", "--mount", "--uts")
         return ("nsenter", *of_host, "env", f"--chdir={folder}")
 
@@ -94,20 +95,20 @@ class Hosts:
         """A host's address on the scheduler's network."""
         return f"{ADMINISTRATION}.{self.names.index(name) + 1}"
 
-    def cut(self, name: str) -> None:
-        """Lose what a host's programs send and get, without a word to either side.
+    def disconnect(self, name: str) -> None:
+        """Silently drop all traffic of a host's programs.
 
-        The scheduler's network stays as it is.
+        The scheduler's network is not affected.
         """
         self.run(self.names[0], "ip", "link", "set", _port(FABRIC, name), "nomaster")
 
-    def mend(self, name: str) -> None:
-        """Undo `cut`."""
+    def reconnect(self, name: str) -> None:
+        """Undo `disconnect`."""
         switch = _interface(FABRIC)
         self.run(self.names[0], "ip", "link", "set", _port(FABRIC, name), "master", switch)
 
     def stop(self) -> None:
-        """End the hosts; what still runs there keeps the rest of them alive."""
+        """End the hosts; a process that still runs there keeps its namespaces alive."""
         for holder in self._holders.values():
             holder.kill()
             holder.wait()

@@ -1,11 +1,12 @@
 """Run the job with a recipe whose result does not depend on how a batch is split: ``plain``.
 
-The network is that of ``classic`` without BatchNormalization and Dropout, and without kinks: tanh
-in place of ReLU, means in place of maxima. At a kink rounding alone decides which way a gradient
-goes, and within 60 steps that grows to 4e-4 between one replica and two, also in one process.
+The network is that of ``classic`` without BatchNormalization and Dropout, and with smooth functions
+only: tanh instead of ReLU, average instead of max pooling. At a kink, rounding alone can change the
+gradient. Within 60 steps this grows to a difference of 4e-4 between one and two replicas, even in
+one process.
 """
 
-# ruff: noqa: E402 (TensorFlow is loaded first, its messages held back)
+# ruff: noqa: E402 (TensorFlow is loaded first, with its messages suppressed)
 
 import dataclasses
 
@@ -30,11 +31,11 @@ def build_model(seed: int, classes: int) -> keras.Model:
         if not isinstance(layer, layers.BatchNormalization | layers.Dropout)
     ]
     keras.utils.set_random_seed(seed)
-    smooth = [_without_kinks(layer) for layer in kept]
+    smooth = [_smooth(layer) for layer in kept]
     return keras.Sequential([keras.Input(model.input_shape[1:]), *smooth], name="plain")
 
 
-def _without_kinks(layer: keras.layers.Layer) -> keras.layers.Layer:
+def _smooth(layer: keras.layers.Layer) -> keras.layers.Layer:
     if isinstance(layer, keras.layers.MaxPooling2D):
         return keras.layers.AveragePooling2D(layer.pool_size)
     config = layer.get_config()
@@ -44,7 +45,7 @@ def _without_kinks(layer: keras.layers.Layer) -> keras.layers.Layer:
 
 
 def build_optimizer(learning_rate: float, total_steps: int) -> keras.optimizers.Optimizer:
-    # Adam would divide gradients by their own size, down to those that are nothing but rounding.
+    # Not Adam: it divides gradients by their own size, even those that are only rounding errors.
     del total_steps
     return keras.optimizers.SGD(learning_rate)
 

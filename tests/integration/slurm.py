@@ -1,8 +1,8 @@
 """A Slurm cluster on this machine: a controller and two nodes, n1 and n2, each with 2 + 2 GPUs.
 
-Or there are three, n3 too, which are hosts of their own. The GPUs are device nodes with nothing
-behind them, and processors and memory of the nodes are only said to be there, so that the script is
-submitted as it is.
+Alternatively there are three nodes, with n3, each a host with its own network. The GPUs are device
+nodes without hardware, and CPUs and memory are only declared in the configuration, so that the
+script can be submitted unmodified.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ from tests.integration.tools import require_tools
 TOOLS = ("slurmctld", "slurmd", "sbatch", "munged")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
-# A requeued job waits until its credentials have expired: two minutes by default, five seconds at
-# least. KillWait is the default.
+# A requeued job waits until its credentials have expired: by default two minutes, at least five
+# seconds. KillWait is set to its default.
 SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={controller}
@@ -71,31 +71,31 @@ PartitionName=preemptible Nodes=ALL PriorityTier=1 GraceTime=60
 PartitionName=graceless Nodes=ALL PriorityTier=1
 """
 CONTROLLER = "n0"
-"""Host of the controller, where the nodes are hosts of their own."""
+"""Host of the controller if the nodes are separate hosts."""
 NODE = "CPUs=8 RealMemory=65536 Gres=gpu:a:2,gpu:b:2"
 
 
 def require_slurm() -> None:
-    """Skip where no cluster can be started."""
+    """Skip the test if no cluster can be started."""
     require_tools(TOOLS, "starting a Slurm cluster")
 
 
 class Cluster:
-    """Starts a cluster, submits to it, and asks it.
+    """Starts a Slurm cluster, submits jobs to it and queries it.
 
     Attributes:
-        folder: Of the cluster; every user can read it.
-        checkout: What a user has who has cloned the project, installed it, and fetched the data.
+        folder: Folder of the cluster; every user can read it.
+        checkout: A checkout of the project with the program installed and the data downloaded.
         nodes: Names of the nodes.
-        hosts: What the controller and each node are, if they do not share this machine's network.
+        hosts: The hosts of controller and nodes, if they do not share this machine's network.
     """
 
     def __init__(self, data: Path, separate: bool = False) -> None:
-        """Make folders for a cluster.
+        """Create the folders of a cluster.
 
         Args:
             data: The data set.
-            separate: Make each of three nodes a host of its own, instead of two on this one.
+            separate: Use three nodes, each a separate host, instead of two nodes on this host.
         """
         self.folder = Path(tempfile.mkdtemp(prefix="cifar10-job-slurm-"))
         self.folder.chmod(0o755)
@@ -116,13 +116,13 @@ class Cluster:
         return checkout
 
     def with_data(self, data: Path) -> "Cluster":
-        """The same cluster, with another checkout and other data in it."""
+        """Return the same cluster with another checkout that contains other data."""
         other = copy.copy(self)
         other.checkout = self._make_checkout(data)
         return other
 
     def for_ordinary_user(self, **env: str) -> "Cluster":
-        """The same cluster as the user nobody sees it, who has the script alone."""
+        """Return the same cluster for the user nobody, with only the script in the checkout."""
         other = copy.copy(self)
         other.checkout = Path(tempfile.mkdtemp(prefix="nobody-", dir=self.folder))
         other.checkout.chmod(0o755)
@@ -183,11 +183,11 @@ class Cluster:
         self.run("slurmd", "-N", node, host=node)
 
     def kill_node(self, node: str) -> None:
-        """Kill a node's daemon and leave what runs there alone, as a lost network does."""
+        """Kill a node's daemon but not its jobs, as when the network is lost."""
         os.kill(int((self.folder / f"{node}.pid").read_text()), signal.SIGKILL)
 
     def stop(self) -> None:
-        """End whatever was started, jobs whose node was lost included, and leave nothing behind."""
+        """Kill every process of the cluster, including jobs of lost nodes, and remove its files."""
         mark = f"SLURM_CONF={self.env['SLURM_CONF']}".encode()
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -200,10 +200,10 @@ class Cluster:
     def run(
         self, *command: str | Path, host: str = CONTROLLER, env: dict[str, str] | None = None
     ) -> str:
-        """Run a command of Slurm's at the top of the checkout; its output."""
-        there = self.hosts.prefix(host, self.checkout) if self.hosts else ()
+        """Run a Slurm command at the top of the checkout and return its output."""
+        prefix = self.hosts.prefix(host, self.checkout) if self.hosts else ()
         result = subprocess.run(
-            [*there, *self._user, *map(str, command)],
+            [*prefix, *self._user, *map(str, command)],
             cwd=self.checkout,
             env={**self.env, **(env or {})},
             capture_output=True,
@@ -214,11 +214,11 @@ class Cluster:
         return result.stdout
 
     def submit(self, *words: str | Path, **env: str) -> str:
-        """sbatch; the job's id."""
+        """Submit a job with sbatch and return its ID."""
         return self.run("sbatch", "--parsable", *words, env=env).strip()
 
     def fields(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` tells."""
+        """The fields that `scontrol show job` prints."""
         line = self.run("scontrol", "--oneliner", "show", "job", job)
         return dict(re.findall(r"(\S+?)=(\S*)", line))
 
@@ -226,7 +226,7 @@ class Cluster:
         return self.fields(job)["JobState"]
 
     def wait(self, *jobs: str, timeout: float = 300) -> str:
-        """Wait for the end of jobs; the state of the last."""
+        """Wait until jobs have ended and return the state of the last."""
         for job in jobs:
             has_ended = functools.partial(self._has_ended, job)
             wait_until(has_ended, timeout, functools.partial(self.log, job))
@@ -244,7 +244,7 @@ class Cluster:
 
 
 def processes(job: str) -> list[Path]:
-    """Folders in /proc of the processes of a job, this machine's nodes together."""
+    """The folders in /proc of a job's processes, on all nodes of this machine."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -259,20 +259,20 @@ def environment(process: Path) -> list[bytes]:
 
 
 def attempts(output: Path) -> list[dict[str, Any]]:
-    """The attempts of the run in an output folder, as its ``run.json`` has them."""
+    """The attempts in the ``run.json`` of an output folder."""
     document: dict[str, Any] = json.loads((output / "run.json").read_text())
     return list(document["attempts"])
 
 
-def trainer(output: Path) -> int:
-    """Process id of who holds an output folder."""
+def holder_pid(output: Path) -> int:
+    """The process ID of the holder of an output folder."""
     lease = max((output / ".lease").glob("[0-9]*[0-9]"))
     return int(json.loads(lease.read_text())["pid"])
 
 
 @contextlib.contextmanager
-def halted(pid: int) -> Iterator[None]:
-    """Halt a training for the time of the body, so that it does not end before its fault comes."""
+def suspended(pid: int) -> Iterator[None]:
+    """Suspend a training during the block, so that it does not end before the fault."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
@@ -287,5 +287,5 @@ def wait_until(
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
-            pytest.fail(f"waited for {timeout:g} s in vain: {explain()}")
+            pytest.fail(f"timed out after {timeout:g} s: {explain()}")
         time.sleep(0.3)

@@ -1,4 +1,4 @@
-"""Several workers of one run on this machine, each a process of the job with its TF_CONFIG."""
+"""Several workers of one run on this machine, each a process of the job with its own TF_CONFIG."""
 
 import json
 import time
@@ -10,12 +10,12 @@ from tests.conftest import Job, free_ports
 
 
 def free_addresses(count: int) -> list[str]:
-    """Addresses on loopback with ports that nobody uses."""
+    """Addresses on loopback with unused ports."""
     return [f"127.0.0.1:{port}" for port in free_ports(count)]
 
 
 def evaluate_on_one_device(output: Path, data_dir: Path) -> None:
-    """Evaluate a run's model again as a chief does: on more devices a sum has another order."""
+    """Evaluate a run's model on one device, as a chief does: the order of sums depends on it."""
     words = ("--devices", "cpu:1", "--data-dir", data_dir, "--output-dir", output)
     result = Job(output, "evaluate", *words).finish()
     assert result.returncode == 0, result.stderr
@@ -25,10 +25,10 @@ class Team:
     """Starts workers and waits for them.
 
     Args:
-        folder: Working directory of all; output folders are in it.
+        folder: Working directory of all workers, with the output folders.
         count: Number of workers.
-        arguments: Of the command line.
-        module: What to run instead of the job itself.
+        arguments: Arguments of the command line.
+        module: Python module to run instead of the job itself.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Team:
         options: Sequence[str | Path] = (),
         env: Mapping[str, str] | None = None,
     ) -> "Team":
-        """Start some of the workers, or all of them."""
+        """Start the workers with these ranks, by default all."""
         for rank in ranks or range(len(self.addresses)):
             task = {"type": "worker", "index": rank}
             config = {"cluster": {"worker": self.addresses}, "task": task}
@@ -60,7 +60,7 @@ class Team:
         return self
 
     def finish(self, timeout: float = 300) -> list[int]:
-        """Wait for the end of all; their exit codes, in the order of their ranks."""
+        """Wait until all workers have exited; return their exit codes, ordered by rank."""
         end = time.monotonic() + timeout
         codes = []
         self.logs: dict[int, list[dict[str, Any]]] = {}
@@ -73,6 +73,6 @@ class Team:
         return codes
 
     def kill(self) -> None:
-        """Leave no process behind, also of those that are no longer among the workers."""
+        """Kill all processes, including those removed from `workers`."""
         for worker in self._started:
             worker.end()

@@ -1,8 +1,8 @@
-"""The short form of `make chaos`, for the gate."""
+"""A short version of `make chaos`, for the gate."""
 
 from pathlib import Path
 
-from tests.integration.chaos import make_rounds
+from tests.integration.chaos import run_rounds
 
 PLAN = [
     ("SIGKILL at a checkpoint's file operation", 2),
@@ -11,8 +11,8 @@ PLAN = [
 ]
 
 
-def test_whatever_kills_a_run_its_bits_stay_the_same(cifar10_dir: Path, tmp_path: Path) -> None:
-    rounds = list(make_rounds(cifar10_dir, tmp_path, PLAN, seed=2, jobs=2))
+def test_a_killed_run_ends_with_the_same_bits(cifar10_dir: Path, tmp_path: Path) -> None:
+    rounds = list(run_rounds(cifar10_dir, tmp_path, PLAN, seed=2, jobs=2))
     assert len(rounds) == len(PLAN)
     for one in rounds:
         assert one.problems == [], one

@@ -1,4 +1,4 @@
-"""The recipe `fast` with a quarter of its widths, on real images and in processes of its own."""
+"""The recipe `fast` with a quarter of its widths, on real images and in separate processes."""
 
 import json
 import os
@@ -34,7 +34,7 @@ RECIPE = replace(fast.RECIPE, build_model=build_model)
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the program with a narrow form of the recipe."""
+    """A copy of the program with a narrow version of the recipe."""
     folder = tmp_path_factory.mktemp("program")
     shutil.copytree(REPOSITORY / "job", folder / "job")
     (folder / "job" / "recipes" / "narrow.py").write_text(NARROW)
@@ -56,7 +56,7 @@ def read(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_a_short_run_climbs_and_a_killed_one_ends_with_the_same_bits(
+def test_accuracy_climbs_and_a_killed_run_ends_with_the_same_bits(
     program: Path, cifar10_dir: Path, tmp_path: Path, replicas: int
 ) -> None:
     device = ("--devices", f"cpu:{replicas}")
@@ -78,12 +78,12 @@ def test_a_short_run_climbs_and_a_killed_one_ends_with_the_same_bits(
     assert compare(whole, killed) == []
     assert [one["first_step"] for one in read(killed / "run.json")["attempts"]] == [0, 5]
     if replicas == 1:
-        examine(program, whole, cifar10_dir)
+        check_evaluation(program, whole, cifar10_dir)
         return
     several = tmp_path / "several"
     team = Team(program, 2, *command(cifar10_dir, several), "--devices", "cpu:1")
     try:
-        # One process always takes oneDNN.
+        # A single process always uses oneDNN.
         team.start(env={"PYTHONPATH": str(program), "TF_ENABLE_ONEDNN_OPTS": "1"})
         assert team.finish() == [0, 0], team.errors
     finally:
@@ -93,8 +93,8 @@ def test_a_short_run_climbs_and_a_killed_one_ends_with_the_same_bits(
     assert not [name for name in one if not np.array_equal(one[name], two[name])]
 
 
-def examine(program: Path, output: Path, cifar10_dir: Path) -> None:
-    """Check that other programs come to the figures of the evaluation."""
+def check_evaluation(program: Path, output: Path, cifar10_dir: Path) -> None:
+    """Check that stock Keras and `predict` reproduce the metrics of the evaluation."""
     evaluation = read(output / "evaluation.json")
     assert 0.45 < evaluation["accuracy_without_tta"] != evaluation["accuracy"]
     model, test_batch = output / "cifar10_model.h5", cifar10_dir / "cifar-10-batches-py/test_batch"
@@ -105,7 +105,7 @@ def examine(program: Path, output: Path, cifar10_dir: Path) -> None:
     assert figures["sums"] == pytest.approx([1.0] * 100, abs=1e-5)
     assert (figures["optimizer"], figures["policies"]) == ("sgd", ["float32"])
 
-    # By its views a class of the evaluation's pictures is predicted as often as it counts.
+    # `predict` averages over the same views as the evaluation.
     pictures = output / "pictures"
     pictures.mkdir()
     environ = {**os.environ, "PYTHONPATH": str(program)}

@@ -1,4 +1,4 @@
-"""What clusters do to a training, on real data, in processes of their own, on real volumes."""
+"""Faults of clusters during a training, on real data, in separate processes, on real volumes."""
 
 import json
 import os
@@ -12,22 +12,22 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY, Job, RunJob, StartJob
-from tests.integration.chaos import compare, examine_visible
+from tests.integration.chaos import check_visible, compare
 from tests.integration.conftest import MakeVolume
 
-# A checkpoint after every execution; three of them, of 15, 15 and 10 steps, are an epoch.
+# A checkpoint after every execution. An epoch has three executions, of 15, 15 and 10 steps.
 OPTIONS = "--limit 2560 --batch-size 64 --epochs 2 --checkpoint-every 0.001 --devices cpu:1"
 
 
 @pytest.fixture(scope="module")
 def command(cifar10_dir: Path) -> tuple[str, ...]:
-    """The arguments of a small training, without its output folder."""
+    """The arguments of a small training, without the output folder."""
     return ("train", *OPTIONS.split(), "--log-format", "json", "--data-dir", str(cifar10_dir))
 
 
 @pytest.fixture(scope="module")
 def reference(command: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of that training, undisturbed."""
+    """The output folder of the uninterrupted training."""
     folder = tmp_path_factory.mktemp("reference")
     result = Job(folder, *command, "--output-dir", folder).finish()
     assert result.returncode == 0, result.stderr
@@ -46,7 +46,7 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted((output / "checkpoints").iterdir())
 
 
-def test_a_finished_run_says_so_and_is_left_alone(
+def test_a_finished_run_is_reported_and_not_changed(
     run_job: RunJob, command: tuple[str, ...], reference: Path
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in reference.glob("[!.]*")}
@@ -66,7 +66,7 @@ def test_a_finished_run_says_so_and_is_left_alone(
         ("--epochs", "1", "--epochs received 1, expected at least 2"),
     ],
 )
-def test_another_run_is_refused_by_what_differs(
+def test_another_run_is_rejected_with_the_option_that_differs(
     run_job: RunJob,
     command: tuple[str, ...],
     reference: Path,
@@ -96,22 +96,22 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(
     job = start_job(*command, "--output-dir", output)
     job.wait_for("checkpoint")
     filler = volume / "filler"
-    # Whatever is left, to the last byte.
+    # Fill the volume to the last byte.
     subprocess.run(["cp", "/dev/zero", filler], check=False, stderr=subprocess.DEVNULL)
     result = job.finish()
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"cifar10-job: error: cannot write {output}/")
     assert "No space left on device; free some space" in line
-    assert examine_visible(output) == []
+    assert check_visible(output) == []
     assert list(output.rglob("*.partial*")) == []
     filler.unlink()
     assert run_job(*command, "--output-dir", output).returncode == 0
-    # Where the last record of it found space again, it says that the attempt failed.
+    # If the last write of run.json found space again, the outcome is failed.
     assert compare(reference, output, ("failed", "lost")) == []
 
 
-def test_a_volume_that_vanishes_ends_the_run_without_writing_below_it(
+def test_a_lost_volume_ends_the_run_and_nothing_is_written_to_the_mount_point(
     start_job: StartJob, command: tuple[str, ...], make_volume: MakeVolume
 ) -> None:
     volume = make_volume(80 * 1024)
@@ -126,7 +126,7 @@ def test_a_volume_that_vanishes_ends_the_run_without_writing_below_it(
     assert list(volume.iterdir()) == []
 
 
-def test_a_damaged_checkpoint_costs_its_steps_and_no_bits(
+def test_a_damaged_checkpoint_loses_steps_but_the_result_is_bit_identical(
     run_job: RunJob,
     start_job: StartJob,
     command: tuple[str, ...],
@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_no_bits(
     assert compare(reference, output) == []
 
 
-def test_two_runs_do_not_share_a_folder(
+def test_two_runs_cannot_share_a_folder(
     start_job: StartJob, run_job: RunJob, command: tuple[str, ...], reference: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "output"
@@ -172,7 +172,7 @@ def test_a_requeued_job_takes_over_from_its_older_attempt(
     slurm = {"SLURM_JOB_ID": "41"}
     older = start_job(*command, "--output-dir", output, env=slurm)
     older.wait_for("checkpoint")
-    # The node hangs; it comes back only when the next attempt has taken over.
+    # The node hangs, and continues only after the next attempt has taken over.
     older.send_signal(signal.SIGSTOP)
     newer = start_job(*command, "--output-dir", output, env={**slurm, "SLURM_RESTART_COUNT": "1"})
     assert newer.wait_for("waiting")["holder"].startswith("slurm job 41, process")
@@ -187,7 +187,7 @@ def test_a_requeued_job_takes_over_from_its_older_attempt(
     assert compare(reference, output) == []
 
 
-def test_an_older_attempt_that_lives_is_asked_to_save_its_work(
+def test_a_running_older_attempt_is_requested_to_save_its_work(
     start_job: StartJob, command: tuple[str, ...], tmp_path: Path
 ) -> None:
     output = tmp_path / "output"
@@ -230,12 +230,12 @@ def test_a_clock_that_runs_backwards_changes_nothing(
     second = start_job(*command, "--output-dir", output, "--run-id", "mine", env=fake)
     assert second.finish().returncode == 0
     assert compare(reference, output) == []
-    # The times of metrics.jsonl come from a clock that cannot be set.
+    # The times in metrics.jsonl come from a monotonic clock.
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [0 < line["seconds"] <= line["elapsed_seconds"] < 300 for line in lines] == [True] * 2
 
 
-def test_another_number_of_threads_is_a_warning_and_on_the_record(
+def test_another_number_of_threads_causes_a_warning_and_is_recorded(
     start_job: StartJob, command: tuple[str, ...], tmp_path: Path
 ) -> None:
     if len(os.sched_getaffinity(0)) < 2:
@@ -258,10 +258,10 @@ def test_another_number_of_threads_is_a_warning_and_on_the_record(
     assert manifest(output)["attempts"][-1]["changes"] == [f"threads: {threads} -> 1"]
 
 
-def test_a_message_that_nobody_reads_does_not_change_the_exit_code(
+def test_closed_output_pipes_do_not_change_the_exit_code(
     start_job: StartJob, command: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """As with `train | tee log` and Ctrl-C, which ends tee too."""
+    """As with `train | tee log` and Ctrl-C, which also ends tee."""
     job = start_job(*command, "--output-dir", tmp_path / "output")
     job.wait_for("checkpoint")
     assert job.stdout is not None

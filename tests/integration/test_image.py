@@ -1,4 +1,4 @@
-"""The image as clusters run it: any user, nothing writable but the volumes, no network."""
+"""The image as clusters run it: any user, only the volumes writable, no network."""
 
 import json
 import re
@@ -30,14 +30,14 @@ MakeFolder = Callable[[int], Path]
 
 @pytest.fixture(scope="module")
 def data(cifar10_dir: Path) -> Path:
-    """The real data set, readable for every user."""
+    """The real data set, readable by every user."""
     cifar10_dir.chmod(0o755)
     return cifar10_dir
 
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> MakeFolder:
-    """Make an output folder that belongs to a user id and to nobody else."""
+    """Create an output folder that only this user ID can access."""
 
     def make(user: int) -> Path:
         folder = tmp_path / f"output-{user}"
@@ -50,7 +50,7 @@ def make_folder(tmp_path: Path) -> MakeFolder:
 
 @pytest.fixture
 def container() -> Iterator[str]:
-    """A name for a container that is gone after the test."""
+    """The name of a container that is removed after the test."""
     name = "cifar10-job-test"
     podman("rm", "--force", name)
     yield name
@@ -81,23 +81,23 @@ def test_configuration(image: str) -> None:
     assert config["Cmd"] == ["train"]
     assert config["User"] == "10001:0"
     assert "JOB_REQUIRE_GPUS=1" in config["Env"]
-    # An anonymous volume would hide that nothing is mounted, and be lost all the same.
+    # An anonymous volume is also lost, and would hide that nothing is mounted.
     assert "Volumes" not in config
     labels = {name.rpartition(".")[2]: text for name, text in config["Labels"].items()}
     assert (labels["version"], labels["revision"]) == (__version__, REVISION)
 
 
-def test_no_compiler_cache_or_test_is_added(image: str) -> None:
-    look = (
+def test_the_image_contains_no_compiler_cache_or_test(image: str) -> None:
+    script = (
         "ls /app; find / -xdev -type f \\( -name gcc -o -name clang -o -name nvcc -o -name cicc "
         "-o -name libnvvm.so -o -path '*/.cache/*' -o -path '/app/*test*' \\)"
     )
-    found = podman("run", "--rm", "--user", "0", "--entrypoint", "sh", image, "-c", look)
+    found = podman("run", "--rm", "--user", "0", "--entrypoint", "sh", image, "-c", script)
     assert found.stdout.split() == ["docker", "job", "locks", "nvidia"]
 
 
 @pytest.mark.parametrize("user", [0, 42_424])
-def test_trains_as_any_user_with_nothing_writable_but_the_volume(
+def test_trains_as_any_user_with_only_the_volume_writable(
     image: str, make_folder: MakeFolder, data: Path, user: int
 ) -> None:
     folder = make_folder(user)
@@ -115,11 +115,11 @@ def test_trains_as_any_user_with_nothing_writable_but_the_volume(
     assert owners == {user}
     run = json.loads((folder / "run.json").read_text())
     assert run["git_commit"] == REVISION
-    # TensorFlow and Python are the base's; everything else is what the tests run with.
+    # TensorFlow comes from the base, and so does Python, whose version can differ from the tests'.
     assert run["versions"] | {"python": ""} == versions() | {"python": ""}
 
 
-def test_a_stopped_container_is_gone_on_with_to_the_same_bits(
+def test_a_stopped_container_resumes_and_ends_with_the_same_bits(
     image: str, container: str, make_folder: MakeFolder, data: Path
 ) -> None:
     whole, interrupted = make_folder(10001), make_folder(10002)
@@ -137,7 +137,7 @@ def test_a_stopped_container_is_gone_on_with_to_the_same_bits(
         assert any('"checkpoint"' in line for line in logs.stdout)
         podman("stop", "--time", "30", container).check_returncode()
     assert podman("wait", container).stdout.strip() == "75"
-    # The same container again, as a daemon with a restart policy does it.
+    # Restart the same container, as a daemon with a restart policy does.
     again = podman("start", "--attach", container)
     assert again.returncode == 0, again.stderr
 
@@ -151,7 +151,7 @@ def test_a_stopped_container_is_gone_on_with_to_the_same_bits(
     assert outcomes == ["stopped", "done"]
 
 
-def test_an_unwritable_volume_is_an_error_that_names_the_fix(
+def test_an_unwritable_volume_is_an_error_with_advice(
     image: str, make_folder: MakeFolder, data: Path
 ) -> None:
     folder = make_folder(4242)
@@ -162,7 +162,7 @@ def test_an_unwritable_volume_is_an_error_that_names_the_fix(
     assert list(folder.iterdir()) == []
 
 
-def test_no_gpu_is_exit_code_3_and_no_mount_a_warning(image: str) -> None:
+def test_a_missing_gpu_is_exit_code_3_and_a_missing_mount_a_warning(image: str) -> None:
     result = podman("run", "--rm", "--network", "none", image)
     assert result.returncode == 3
     warning, error = events(result.stdout)
@@ -182,7 +182,7 @@ def test_no_gpu_is_exit_code_3_and_no_mount_a_warning(image: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What the image is built from, to be changed."""
+    """A copy of the files that the image is built from."""
     folder = tmp_path / "checkout"
     folder.mkdir()
     for name in ("docker", "job", "locks", ".dockerignore"):
@@ -214,7 +214,7 @@ def test_a_source_change_keeps_the_layer_of_the_packages(image: str, checkout: P
     assert any("pip install" in step["created_by"] for step in steps[:kept])
 
 
-# An ordinary user whose commands a daemon carries out, on a machine without GPUs and with podman.
+# Simulates an ordinary user with a Docker daemon, on a machine with podman and without GPUs.
 ORDINARY_USER = """
 id() { echo 42424; }
 mkdir() { setpriv --reuid 42424 --regid 42424 --clear-groups mkdir "$@"; }
@@ -228,7 +228,7 @@ set -e
 """
 
 
-def test_the_readmes_command_leaves_files_that_belong_to_the_user(
+def test_output_files_of_the_readme_command_belong_to_the_user(
     image: str, make_folder: MakeFolder
 ) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
@@ -242,10 +242,10 @@ def test_the_readmes_command_leaves_files_that_belong_to_the_user(
     assert {path.stat().st_uid for path in folder.rglob("*")} == {42_424}
 
 
-def test_make_runs_the_readmes_command() -> None:
+def test_make_runs_the_readme_command() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     make = subprocess.run(
-        # Without what looks for Docker before, and explains an exit code after.
+        # Without the check for Docker before and the note about exit code 75 after.
         [*("make", "--dry-run", "--no-print-directory", "docker-run"), "NEEDS_DOCKER=", "EXPLAIN="],
         cwd=REPOSITORY,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The command line as a user runs it: real data, processes of their own, real file systems."""
+"""The command line as a user runs it: real data, separate processes, real file systems."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from tests.integration.conftest import MakeVolume
 
 SMALL = ("--epochs", "2", "--limit", "2560")
 
-# What a user without this package does with the artifacts: stock Keras alone.
+# How a user without this package uses the artifacts: with stock Keras only.
 STOCK_KERAS = """
 import json, pickle, sys
 import keras, numpy as np
@@ -39,7 +39,7 @@ print(json.dumps({
 """
 
 
-# The same with the oldest Keras that can load the model; the arrays come from the newest.
+# The same with the oldest Keras that can load the model; the expected outputs come from the newest.
 OLD_KERAS = """
 import sys
 import keras, numpy as np
@@ -58,7 +58,7 @@ def test_the_model_file_loads_in_an_older_keras(
     pip = [sys.executable, "-m", "pip", "install", *options, "--requirement", str(lock)]
     installed = subprocess.run(pip, capture_output=True, text=True)
     if installed.returncode:
-        pytest.skip(f"no older Keras can be had: {installed.stderr}")
+        pytest.skip(f"cannot install an older Keras: {installed.stderr}")
     images = np.random.default_rng(1).random((4, 32, 32, 3), np.float32)
     np.save(tmp_path / "images.npy", images)
     np.save(tmp_path / "expected.npy", model.predict(images, verbose=0))
@@ -78,23 +78,23 @@ def read(path: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, cifar10_dir: Path) -> Path:
-    """An output folder of a bfloat16 run on two replicas."""
+    """The output folder of a bfloat16 run on two replicas."""
     folder, temporary = tmp_path_factory.mktemp("trained"), tmp_path_factory.mktemp("temporary")
     command = [sys.executable, "-m", "job", "train", *SMALL, "--devices", "cpu:2"]
-    # On a busy machine two epochs may take longer than the default time between two checkpoints.
+    # On a busy machine two epochs can take longer than the default checkpoint interval.
     options = f"--precision bfloat16 --checkpoint-every 3600 --data-dir {cifar10_dir}".split()
     options += ["--output-dir", str(folder)]
     environ = {**os.environ, "TMPDIR": str(temporary), "HOME": str(temporary)}
     result = subprocess.run([*command, *options], capture_output=True, text=True, env=environ)
     assert result.returncode == 0, result.stderr
-    # A node's temporary folder is everybody's, and in the image it is memory.
+    # The temporary folder must stay empty: it is shared on a node, and in memory in the image.
     assert list(temporary.iterdir()) == []
     (folder / "stdout").write_text(result.stdout)
     (folder / "stderr").write_text(result.stderr)
     return folder
 
 
-def test_stdout_is_json_lines_and_stderr_is_quiet(trained: Path) -> None:
+def test_stdout_is_json_lines_and_stderr_is_empty(trained: Path) -> None:
     events = [json.loads(line) for line in (trained / "stdout").read_text().splitlines()]
     names = [event["event"] for event in events]
     epochs = ["checkpoint", "epoch", "epoch", "checkpoint"]
@@ -102,7 +102,7 @@ def test_stdout_is_json_lines_and_stderr_is_quiet(trained: Path) -> None:
     assert (trained / "stderr").read_text() == ""
 
 
-def test_the_model_file_gives_the_evaluations_figures_in_stock_keras(
+def test_stock_keras_reproduces_the_evaluation_from_the_model_file(
     trained: Path, cifar10_dir: Path, tmp_path: Path
 ) -> None:
     result = subprocess.run(
@@ -125,7 +125,7 @@ def test_the_model_file_gives_the_evaluations_figures_in_stock_keras(
     assert (stock["optimizer"], stock["compiled_loss"]) == ("adam", "categorical_crossentropy")
 
 
-def test_evaluation_document_is_complete(trained: Path) -> None:
+def test_evaluation_json_is_complete(trained: Path) -> None:
     evaluation = read(trained / "evaluation.json")
     assert evaluation["examples"] == 10_000
     assert [c["support"] for c in evaluation["classes"].values()] == [1_000] * 10
@@ -134,7 +134,7 @@ def test_evaluation_document_is_complete(trained: Path) -> None:
     assert evaluation["model_sha256"] == digest
 
 
-def test_evaluate_command_repeats_the_figures(
+def test_evaluate_reproduces_the_evaluation(
     run_job: RunJob, trained: Path, cifar10_dir: Path
 ) -> None:
     before = read(trained / "evaluation.json")
@@ -147,10 +147,10 @@ def test_evaluate_command_repeats_the_figures(
     assert after["confusion_matrix"] == before["confusion_matrix"]
 
 
-def test_the_same_command_gives_the_same_model_whatever_prints_around_it(
+def test_the_log_format_does_not_change_the_model(
     run_job: RunJob, cifar10_dir: Path, tmp_path: Path
 ) -> None:
-    weights = []
+    results = []
     for name, log_format in (("one", "json"), ("two", "text")):
         options = ("--data-dir", cifar10_dir, "--output-dir", tmp_path / name)
         result = run_job(
@@ -163,10 +163,10 @@ def test_the_same_command_gives_the_same_model_whatever_prints_around_it(
             env={"JOB_LOG_FORMAT": log_format},
         )
         assert result.returncode == 0, result.stderr
-        weights.append(read(tmp_path / name / "evaluation.json")["confusion_matrix"])
+        results.append(read(tmp_path / name / "evaluation.json")["confusion_matrix"])
         line = (tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]
-        weights.append(json.loads(line)["loss"])
-    assert weights[:2] == weights[2:]
+        results.append(json.loads(line)["loss"])
+    assert results[:2] == results[2:]
 
 
 def test_an_archive_trains_like_the_folder(
@@ -194,7 +194,7 @@ BAD_RUNS = [
 
 
 @pytest.mark.parametrize(("arguments", "exit_code", "message"), BAD_RUNS)
-def test_a_run_that_cannot_start_says_why_in_one_line_and_overwrites_nothing(
+def test_a_run_that_cannot_start_prints_a_one_line_error_and_overwrites_nothing(
     run_job: RunJob, tmp_path: Path, arguments: list[str], exit_code: int, message: str
 ) -> None:
     output = tmp_path / "output"
@@ -211,17 +211,17 @@ def test_a_run_that_cannot_start_says_why_in_one_line_and_overwrites_nothing(
     assert (output / "prediction.png").read_text() == (tmp_path / "file").read_text() == "mine"
 
 
-def test_an_expected_gpu_that_is_missing_is_never_replaced_by_the_cpu(run_job: RunJob) -> None:
+def test_the_cpu_never_replaces_a_missing_gpu(run_job: RunJob) -> None:
     expected = {"SLURM_GPUS_ON_NODE": "99"}
     result = run_job("train", "--dataset", "synthetic", env=expected)
     assert result.returncode == 3
     assert "SLURM_GPUS_ON_NODE=99 promises 99 GPUs" in result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["exit_code"] == 3
-    asked_for = ("--devices", "cpu:1", "--limit", "512", "--epochs", "1")
-    assert run_job("train", "--dataset", "synthetic", *asked_for, env=expected).returncode == 0
+    requested = ("--devices", "cpu:1", "--limit", "512", "--epochs", "1")
+    assert run_job("train", "--dataset", "synthetic", *requested, env=expected).returncode == 0
 
 
-def test_a_full_volume_is_refused_before_training(run_job: RunJob, small_volume: Path) -> None:
+def test_a_full_volume_is_rejected_before_training(run_job: RunJob, small_volume: Path) -> None:
     result = run_job("train", "--dataset", "synthetic", "--output-dir", small_volume)
     assert result.returncode == 2
     assert "has 1 MiB free, expected at least 64 MiB" in result.stderr
@@ -231,7 +231,7 @@ def test_a_full_volume_is_refused_before_training(run_job: RunJob, small_volume:
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_another_user_is_rejected(tmp_path: Path) -> None:
     if os.getuid():
         pytest.skip("becoming another user needs root")
     script = (
@@ -255,7 +255,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
         assert "Permission denied; give user 65534 access" in result.stdout
 
 
-def test_a_volume_that_cannot_be_written_is_refused(run_job: RunJob, small_volume: Path) -> None:
+def test_a_read_only_volume_is_rejected(run_job: RunJob, small_volume: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_volume], check=True)
     result = run_job("train", "--dataset", "synthetic", "--output-dir", small_volume)
     assert result.returncode == 2
@@ -263,7 +263,7 @@ def test_a_volume_that_cannot_be_written_is_refused(run_job: RunJob, small_volum
 
 
 @pytest.mark.parametrize("kibibytes", [1024, 1684, 5032])
-def test_an_artifact_that_does_not_fit_leaves_the_earlier_one(
+def test_an_artifact_that_does_not_fit_does_not_replace_the_earlier_one(
     make_volume: MakeVolume, kibibytes: int
 ) -> None:
     volume = make_volume(kibibytes)
@@ -286,11 +286,11 @@ def test_an_artifact_that_does_not_fit_leaves_the_earlier_one(
     )
     assert f"UserError: cannot write {path}: " in result.stderr
     assert path.read_text() == "earlier"
-    assert result.returncode == 1  # of an uncaught exception, not of a crash
+    assert result.returncode == 1  # an uncaught exception, not a crash
     assert [entry.name for entry in volume.iterdir()] == ["model.h5"]
 
 
-def test_a_call_that_hangs_ends_with_the_stacks_in_the_log_and_is_on_the_record(
+def test_a_hanging_call_is_ended_logged_with_stacks_and_recorded(
     cifar10_dir: Path, tmp_path: Path
 ) -> None:
     result = Job(

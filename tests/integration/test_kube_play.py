@@ -1,7 +1,7 @@
-"""The Job's Pod as podman plays it: evicted, played again on the same volumes, and fetched from.
+"""The Job's Pod in podman: evicted, restarted on the same volumes, and its artifacts fetched.
 
-podman 4.3 differs from Kubernetes: it makes every emptyDir a folder on the disk, /dev/shm too, and
-ignores fsGroup, seccompProfile (it has a default of its own) and the grace period.
+podman 4.3 differs from Kubernetes: every emptyDir, even /dev/shm, is a folder on disk, and fsGroup,
+the grace period and seccompProfile are ignored (podman uses its own default profile).
 """
 
 import json
@@ -52,7 +52,7 @@ def run(*args: str | Path) -> str:
 
 
 def pod_of(job: Manifest, image: str) -> Manifest:
-    """The Pod that Kubernetes makes, but for the image, the GPU and the size of the run."""
+    """The Pod that Kubernetes creates, except for the image, the GPU and the size of the run."""
     template = job["spec"]["template"]
     container = container_of(template["spec"])
     container["image"] = image
@@ -60,7 +60,7 @@ def pod_of(job: Manifest, image: str) -> Manifest:
     container["args"] += ["--epochs", "3", "--limit", "768"]
     for resources in container["resources"].values():
         del resources["nvidia.com/gpu"]
-    # The Job's controller adds the label.
+    # The Job controller adds this label.
     labels = {**template["metadata"]["labels"], "batch.kubernetes.io/controller-uid": UID}
     metadata = {"name": job["metadata"]["name"], "labels": labels}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
@@ -85,11 +85,11 @@ def wait_for_an_epoch() -> None:
 
 @dataclass
 class Played:
-    """What two Pods of one Job left.
+    """Results of two Pods of one Job.
 
     Attributes:
-        exit_codes: Of the Pod that was evicted, and of the one that replaced it.
-        inspected: The first container's settings.
+        exit_codes: Exit codes of the evicted Pod and its replacement.
+        inspected: Settings of the first container.
         output: Folder of the output volume.
     """
 
@@ -100,11 +100,11 @@ class Played:
 
 @pytest.fixture(scope="module")
 def volumes(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """The claims' volumes by name, from the manifest."""
+    """The folders of the volumes for the claims in the manifest, by name."""
     claims = tmp_path_factory.mktemp("claims") / "claims.yaml"
     volumes = of_kind("PersistentVolumeClaim", job_yaml())
     claims.write_text(yaml.safe_dump_all(volumes))
-    run("kube", "play", claims)  # fails where there are volumes of these names
+    run("kube", "play", claims)  # fails if volumes with these names exist
     names = [volume["metadata"]["name"] for volume in volumes]
     try:
         yield {
@@ -122,7 +122,7 @@ def played(
     cifar10_dir: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Played:
-    """The Job's Pod, evicted after an epoch, and the one that replaces it."""
+    """Run the Job's Pod, evict it after an epoch, and run its replacement."""
     shutil.copytree(cifar10_dir, volumes["cifar10-data"], dirs_exist_ok=True)
     pod = pod_of(only("Job", job_yaml()), image)
     manifest = tmp_path_factory.mktemp("pod") / "pod.yaml"
@@ -153,7 +153,7 @@ def test_an_evicted_pod_is_replaced_and_the_run_completes(played: Played) -> Non
     assert json.loads((played.output / "evaluation.json").read_text())["examples"] == 10_000
 
 
-def test_it_ran_under_the_manifests_restrictions(played: Played) -> None:
+def test_the_pod_ran_with_the_restrictions_of_the_manifest(played: Played) -> None:
     settings, host = played.inspected, played.inspected["HostConfig"]
     assert settings["Config"]["User"] == "10001:10001"
     assert not settings["EffectiveCaps"]

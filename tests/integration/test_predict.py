@@ -1,4 +1,4 @@
-"""Predicting and comparing as a user does: a trained model, real images, processes of their own."""
+"""`predict` and `compare` as a user runs them: trained model, real images, separate processes."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ from job.run.folder import MODEL
 from tests.conftest import REPOSITORY, RunJob, StartJob
 from tests.data.test_image_files import broken_files
 
-# What a user without this package does with the model and an image of its size: stock Keras alone.
+# How a user without this package predicts an image of the model's size: with stock Keras only.
 STOCK_KERAS = """
 import json, sys
 import keras, numpy as np
@@ -32,7 +32,7 @@ print(json.dumps(model.predict(images, verbose=0).tolist()))
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, cifar10_dir: Path) -> Path:
-    """An output folder of a small training on the real images."""
+    """The output folder of a small training on the real images."""
     folder = tmp_path_factory.mktemp("trained") / "seed-42"
     options = ["--epochs", "1", "--limit", "2560", "--learning-rate", "1e-3"]
     folders = ["--data-dir", str(cifar10_dir), "--output-dir", str(folder)]
@@ -59,7 +59,7 @@ def test_labels(cifar10_dir: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def pngs(tmp_path_factory: pytest.TempPathFactory, test_images: npt.NDArray[np.uint8]) -> Path:
-    """The real test images as PNG files, in their order."""
+    """The real test images as PNG files, in their original order."""
     folder = tmp_path_factory.mktemp("pngs")
     for number, pixels in enumerate(test_images):
         Image.fromarray(pixels).save(folder / f"{number:05}.png", compress_level=1)
@@ -70,7 +70,7 @@ def lines_of(output: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.splitlines()]
 
 
-def test_the_test_set_as_png_files_gets_the_evaluations_figures(
+def test_predicting_the_test_set_from_png_files_matches_the_evaluation(
     run_job: RunJob,
     trained: Path,
     pngs: Path,
@@ -100,7 +100,7 @@ def test_the_test_set_as_png_files_gets_the_evaluations_figures(
     np.testing.assert_allclose(probabilities[:500], expected, rtol=0, atol=1e-6)
 
 
-def test_images_of_every_kind_go_and_broken_ones_are_told_and_counted(
+def test_images_of_every_format_are_predicted_and_broken_ones_reported(
     run_job: RunJob, trained: Path, tmp_path: Path
 ) -> None:
     photos = tmp_path / "photos"
@@ -145,7 +145,7 @@ def test_images_of_every_kind_go_and_broken_ones_are_told_and_counted(
     assert sum("error" in line for line in entries.values()) == count
 
 
-def test_standard_input_and_a_model_elsewhere(
+def test_standard_input_and_a_model_in_another_folder(
     start_job: StartJob, trained: Path, tmp_path: Path, test_images: npt.NDArray[np.uint8]
 ) -> None:
     (tmp_path / "mine.h5").write_bytes((trained / MODEL).read_bytes())
@@ -168,7 +168,7 @@ def test_standard_input_and_a_model_elsewhere(
     assert "its classes are shown as numbers" in result.stderr
 
 
-def test_a_reader_that_has_seen_enough_ends_it_quietly(
+def test_a_closed_pipe_ends_predict_silently(
     start_job: StartJob, trained: Path, pngs: Path
 ) -> None:
     job = start_job("predict", pngs, "--output-dir", trained)
@@ -180,10 +180,10 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(
     assert job.wait(60) == 0
 
 
-def test_a_signal_ends_it_at_once(start_job: StartJob, trained: Path, tmp_path: Path) -> None:
+def test_a_signal_ends_predict_at_once(start_job: StartJob, trained: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "never.png")
     job = start_job("predict", "never.png", "--output-dir", trained)
-    # Opens when the job does, and nothing comes.
+    # This open returns when the job opens the FIFO; nothing is written to it.
     with (tmp_path / "never.png").open("wb"):
         job.send_signal(signal.SIGTERM)
         assert job.wait(10) == 75
@@ -191,7 +191,7 @@ def test_a_signal_ends_it_at_once(start_job: StartJob, trained: Path, tmp_path: 
     assert job.stderr.read() == "cifar10-job: stopped: SIGTERM; run the same command again\n"
 
 
-def test_devices_that_are_not_there_are_told_in_one_line(run_job: RunJob, trained: Path) -> None:
+def test_missing_devices_are_reported_in_one_line(run_job: RunJob, trained: Path) -> None:
     folder, promised = {"JOB_OUTPUT_DIR": str(trained)}, {"SLURM_GPUS_ON_NODE": "99"}
     cases: list[tuple[list[str], dict[str, str], int, str]] = [
         (["--devices", "gpu:99"], {}, 2, "received gpu:99, expected at most"),
@@ -205,7 +205,7 @@ def test_devices_that_are_not_there_are_told_in_one_line(run_job: RunJob, traine
         assert message in line
 
 
-def test_predicting_leaves_the_output_folder_alone(
+def test_predict_does_not_change_the_output_folder(
     run_job: RunJob, trained: Path, tmp_path: Path
 ) -> None:
     def digests() -> dict[str, str]:
@@ -219,7 +219,7 @@ def test_predicting_leaves_the_output_folder_alone(
     assert digests() == before
 
 
-def test_compare_reads_what_train_leaves(run_job: RunJob, trained: Path) -> None:
+def test_compare_reads_the_output_of_train(run_job: RunJob, trained: Path) -> None:
     result = run_job("compare", trained.parent, "--json")
     assert result.returncode == 0, result.stderr
     (run,) = json.loads(result.stdout)["runs"]

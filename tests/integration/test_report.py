@@ -15,28 +15,28 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from job.run.folder import REPORT_PICTURES
 from tests.conftest import Job, RunJob
-from tests.integration.chaos import examine_visible
+from tests.integration.chaos import check_visible
 
 CHROMIUM = Path("/usr/bin/chromium")
-# No sandbox for root, and no request of the browser's own.
+# No sandbox, because root runs the browser, and no requests by the browser itself.
 ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
     *("--disable-component-update", "--disable-sync"),
 ]
-# Long and of one word each, as paths in clusters are.
+# A long name without spaces, as in paths on clusters.
 LONG = "a-folder-with-a-name-that-no-telephone-has-room-for-in-a-line" * 2
 VIEWS = [(width, scheme) for width in (390, 1280) for scheme in ("light", "dark")]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A training that was stopped once in an epoch and once while it drew the report.
+    """A training that was stopped once during an epoch and once while drawing the report.
 
     Attributes:
         folder: Its output folder.
-        interrupted: How the attempt ended that was stopped in the report.
-        problems: What was wrong with the folder then.
-        had_report: Whether it had a report then.
+        interrupted: Result of the attempt that was stopped while drawing the report.
+        problems: Problems of the folder after that attempt.
+        had_report: Whether the folder contained a report after that attempt.
     """
 
     folder: Path
@@ -62,7 +62,7 @@ def training(cifar10_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Tra
 
     assert stop_at("epoch").returncode == 75
     interrupted = stop_at("evaluation")
-    problems, had_report = examine_visible(output), (output / "report.html").exists()
+    problems, had_report = check_visible(output), (output / "report.html").exists()
     result = Job(folder, *words).finish()
     assert result.returncode == 0, result.stderr
     return Trained(output, interrupted, problems, had_report)
@@ -70,7 +70,7 @@ def training(cifar10_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Tra
 
 @pytest.fixture(scope="module")
 def trained(training: Trained) -> Path:
-    """Its output folder."""
+    """The output folder of the training."""
     return training.folder
 
 
@@ -86,7 +86,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(params=VIEWS, ids=[f"{width}-{scheme}" for width, scheme in VIEWS])
 def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
-    """An empty page of a window's width and a colour scheme."""
+    """An empty page with a window width and a colour scheme."""
     width, scheme = request.param
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
@@ -95,7 +95,7 @@ def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
     context.close()
 
 
-def test_a_browser_shows_it_without_a_request_a_message_or_an_overflow(
+def test_a_browser_shows_the_report_without_requests_messages_or_overflow(
     page: Page, trained: Path
 ) -> None:
     requests: list[str] = []
@@ -111,7 +111,7 @@ def test_a_browser_shows_it_without_a_request_a_message_or_an_overflow(
         widths = "[document.scrollingElement.scrollWidth, innerWidth]"
         content, window = page.evaluate(widths)
         assert content <= window
-        # Again with everything unfolded.
+        # Check again with all details expanded.
         page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     images = page.evaluate(
         "Array.from(document.images, image => [image.alt, image.complete && image.naturalWidth])"
@@ -122,7 +122,7 @@ def test_a_browser_shows_it_without_a_request_a_message_or_an_overflow(
     assert all(width == 1000 for _, width in images)
 
 
-def test_a_screen_reader_can_tell_everything(page: Page, trained: Path) -> None:
+def test_the_report_is_accessible_to_screen_readers(page: Page, trained: Path) -> None:
     page.goto((trained / "report.html").as_uri())
     page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     found = Axe().run(page).response
@@ -147,7 +147,7 @@ def test_the_attempts_need_no_scrolling_on_a_phone(browser: Browser, trained: Pa
     page.close()
 
 
-def test_a_dark_page_is_dark_and_a_light_one_light(browser: Browser, trained: Path) -> None:
+def test_the_page_follows_the_colour_scheme(browser: Browser, trained: Path) -> None:
     colours = {}
     for scheme in ("light", "dark"):
         page = browser.new_page(color_scheme=scheme)
@@ -157,7 +157,7 @@ def test_a_dark_page_is_dark_and_a_light_one_light(browser: Browser, trained: Pa
     assert colours == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 26)"}
 
 
-def test_drawn_again_from_the_folder_alone_it_has_the_same_bytes(
+def test_a_report_drawn_again_from_the_folder_is_identical(
     run_job: RunJob, trained: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy"
@@ -168,7 +168,7 @@ def test_drawn_again_from_the_folder_alone_it_has_the_same_bytes(
         assert (copy / name).read_bytes() == (trained / name).read_bytes()
 
 
-def test_a_signal_while_it_is_drawn_ends_the_run_at_once_and_the_same_command_goes_on(
+def test_a_run_stopped_while_drawing_the_report_resumes_with_the_same_command(
     training: Trained,
 ) -> None:
     assert training.interrupted.returncode == 75
@@ -176,9 +176,9 @@ def test_a_signal_while_it_is_drawn_ends_the_run_at_once_and_the_same_command_go
     assert said == "cifar10-job: stopped: SIGTERM; run the same command again to go on\n"
     assert training.problems == []
     assert not training.had_report
-    assert examine_visible(training.folder) == []
+    assert check_visible(training.folder) == []
     attempts = json.loads((training.folder / "run.json").read_text())["attempts"]
-    # The second may have been over before it drew.
+    # The second attempt may have finished before the signal.
     assert [attempt["outcome"] for attempt in attempts[::2]] == ["stopped", "done"]
     assert attempts[1]["outcome"] in ("done", "stopped")
     assert attempts[2]["first_step"] == 80

@@ -1,4 +1,4 @@
-"""`sbatch slurm/train.sh` on a real Slurm, with real data: stopped, and gone on with."""
+"""`sbatch slurm/train.sh` on a real Slurm, with real data: stopped and resumed."""
 
 import json
 import re
@@ -16,14 +16,14 @@ from tests.integration.slurm import (
     Cluster,
     attempts,
     environment,
-    halted,
+    holder_pid,
     processes,
     require_slurm,
-    trainer,
+    suspended,
     wait_until,
 )
 
-# Three executions an epoch, and a checkpoint after each.
+# Three executions per epoch, and a checkpoint after each.
 OPTIONS = "--limit 2560 --batch-size 64 --epochs 3 --checkpoint-every 0.001"
 TRAIN = ("slurm/train.sh", *OPTIONS.split())
 ON_CPU = {"JOB_DEVICES": "cpu:1"}
@@ -49,7 +49,7 @@ def output(cluster: Cluster, request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster) -> str:
-    """The job of the shipped script, submitted as it is and left alone."""
+    """A job with the unmodified script that runs without interruption."""
     job = cluster.submit(*TRAIN, **ON_CPU)
     assert cluster.wait(job) == "COMPLETED", cluster.log(job)
     return job
@@ -57,7 +57,7 @@ def undisturbed(cluster: Cluster) -> str:
 
 @pytest.fixture
 def reference(cluster: Cluster, undisturbed: str) -> Path:
-    """The output folder of that job."""
+    """The output folder of the undisturbed job."""
     return cluster.checkout / "output" / "slurm"
 
 
@@ -70,7 +70,7 @@ def test_the_script_leaves_every_artifact_and_one_readable_log(
 ) -> None:
     names = {path.name for path in reference.iterdir() if not path.name.startswith(".")}
     assert names == VISIBLE
-    # The job's own record is of no use any more.
+    # The file with the job's progress has been removed.
     assert {path.name for path in reference.glob(".*")} == {".lease"}
     assert json.loads((reference / "evaluation.json").read_text())["examples"] == 10_000
     log = cluster.log(undisturbed)
@@ -83,20 +83,20 @@ def test_the_script_leaves_every_artifact_and_one_readable_log(
     assert log.splitlines()[-1].endswith(f"slurm/train.sh: job {undisturbed}: exit code 0, done")
     (attempt,) = attempts(reference)
     assert (attempt["run_id"], attempt["outcome"]) == (f"slurm job {undisturbed}", "done")
-    asked_for = ("JobName", "TimeLimit", "CPUs/Task", "MinMemoryNode", "TresPerNode", "Requeue")
-    assert [cluster.fields(undisturbed)[name] for name in asked_for] == [
+    requested = ("JobName", "TimeLimit", "CPUs/Task", "MinMemoryNode", "TresPerNode", "Requeue")
+    assert [cluster.fields(undisturbed)[name] for name in requested] == [
         *("cifar10", "01:00:00", "4", "16G", "gres:gpu:1", "1")
     ]
 
 
-def test_at_its_time_limit_the_job_requeues_itself_to_the_same_bits(
+def test_a_job_requeued_at_its_time_limit_ends_with_the_same_bits(
     cluster: Cluster, reference: Path, output: Path
 ) -> None:
-    # Slurm signals two minutes before the limit, or half a minute earlier.
+    # Slurm sends the signal two minutes before the limit, or up to half a minute earlier.
     job = submit(cluster, output, "--time=3")
     cluster.wait_for_log(job, CHECKPOINT)
-    with halted(trainer(output)):
-        # Slurm wakes what it signals.
+    with suspended(holder_pid(output)):
+        # Slurm resumes the processes that it signals.
         cluster.wait_for_log(job, "exit code 75, requeueing from step-0", timeout=100)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     assert cluster.wait(job) == "COMPLETED"
@@ -107,12 +107,12 @@ def test_at_its_time_limit_the_job_requeues_itself_to_the_same_bits(
     assert compare(reference, output) == []
 
 
-def test_a_requeue_from_outside_goes_on_to_the_same_bits(
+def test_a_job_requeued_with_scontrol_ends_with_the_same_bits(
     cluster: Cluster, reference: Path, output: Path
 ) -> None:
     job = submit(cluster, output)
     cluster.wait_for_log(job, CHECKPOINT)
-    with halted(trainer(output)):
+    with suspended(holder_pid(output)):
         cluster.run("scontrol", "requeue", job)
     assert cluster.wait(job) == "COMPLETED"
     assert [one["outcome"] for one in attempts(output)] == ["stopped", "done"]
@@ -120,18 +120,18 @@ def test_a_requeue_from_outside_goes_on_to_the_same_bits(
     assert compare(reference, output) == []
 
 
-def test_scancel_ends_it_for_good_and_a_new_job_goes_on_to_the_same_bits(
+def test_scancel_ends_the_job_and_a_new_job_resumes_to_the_same_bits(
     cluster: Cluster, reference: Path, output: Path
 ) -> None:
     first = submit(cluster, output)
     cluster.wait_for_log(first, CHECKPOINT)
-    with halted(trainer(output)):
+    with suspended(holder_pid(output)):
         cluster.run("scancel", first)
     assert cluster.wait(first) == "CANCELLED"
 
     second = submit(cluster, output)
     cluster.wait_for_log(second, CHECKPOINT)
-    with halted(trainer(output)):
+    with suspended(holder_pid(output)):
         cluster.run("scancel", "--signal=KILL", "--full", second)
     cluster.wait(second)
 
@@ -140,7 +140,7 @@ def test_scancel_ends_it_for_good_and_a_new_job_goes_on_to_the_same_bits(
     stopped, killed, done = attempts(output)
     jobs = [one["run_id"] for one in (stopped, killed, done)]
     assert jobs == [f"slurm job {job}" for job in (first, second, third)]
-    # Slurm kills the second's script at once, and may give its training a SIGTERM first.
+    # Slurm kills the script of the second job at once, but may first send its training a SIGTERM.
     assert (stopped["outcome"], done["outcome"]) == ("stopped", "done")
     assert killed["outcome"] in ("stopped", "lost")
     assert killed["first_step"] == stopped["last_step"] > 0
@@ -150,7 +150,7 @@ def test_scancel_ends_it_for_good_and_a_new_job_goes_on_to_the_same_bits(
 
 @pytest.mark.parametrize(
     ("partition", "requeued_by"),
-    # With a grace time the job ends before Slurm would requeue it.
+    # With a grace time the job ends before Slurm requeues it.
     [("preemptible", "the script"), ("graceless", "Slurm")],
 )
 def test_a_preempted_job_resumes_to_the_same_bits(
@@ -158,11 +158,11 @@ def test_a_preempted_job_resumes_to_the_same_bits(
 ) -> None:
     job = submit(cluster, output, f"--partition={partition}", "--nodelist=n1", "--exclusive")
     cluster.wait_for_log(job, CHECKPOINT)
-    with halted(trainer(output)):
+    with suspended(holder_pid(output)):
         urgent = cluster.submit(
             "--partition=urgent", "--nodelist=n1", "--exclusive", "--wrap", "true"
         )
-        # Slurm wakes what it ends, so PreemptTime may be gone before one has asked for it.
+        # Slurm resumes processes that it ends, so a query can come too late to read PreemptTime.
         cluster.wait_for_log(job, "CANCELLED AT")
     assert cluster.wait(urgent, job) == "COMPLETED"
     assert ("requeueing from step-0" in cluster.log(job)) == (requeued_by == "the script")
@@ -180,23 +180,23 @@ def test_a_bad_option_is_not_requeued(cluster: Cluster, output: Path) -> None:
 
 
 def test_a_node_without_its_gpu_is_excluded_once(cluster: Cluster, output: Path) -> None:
-    # The nodes' GPUs are none.
+    # The nodes have no real GPUs.
     job = submit(cluster, output, JOB_DEVICES="auto")
     assert cluster.wait(job) == "FAILED"
     fields = cluster.fields(job)
     assert (fields["ExitCode"], fields["Restarts"]) == ("3:0", "1")
     log = cluster.log(job)
     assert log.count("CUDA_VISIBLE_DEVICES=0 promises 1 GPU, TensorFlow sees 0") == 2
-    assert "exit code 3, requeueing from the start, excluding n1;" in log
+    assert "exit code 3, requeueing from the start, not on n1;" in log
     assert "attempt 1 on n2" in log
     assert "two attempts in a row made no progress after the start" in log
 
 
-def test_the_tasks_of_an_array_train_two_at_a_time_and_are_requeued_alone(
+def test_array_tasks_train_two_at_a_time_and_are_requeued_separately(
     cluster: Cluster, reference: Path, output: Path
 ) -> None:
     array = submit(cluster, output, "--array=41-43%2")
-    # Its number is the array's own, too.
+    # The last task has the job ID of the array itself.
     last = f"{array}_43"
     most = 0
 
@@ -207,21 +207,21 @@ def test_the_tasks_of_an_array_train_two_at_a_time_and_are_requeued_alone(
         return CHECKPOINT in cluster.log(last)
 
     wait_until(reached_the_last, 300)
-    with halted(trainer(output / "seed-43")):
+    with suspended(holder_pid(output / "seed-43")):
         cluster.run("scancel", "--signal=USR1", last)
     assert cluster.wait(*(f"{array}_{task}" for task in range(41, 44))) == "COMPLETED"
     assert most == 2
     seeds = [json.loads((output / f"seed-{n}" / "run.json").read_text()) for n in range(41, 44)]
     assert [seed["config"]["seed"] for seed in seeds] == [41, 42, 43]
     assert [len(seed["attempts"]) for seed in seeds] == [1, 1, 2]
-    # The default seed.
+    # 42 is the default seed.
     assert compare(reference, output / "seed-42") == []
 
 
-def test_a_job_whose_node_is_lost_is_taken_over_on_the_other(
+def test_a_job_whose_node_is_lost_is_taken_over_on_the_other_node(
     cluster: Cluster, output: Path
 ) -> None:
-    # Long enough for the old process to compute and write until the new one comes.
+    # Long enough that the old process still computes and writes when the new one starts.
     longer = (*TRAIN, "--epochs", "24")
     left_alone, lost = output / "left-alone", output / "lost"
     job = cluster.submit(*longer, JOB_OUTPUT_DIR=str(lost), **ON_CPU)
@@ -229,7 +229,7 @@ def test_a_job_whose_node_is_lost_is_taken_over_on_the_other(
     assert cluster.fields(job)["BatchHost"] == "n1"
     cluster.kill_node("n1")
     try:
-        with halted(trainer(lost)):  # only until Slurm takes the node for dead
+        with suspended(holder_pid(lost)):  # only until Slurm considers the node dead
             other = cluster.submit(
                 "--nodelist=n2", *longer, JOB_OUTPUT_DIR=str(left_alone), **ON_CPU
             )
@@ -244,14 +244,14 @@ def test_a_job_whose_node_is_lost_is_taken_over_on_the_other(
     old, new = attempts(lost)
     assert old["outcome"] == "stopped"
     assert f"a newer attempt of slurm job {job} on host" in old["reason"]
-    # What Slurm took for dead has gone on, and what it wrote then is not lost.
+    # The process on the lost node continued, and its later checkpoints are not lost.
     assert new["first_step"] == old["last_step"] > int(saved)
     assert "requeueing from" not in cluster.log(job)
     assert compare(left_alone, lost) == []
     wait_until(lambda: cluster.node_states() == {"n1:idle", "n2:idle"}, 60)
 
 
-# Ends with $CODE, at a new checkpoint in each of the first $MOVING attempts.
+# Exits with $CODE; each of the first $MOVING attempts writes a new checkpoint.
 STUB = """#!/bin/sh
 test "$1" != -c || exit 0
 echo "the stub ends with $CODE, on the GPUs $CUDA_VISIBLE_DEVICES"
@@ -271,15 +271,15 @@ def ordinary(cluster: Cluster) -> Cluster:
     return cluster.for_ordinary_user(PYTHON=str(stub))
 
 
-def test_an_ordinary_user_may_exclude_a_node(ordinary: Cluster) -> None:
+def test_an_ordinary_user_can_exclude_a_node(ordinary: Cluster) -> None:
     job = ordinary.submit("slurm/train.sh", CODE="3")
     assert ordinary.wait(job) == "FAILED"
     assert ordinary.log(job).count("the stub ends with 3") == 2
-    assert "requeueing from the start, excluding n1;" in ordinary.log(job)
+    assert "requeueing from the start, not on n1;" in ordinary.log(job)
     assert ordinary.fields(job)["ExitCode"] == "3:0"
 
 
-def test_a_job_that_wants_its_node_is_not_sent_elsewhere(ordinary: Cluster) -> None:
+def test_a_job_with_a_fixed_node_is_not_moved_to_another(ordinary: Cluster) -> None:
     job = ordinary.submit("--nodelist=n2", "slurm/train.sh", CODE="3")
     assert ordinary.wait(job) == "FAILED"
     message = "a GPU is missing on n2, and the job cannot run on other nodes"
@@ -291,7 +291,7 @@ def test_a_job_that_wants_its_node_is_not_sent_elsewhere(ordinary: Cluster) -> N
     ("code", "moving", "restarts"),
     [("1", "0", "1"), ("1", "2", "3"), ("75", "0", "1"), ("139", "1", "2")],
 )
-def test_a_job_is_requeued_while_it_moves_on_and_once_if_it_does_not(
+def test_a_job_is_requeued_while_it_makes_progress_and_once_without(
     ordinary: Cluster, code: str, moving: str, restarts: str
 ) -> None:
     shutil.rmtree(ordinary.checkout / "output", ignore_errors=True)
@@ -335,9 +335,9 @@ def test_a_job_cancelled_while_it_requeues_itself_stays_cancelled(ordinary: Clus
     assert ordinary.fields(job)["Restarts"] == "0"
 
 
-def test_a_job_submitted_from_within_another_leaves_that_alone(ordinary: Cluster) -> None:
+def test_a_job_submitted_from_within_another_does_not_affect_it(ordinary: Cluster) -> None:
     inner = "sbatch --parsable slurm/train.sh > inner; until test -e end; do sleep 0.2; done"
-    # With GPUs, which are not the inner job's.
+    # Its GPUs must not be passed to the inner job.
     outer = ordinary.submit("--array=5", "--gpus=2", "--wrap", inner, CODE="1")
     wait_until(lambda: (ordinary.checkout / "inner").exists(), 30)
     wait_until(lambda: (ordinary.checkout / "inner").read_text() != "", 30)
@@ -351,7 +351,7 @@ def test_a_job_submitted_from_within_another_leaves_that_alone(ordinary: Cluster
     ordinary.run("touch", "end")
 
 
-def test_in_apptainer_it_stops_leaves_nothing_behind_and_resumes_to_the_same_bits(
+def test_a_job_in_apptainer_stops_cleanly_and_resumes_to_the_same_bits(
     cluster: Cluster, sif: Path, readable_data: Path, reference: Path
 ) -> None:
     image = {"CONTAINER_IMAGE": str(sif), "JOB_DATA_DIR": str(readable_data)}
@@ -359,10 +359,11 @@ def test_in_apptainer_it_stops_leaves_nothing_behind_and_resumes_to_the_same_bit
     output = user.checkout / "output" / "slurm"
     foreign = {"LD_LIBRARY_PATH": "/opt/modules/lib", "PYTHONSTARTUP": "/home/x", "SECRET": "x"}
     first = user.submit("--time=3", *TRAIN, **foreign)
-    # A signal also ends what mounts the image. What is needed is in memory after a validation.
+    # A signal also ends the process that mounts the image. After a validation, everything that is
+    # needed is in memory.
     user.wait_for_log(first, "epoch 1/3")
-    pid = trainer(output)
-    with halted(pid):
+    pid = holder_pid(output)
+    with suspended(pid):
         received = dict(line.split(b"=", 1) for line in environment(Path(f"/proc/{pid}")) if line)
         user.wait_for_log(first, "exit code 75, requeueing from step-0", timeout=100)
     assert (received[b"JOB_OUTPUT_DIR"], received[b"SLURM_JOB_ID"]) == (b"/output", first.encode())
@@ -371,7 +372,7 @@ def test_in_apptainer_it_stops_leaves_nothing_behind_and_resumes_to_the_same_bit
     assert b"modules" not in received[b"LD_LIBRARY_PATH"]
     user.run("scontrol", "update", f"JobId={first}", "TimeLimit=60")
     user.wait_for_log(first, "epoch 2/3")
-    with halted(trainer(output)):
+    with suspended(holder_pid(output)):
         user.run("scancel", first)
     assert user.wait(first) == "CANCELLED"
     wait_until(lambda: not processes(first), 10)
@@ -399,13 +400,13 @@ def test_the_documented_submissions_are_accepted(cluster: Cluster) -> None:
         cluster.run("bash", "-c", line.replace("sbatch ", "sbatch --test-only "))
 
 
-def test_doctor_tells_what_is_wrong_with_a_node(cluster: Cluster) -> None:
+def test_doctor_reports_the_problem_of_a_node(cluster: Cluster) -> None:
     (line,) = (line for block in blocks() for line in block.splitlines() if "doctor" in line)
     found = cluster.run("bash", "-c", f"{line.replace('NODE', 'n2')}; test $? = 3")
     assert re.search("^Problem .*promises 1 GPU, TensorFlow sees 0", found, re.MULTILINE), found
 
 
-def test_the_recipe_for_a_nodes_own_disk_trains_without_gpu_on_what_it_copied(
+def test_the_documented_copy_to_local_disks_works_without_a_gpu(
     cluster: Cluster, cifar10_dir: Path, output: Path
 ) -> None:
     data = cluster.folder / "archive"
@@ -422,5 +423,5 @@ def test_the_recipe_for_a_nodes_own_disk_trains_without_gpu_on_what_it_copied(
     job = other.submit(*words, JOB_OUTPUT_DIR=str(output), SLURM_TMPDIR=str(disk))
     assert other.wait(job) == "COMPLETED", other.log(job)
     assert f"GPUs per node: 0, output {output}, data {disk}/cifar10-{job}\n" in other.log(job)
-    # Removed by the recipe itself.
+    # The documented script removes its copy.
     assert list(disk.iterdir()) == []

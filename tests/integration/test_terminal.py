@@ -1,4 +1,4 @@
-"""Trainings in real terminals: what a person sees at 60 and at 120 columns."""
+"""The display of trainings in real terminals with 60 and 120 columns."""
 
 import os
 import pty
@@ -24,7 +24,7 @@ DEADLINE_SECONDS = 240.0
 
 @dataclass
 class Terminal:
-    """A terminal of tmux with a shell in it, and everything that was on its screen."""
+    """A tmux terminal that runs a shell, with every screen that it showed."""
 
     width: int
     folder: Path
@@ -33,7 +33,7 @@ class Terminal:
     def __post_init__(self) -> None:
         self.folder.mkdir()
         size = ("-x", str(self.width), "-y", "30")
-        # Columns of another terminal, which must not count.
+        # COLUMNS of another terminal must have no effect.
         environ = "env -u LC_ALL LANG=C.UTF-8 COLUMNS=80 PS1='$ ' sh"
         self.tmux("-f", "/dev/null", "new-session", "-d", *size, environ)
         self.tmux("pipe-pane", f"cat >> {shlex.quote(str(self.folder / 'written'))}")
@@ -48,15 +48,15 @@ class Terminal:
         self.tmux("send-keys", "-l", f"cd {self.folder}; clear; {python} {command}; echo rc=$?")
         self.tmux("send-keys", "Enter")
 
-    def look(self) -> list[str]:
-        # -J joins what the terminal had to wrap: such a line is wider than the screen.
+    def capture(self) -> list[str]:
+        # -J joins wrapped lines, so a line that is too long is wider than the screen.
         screen = self.tmux("capture-pane", "-p", "-J").rstrip().splitlines()
         if screen not in self.screens[-1:]:
             self.screens.append(screen)
         return screen
 
     def shows(self, pattern: str) -> bool:
-        return any(re.search(pattern, line) for line in self.look())
+        return any(re.search(pattern, line) for line in self.capture())
 
     @property
     def cursor_is_visible(self) -> bool:
@@ -67,7 +67,7 @@ class Terminal:
         return (self.folder / "written").read_text()
 
     def bars(self) -> list[list[str]]:
-        """The bar of each screen that has one: its lines, down to the end of the screen."""
+        """The progress bar of each screen that shows one: its lines to the end of the screen."""
         starts = [
             (screen, index)
             for screen in self.screens
@@ -77,33 +77,33 @@ class Terminal:
         return [screen[index:] for screen, index in starts]
 
 
-def watch_until(pattern: str, *terminals: Terminal) -> None:
-    """Look at the screens until all of them show a pattern."""
+def wait_for_screens(pattern: str, *terminals: Terminal) -> None:
+    """Capture the screens until all of them show a pattern."""
     end = time.monotonic() + DEADLINE_SECONDS
     while True:
         showing = [terminal.shows(pattern) for terminal in terminals]
         if all(showing):
             return
         if time.monotonic() > end:
-            pytest.fail("\n".join(line for terminal in terminals for line in terminal.look()))
+            pytest.fail("\n".join(line for terminal in terminals for line in terminal.capture()))
         time.sleep(0.05)
 
 
 @pytest.fixture
 def terminals(tmp_path: Path) -> Iterator[dict[int, Terminal]]:
     if not shutil.which("tmux"):
-        pytest.skip("no tmux; install the package of this name")
+        pytest.skip("no tmux; install the package tmux")
     opened = {width: Terminal(width, tmp_path / str(width)) for width in (60, 120)}
     yield opened
     for terminal in opened.values():
         terminal.tmux("kill-server")
 
 
-def test_nothing_is_broken_at_60_and_at_120_columns(terminals: dict[int, Terminal]) -> None:
+def test_the_display_is_intact_at_60_and_120_columns(terminals: dict[int, Terminal]) -> None:
     for width, terminal in terminals.items():
         variables = {"NO_COLOR": "1"} if width == 60 else {}
         terminal.start(f"{TRAIN} --checkpoint-every 0.3", **variables)
-    watch_until(r"^rc=\d", *terminals.values())
+    wait_for_screens(r"^rc=\d", *terminals.values())
     for terminal in terminals.values():
         last = terminal.screens[-1]
         assert "rc=0" in last
@@ -111,19 +111,19 @@ def test_nothing_is_broken_at_60_and_at_120_columns(terminals: dict[int, Termina
         assert terminal.cursor_is_visible
     for width, terminal in terminals.items():
         bars = terminal.bars()
-        # Longer lines of the log are the terminal's to wrap.
+        # The bar must fit; the terminal wraps longer log lines.
         assert max(len(line) for bar in bars for line in bar) <= width
         assert any(bar[0].endswith("0/150  compiling") for bar in bars)
         assert any("  validating  " in bar for (bar,) in bars)
         assert max(map(len, bars)) == 1, bars
-        # In the first moment of an epoch there is no loss yet.
+        # At the start of an epoch the bar shows no loss.
         full = [bar for (bar,) in bars if "left" in bar and "loss" in bar]
         assert full
         for bar in full:
             for pattern in (r"\d+/150", r"loss \d\.\d{4}", r">?\d+:\d\d:\d\d left"):
                 assert re.search(pattern, bar), bar
         assert any(re.search(r"acc \d+\.\d%.*[\d,]+ img/s", bar) for bar in full) == (width == 120)
-        # Events go by above the bar: nothing of it stays behind, and there is never a second one.
+        # Events scroll above the bar; no remains of the bar and no second bar are visible.
         assert sum("checkpoint at step" in line for line in terminal.screens[-1]) >= 2
         for screen in terminal.screens:
             assert sum(bool(BAR.match(line)) for line in screen) <= 1
@@ -132,16 +132,16 @@ def test_nothing_is_broken_at_60_and_at_120_columns(terminals: dict[int, Termina
     assert any(re.search(r"[39][0-7]|38;", code) for code in colours[120])
 
 
-def test_ctrl_c_while_it_compiles_and_while_it_trains_leaves_a_clean_screen(
+def test_ctrl_c_during_compilation_and_training_leaves_a_clean_screen(
     terminals: dict[int, Terminal],
 ) -> None:
     moments = {60: "0/150  compiling", 120: "img/s"}
     for terminal in terminals.values():
         terminal.start(TRAIN)
     for width, moment in moments.items():
-        watch_until(moment, terminals[width])
+        wait_for_screens(moment, terminals[width])
         terminals[width].tmux("send-keys", "C-c")
-    watch_until(r"^rc=\d", *terminals.values())
+    wait_for_screens(r"^rc=\d", *terminals.values())
     for terminal in terminals.values():
         last = terminal.screens[-1]
         assert "rc=75" in last
@@ -152,14 +152,14 @@ def test_ctrl_c_while_it_compiles_and_while_it_trains_leaves_a_clean_screen(
         assert terminal.cursor_is_visible
 
 
-def test_a_pipe_gets_plain_lines_whatever_the_variables_say(run_job: RunJob) -> None:
+def test_a_pipe_gets_plain_lines_whatever_variables_are_set(run_job: RunJob) -> None:
     colourful = {"TERM": "xterm-256color", "FORCE_COLOR": "1", "COLUMNS": "60"}
     short = ("--limit", "512", "--epochs", "1", "--log-format", "text")
     result = run_job("train", "--dataset", "synthetic", *short, env=colourful)
     assert result.returncode == 0
     assert "\x1b" not in result.stdout + result.stderr
     assert "\r" not in result.stdout
-    # An event is a line, however long.
+    # Each event is a single line, however long.
     assert {line[8] for line in result.stdout.splitlines()} == {" "}
     assert len(result.stdout.splitlines()) == 6
 
@@ -180,7 +180,7 @@ def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path) -> None:
     while True:
         try:
             written += os.read(master, 65536)
-        except OSError:  # the other end is closed
+        except OSError:  # the other side has closed the terminal
             break
     assert process.wait() == 75
     assert b"synthetic: 512 training" in written

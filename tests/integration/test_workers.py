@@ -1,4 +1,4 @@
-"""One run by several workers: what they compute, and what happens when one of them goes."""
+"""One run with several workers: their results, and failures of single workers."""
 
 import json
 import os
@@ -20,12 +20,12 @@ from tests.integration.chaos import compare, state_of_checkpoint
 from tests.integration.plain_recipe import build_model
 from tests.integration.team import Team, evaluate_on_one_device, free_addresses
 
-# Spans of 15 and 5 steps, and a checkpoint after each; 60 steps in all.
+# Executions of 15 and 5 steps, with a checkpoint after each; 60 steps in total.
 OPTIONS = "--limit 1280 --batch-size 64 --epochs 3 --checkpoint-every 0.001 --log-format json"
 PLAIN = "tests.integration.plain_recipe"
 HANGING = "tests.integration.hanging"
 PRECISE = ("--precision", "float32", "--learning-rate", "0.01")
-# Heartbeats of TensorFlow's runtime tell of a worker that is silent, an end of its process at once.
+# TensorFlow's heartbeats detect a silent worker; the end of a process is detected at once.
 SILENT_SECONDS = 30
 
 StartTeam = Callable[..., Team]
@@ -38,7 +38,7 @@ def command(cifar10_dir: Path) -> tuple[str, ...]:
 
 @pytest.fixture
 def make_team(tmp_path: Path, command: tuple[str, ...]) -> Iterator[StartTeam]:
-    """Make a team of so many workers, with an output folder for the chief alone."""
+    """Create a team with this number of workers; only the chief uses the output folder."""
     teams = []
 
     def make(count: int, *options: str, module: str = "job") -> Team:
@@ -60,7 +60,7 @@ def train_alone(folder: Path, command: tuple[str, ...], *options: str, module: s
 
 @pytest.fixture(scope="module")
 def undisturbed(command: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a run by two workers that nothing happened to."""
+    """The output folder of an uninterrupted run with two workers."""
     folder = tmp_path_factory.mktemp("undisturbed")
     team = Team(folder, 2, *command, "--devices", "cpu:1").start()
     try:
@@ -84,7 +84,7 @@ def largest_difference(one: Path, two: Path) -> float:
     return float(max(differences))
 
 
-def test_two_workers_come_to_the_bits_of_one_process_with_two_replicas(
+def test_two_workers_are_bit_identical_to_one_process_with_two_replicas(
     undisturbed: Path, command: tuple[str, ...], cifar10_dir: Path, tmp_path: Path
 ) -> None:
     alone = train_alone(tmp_path / "alone", command, "--devices", "cpu:2")
@@ -102,13 +102,13 @@ def test_two_workers_come_to_the_bits_of_one_process_with_two_replicas(
 
 @pytest.fixture(scope="module")
 def one_replica(command: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a run by one replica, with the recipe without kinks."""
+    """The output folder of a run with one replica and the smooth recipe."""
     folder = tmp_path_factory.mktemp("one")
     return train_alone(folder, command, "--devices", "cpu:1", *PRECISE, module=PLAIN)
 
 
 @pytest.mark.parametrize(("workers", "replicas"), [(4, 1), (2, 2)])
-def test_any_split_comes_to_the_weights_of_one_replica(
+def test_any_number_of_workers_and_replicas_reaches_the_weights_of_one(
     make_team: StartTeam, one_replica: Path, tmp_path: Path, workers: int, replicas: int
 ) -> None:
     alone = one_replica
@@ -128,7 +128,7 @@ def test_any_split_comes_to_the_weights_of_one_replica(
         assert mine["step"] == theirs["step"]
 
 
-def test_only_the_chief_needs_and_has_an_output_folder(
+def test_only_the_chief_uses_the_output_folder(
     make_team: StartTeam, undisturbed: Path, tmp_path: Path
 ) -> None:
     team = make_team(2).start(0)
@@ -140,7 +140,7 @@ def test_only_the_chief_needs_and_has_an_output_folder(
     assert {event["worker"] for event in team.logs[1]} == {1}
 
 
-def test_a_finished_run_is_left_alone_by_all(make_team: StartTeam, undisturbed: Path) -> None:
+def test_no_worker_changes_a_finished_run(make_team: StartTeam, undisturbed: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in undisturbed.glob("[!.]*")}
     team = make_team(2, "--output-dir", str(undisturbed)).start()
     assert team.finish() == [0, 0], team.errors
@@ -148,7 +148,7 @@ def test_a_finished_run_is_left_alone_by_all(make_team: StartTeam, undisturbed: 
     assert {path: path.stat().st_mtime_ns for path in undisturbed.glob("[!.]*")} == before
 
 
-def test_a_signal_at_either_worker_stops_all_after_the_same_step(
+def test_a_signal_to_any_worker_stops_all_at_the_same_step(
     make_team: StartTeam, undisturbed: Path, tmp_path: Path
 ) -> None:
     steps = [0]
@@ -174,7 +174,7 @@ def test_a_signal_at_either_worker_stops_all_after_the_same_step(
     assert compare(undisturbed, tmp_path / "output") == []
 
 
-def test_a_killed_worker_ends_the_others_which_save_nothing(
+def test_a_killed_worker_ends_the_others_without_a_checkpoint(
     make_team: StartTeam, undisturbed: Path, tmp_path: Path
 ) -> None:
     for rank in (1, 0):
@@ -200,7 +200,7 @@ def test_a_killed_worker_ends_the_others_which_save_nothing(
     assert compare(undisturbed, tmp_path / "output") == []
 
 
-def test_a_worker_that_hangs_ends_the_others(make_team: StartTeam) -> None:
+def test_a_suspended_worker_ends_the_others(make_team: StartTeam) -> None:
     team = make_team(2).start()
     team.workers[0].wait_for("checkpoint")
     team.workers[1].send_signal(signal.SIGSTOP)
@@ -212,13 +212,13 @@ def test_a_worker_that_hangs_ends_the_others(make_team: StartTeam) -> None:
     assert f"lost worker 1 ({team.addresses[1]})" in result.stderr
 
 
-# A native timer ends a worker whose Python threads cannot run, ten seconds later than a thread.
+# If Python threads cannot run, a native timer ends the worker ten seconds later than the thread.
 STALL_SECONDS, LATEST_SECONDS = 20, 20 + 10 + 5
 COMPILATION_SECONDS = 30
 
 
-def say_stalled(errors: str) -> bool:
-    """Whether a worker tells that a call hung, by its watchdog's thread or by the native timer."""
+def reports_stall(errors: str) -> bool:
+    """Whether a worker reports a hanging call, by its watchdog thread or the native timer."""
     return "did not return within --stall-timeout" in errors or "Timeout (" in errors
 
 
@@ -234,7 +234,7 @@ def say_stalled(errors: str) -> bool:
         (1, "Workers.barrier 1", LATEST_SECONDS),
     ],
 )
-def test_a_worker_that_hangs_with_heartbeats_ends_the_others(
+def test_a_hanging_worker_with_heartbeats_ends_the_others(
     make_team: StartTeam, rank: int, place: str, seconds: float
 ) -> None:
     team = make_team(2, "--stall-timeout", str(STALL_SECONDS), module=HANGING)
@@ -245,7 +245,7 @@ def test_a_worker_that_hangs_with_heartbeats_ends_the_others(
     start = time.monotonic()
     assert team.finish() == [1], team.errors
     assert time.monotonic() - start < seconds
-    assert say_stalled(team.errors[1 - rank]), team.errors
+    assert reports_stall(team.errors[1 - rank]), team.errors
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -257,14 +257,14 @@ def test_a_worker_that_listens_but_never_joins_ends_the_others(
     team.start(rank).workers[rank].wait_for("waiting_for_workers")
     start = time.monotonic()
     assert team.finish() == [1], team.errors
-    # Five seconds each, ten until the native timer fires, and the end of the process.
+    # Five seconds for each option, ten until the native timer fires, and the exit of the process.
     assert time.monotonic() - start < 5 + 5 + 10 + 15
-    assert say_stalled(team.errors[rank]), team.errors
+    assert reports_stall(team.errors[rank]), team.errors
     assert "in rendezvous" in team.errors[rank]
     assert not (tmp_path / "output").exists()
 
 
-def test_a_worker_may_start_late(make_team: StartTeam) -> None:
+def test_a_worker_can_start_late(make_team: StartTeam) -> None:
     team = make_team(2, "--epochs", "1").start(0)
     team.workers[0].wait_for("waiting_for_workers")
     time.sleep(15)
@@ -275,7 +275,7 @@ def test_a_worker_may_start_late(make_team: StartTeam) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_worker_that_never_starts_is_named(
+def test_a_worker_that_never_starts_is_reported(
     make_team: StartTeam, tmp_path: Path, rank: int
 ) -> None:
     team = make_team(3, "--join-timeout", "15")
@@ -292,7 +292,7 @@ def test_a_worker_that_never_starts_is_named(
     assert not (tmp_path / "output").exists()
 
 
-def test_a_signal_ends_a_worker_that_waits_for_others(make_team: StartTeam) -> None:
+def test_a_signal_ends_a_worker_that_waits_for_the_others(make_team: StartTeam) -> None:
     team = make_team(2).start(0)
     team.workers[0].wait_for("waiting_for_workers")
     time.sleep(1)
@@ -301,7 +301,7 @@ def test_a_signal_ends_a_worker_that_waits_for_others(make_team: StartTeam) -> N
     assert "stopped: SIGTERM" in team.errors[0]
 
 
-def test_the_readmes_command_trains_on_two_workers(tmp_path: Path) -> None:
+def test_the_readme_command_trains_on_two_workers(tmp_path: Path) -> None:
     readme = (REPOSITORY / "README.md").read_text().replace("\\\n", "")
     (command,) = re.findall(r"^TF_CONFIG=.*$", readme, re.MULTILINE)
     command = command.replace(".venv/bin", str(Path(sys.executable).parent))
@@ -325,7 +325,7 @@ def test_the_readmes_command_trains_on_two_workers(tmp_path: Path) -> None:
     assert manifest(tmp_path / "output" / "nodes")["workers"] == 2
 
 
-def test_workers_with_other_options_or_devices_are_refused_by_all(make_team: StartTeam) -> None:
+def test_all_workers_reject_different_options_or_devices(make_team: StartTeam) -> None:
     for option, value in (("seed", "43"), ("epochs", "4")):
         team = make_team(2).start(0)
         team.start(1, options=(f"--{option}", value))
@@ -338,7 +338,7 @@ def test_workers_with_other_options_or_devices_are_refused_by_all(make_team: Sta
     for errors in team.errors.values():
         assert "received different devices" in errors
         assert "cpu:2" in errors
-    # TensorFlow's strategy would leave one of each out.
+    # TensorFlow's strategy would ignore one device of each worker.
     team = make_team(2, "--devices", "cpu:2").start()
     assert team.finish() == [2, 2], team.errors
     for errors in team.errors.values():
@@ -346,7 +346,7 @@ def test_workers_with_other_options_or_devices_are_refused_by_all(make_team: Sta
         assert "start more workers instead" in errors
 
 
-def test_a_dry_run_tells_the_share_of_each_worker_and_asks_nobody(
+def test_a_dry_run_reports_the_share_of_each_worker_without_contacting_others(
     make_team: StartTeam, tmp_path: Path
 ) -> None:
     team = make_team(4, "--dry-run").start(1)
@@ -357,7 +357,7 @@ def test_a_dry_run_tells_the_share_of_each_worker_and_asks_nobody(
     assert not (tmp_path / "output").exists()
 
 
-def test_a_run_goes_on_with_another_number_of_workers(
+def test_a_run_resumes_with_another_number_of_workers(
     make_team: StartTeam, command: tuple[str, ...], tmp_path: Path
 ) -> None:
     output = tmp_path / "output"
@@ -371,7 +371,7 @@ def test_a_run_goes_on_with_another_number_of_workers(
     alone.send_signal(signal.SIGTERM)
     assert alone.finish().returncode == 75
     first, second = manifest(output)["attempts"]
-    # As many replicas as before: the same global batch, in equal shares.
+    # The same number of replicas as before, with equal shares of the same global batch.
     assert manifest(output)["replicas"] == 2
     assert second["changes"] == ["workers: 2 -> 1"]
 

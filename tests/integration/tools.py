@@ -1,4 +1,4 @@
-"""What integration tests need of the machine."""
+"""Requirements of the integration tests on the machine."""
 
 import os
 import shutil
@@ -8,11 +8,11 @@ import pytest
 
 
 def require_tools(tools: Iterable[str], root_for: str) -> None:
-    """Skip where a program is not installed, or where this is not root.
+    """Skip the test if a program is not installed or the user is not root.
 
     Args:
         tools: Names of programs.
-        root_for: What only root may do, for the reason of the skip.
+        root_for: What root is needed for, shown as the reason of the skip.
     """
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
