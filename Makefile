@@ -63,7 +63,7 @@ demo: install ## Train for a few epochs on the embedded synthetic data set; need
 	@echo "Open $(DEMO_DIR)/report.html"
 
 .PHONY: train
-train: install ## Train the real job: CIFAR-10, recipe classic, 50 epochs; ARGS="--epochs 3" adds options
+train: install ## Run the real job: CIFAR-10, recipe classic, 50 epochs; ARGS="--epochs 3" adds options
 	@(set -x; $(BIN)/cifar10-job train --data-dir $(DATA_DIR) --output-dir $(OUTPUT_DIR) $(ARGS)) $(EXPLAIN)
 
 .PHONY: doctor

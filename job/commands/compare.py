@@ -311,7 +311,7 @@ def print_comparison(folders: Iterable[str], *, as_json: bool, png: Path | None)
     comparison = compare_runs(folders)
     left_out = comparison.left_out
     if as_json:
-        document = {  # the README documents it
+        document = {  # docs/compare.md documents it
             "runs": [_run_document(run) for run in comparison.runs],
             "groups": [_group_document(group) for group in comparison.groups],
             "left_out": [{"folder": folder, "reason": why} for folder, why in left_out.items()],

@@ -246,7 +246,7 @@ def _most_probable(
 
 
 def json_line(prediction: Prediction) -> str:
-    """Format a prediction as a JSON object in one line; the README documents it."""
+    """Format a prediction as a JSON object in one line, as docs/predict.md documents it."""
     file = prediction.file
     if file.problem:
         return json.dumps({"path": file.name, "error": file.problem})

@@ -2,7 +2,7 @@
 
     cifar10-job train --recipe classic
 
-Batch 256, Adam at 1e-4, 50 epochs. See the README for measured times and accuracies.
+Batch 256, Adam at 1e-4, 50 epochs. See BENCHMARKS.md for measured times and accuracies.
 """
 
 import keras

@@ -338,7 +338,7 @@ def run_rounds(
 
 
 def table(rounds: list[Round]) -> str:
-    """Format the rounds as a table for the README."""
+    """Format the rounds as a table for BENCHMARKS.md."""
     lines = [
         "| fault | replicas | rounds | interruptions | identical |",
         "| --- | --- | --- | --- | --- |",

@@ -301,9 +301,9 @@ def test_a_signal_ends_a_worker_that_waits_for_the_others(make_team: StartTeam) 
     assert "stopped: SIGTERM" in team.errors[0]
 
 
-def test_the_readme_command_trains_on_two_workers(tmp_path: Path) -> None:
-    readme = (REPOSITORY / "README.md").read_text().replace("\\\n", "")
-    (command,) = re.findall(r"^TF_CONFIG=.*$", readme, re.MULTILINE)
+def test_the_documented_command_trains_on_two_workers(tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs" / "multi-node.md").read_text().replace("\\\n", "")
+    (command,) = re.findall(r"^TF_CONFIG=.*$", page, re.MULTILINE)
     command = command.replace(".venv/bin", str(Path(sys.executable).parent))
     for port, free in zip((23451, 23452), free_addresses(2), strict=True):
         command = command.replace(f"127.0.0.1:{port}", free)
