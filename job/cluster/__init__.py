@@ -6,12 +6,12 @@ from job.config import Switch
 
 
 class Device(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A device that has a replica.
+    """A device that runs a replica.
 
     Attributes:
-        name: As TensorFlow calls it, after its worker where there are several.
-        model: Of the processor; None where nothing gives it.
-        memory_gib: Its whole memory.
+        name: TensorFlow's name, preceded by the worker if there are several.
+        model: Model of the processor; None if unknown.
+        memory_gib: Its total memory.
         compute_capability: Major and minor number; empty for a CPU.
     """
 
@@ -30,19 +30,19 @@ class Device(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """How and on what a run is computed.
+    """How a run is computed, and on which devices.
 
     Attributes:
         device_kind: "cpu" or "gpu".
-        device_models: Different models of the devices, in order.
+        device_models: Different models of the devices, sorted.
         workers: Processes that train together.
         replicas: Replicas over all workers.
-        threads: Processors that a process may run on; sums are split by them.
+        threads: Processors that a process may run on; sums are split among them.
         precision: "float32" or "bfloat16".
-        jit: The setting that says what XLA compiles.
-        deterministic: Whether every operation gives the same bits each time.
-        versions: Of the job, Python and the libraries.
-        git_commit: Of the program.
+        jit: The setting that determines what XLA compiles.
+        deterministic: Whether every operation computes the same bits each time.
+        versions: Versions of the job, Python and the libraries.
+        git_commit: Commit of the program.
         variables: Environment variables that change TensorFlow's bits.
     """
 

@@ -1,4 +1,4 @@
-"""The devices of a run, the strategy over its replicas, and the precision and XLA that suit them.
+"""The devices of a run, the strategy over its replicas, and their precision and XLA settings.
 
 The only module that picks a `tf.distribute` strategy.
 """
@@ -32,7 +32,7 @@ graph_function = functools.partial(tf.function, autograph=False)
 """`tf.function` that does not translate Python's control flow: on tensors it is `tf.while_loop`.
 
 AutoGraph writes a file into ``TMPDIR`` for each function that it translates. A process that is
-killed, or that ends without the interpreter's own end as this job does, leaves them behind.
+killed, or that skips the interpreter's cleanup as this job does, leaves these files behind.
 """
 
 Kind = Literal["cpu", "gpu"]
@@ -46,8 +46,8 @@ class Compilation:
         network: The forward and backward passes. XLA's CPU convolutions take ten times as long as
             oneDNN's, so this is for GPUs.
         elementwise: Augmentation and optimizer update, chains of small ops that become one kernel.
-        loops: Whole loops over steps, so that nothing is launched from the host between two of
-            them. Only for a single replica: an all-reduce has to stay outside of XLA.
+        loops: Whole loops over steps, so that the host launches nothing between two steps. Only for
+            a single replica: an all-reduce must stay outside XLA.
     """
 
     network: bool = False
@@ -57,21 +57,21 @@ class Compilation:
 
 @dataclass(frozen=True)
 class Devices:
-    """The replicas of a run, where they are and how they compute.
+    """The replicas of a run, their devices and how they compute.
 
     Attributes:
-        strategy: Distributes over all replicas, those of other workers too; in sync after each
-            step.
+        strategy: Distributes over all replicas, including those of other workers; in sync after
+            each step.
         kind: "cpu" or "gpu".
-        descriptions: For each replica its device.
-        computes_bfloat16: Whether all devices do so in hardware.
+        descriptions: The device of each replica.
+        computes_bfloat16: Whether all devices compute bfloat16 in hardware.
         local_names: Names of this process's own devices.
-        workers: The processes that have the devices.
+        workers: The processes that use the devices.
         precision: "float32" or "bfloat16".
-        jit: The setting that says what XLA compiles.
-        compilation: What it compiles with this setting on this kind of device.
-        deterministic: Whether every op gives the same bits each time, or fails where it cannot.
-        threads: Processors that this process may run on; sums are split by them.
+        jit: The setting that determines what XLA compiles.
+        compilation: What XLA compiles with this setting on this kind of device.
+        deterministic: Whether every op computes the same bits each time, or fails if it cannot.
+        threads: Processors that this process may run on; sums are split among them.
     """
 
     strategy: tf.distribute.Strategy
@@ -92,27 +92,28 @@ class Devices:
         return len(self.local_names) * self.workers.count
 
     def rows_per_replica(self, global_batch_size: int) -> int:
-        """Rows of the global batch that each replica takes.
+        """Rows of the global batch that each replica processes.
 
         Raises:
-            UserError: If the batch does not divide.
+            UserError: If the batch cannot be divided equally.
         """
         rows, rest = divmod(global_batch_size, self.replicas)
         if rest:
             raise UserError(
-                f"--batch-size received {global_batch_size}, expected a multiple of the "
-                f"{self.replicas} replicas; use {(rows + 1) * self.replicas} or another multiple"
+                f"--batch-size received {global_batch_size}, expected a multiple of "
+                f"{self.replicas}, the number of replicas; use {(rows + 1) * self.replicas} or "
+                f"another multiple"
             )
         return rows
 
     def resolve(self, config: TrainConfig, previous: Environment | None = None) -> "Devices":
-        """Settle how the devices compute; before any computation.
+        """Determine how the devices compute; call this before any computation.
 
         Args:
-            config: With "auto", precision is bfloat16 where all devices compute it in hardware,
-                XLA compiles everything on GPUs and augmentation and optimizer update on CPUs, and
+            config: With "auto", precision is bfloat16 if all devices compute it in hardware, XLA
+                compiles everything on GPUs and augmentation and optimizer update on CPUs, and
                 operations are deterministic on CPUs.
-            previous: What the attempt before computed with, which "auto" keeps where it can.
+            previous: How the previous attempt computed, which "auto" keeps if it can.
         """
         precision = config.precision
         if precision == "auto":
@@ -123,13 +124,13 @@ class Devices:
         deterministic = config.deterministic == "on"
         if config.deterministic == "auto":
             deterministic = self.kind == "cpu"
-            # Not from CPUs to GPUs: those may lack an operation's deterministic form.
+            # Not kept from CPUs to GPUs, which may lack the deterministic form of an operation.
             if previous and previous.device_kind == self.kind:
                 deterministic = previous.deterministic
         if deterministic:
             tf.config.experimental.enable_op_determinism()
-        # TF32 is how GPUs speed float32 up. Beside bfloat16 the little that is float32 stays exact,
-        # and so the saved model's evaluation, which is too, can be compiled during the training.
+        # TF32 speeds up float32 on GPUs. A training in bfloat16 keeps its few float32 operations
+        # exact. So the saved model's evaluation, also exact, can be compiled during the training.
         in_tf32 = self.kind == "gpu" and precision == "float32"
         tf.config.experimental.enable_tensor_float_32_execution(in_tf32)
         compile_network = jit == "on" or (jit == "auto" and self.kind == "gpu")
@@ -140,7 +141,7 @@ class Devices:
             compilation=Compilation(
                 network=compile_network,
                 elementwise=jit != "off",
-                # On CPUs XLA's convolutions are slower still inside of a loop.
+                # On CPUs XLA's convolutions are even slower inside a loop.
                 loops=compile_network and self.kind == "gpu" and self.replicas == 1,
             ),
             deterministic=deterministic,
@@ -155,14 +156,14 @@ class Devices:
         return "bfloat16" if previous.precision == "bfloat16" and can else "float32"
 
     def without_other_workers(self) -> "Devices":
-        """The first device of this process, for what the other workers have no part in."""
+        """The first device of this process, for work without the other workers."""
         if self.workers.count == 1:
             return self
         names = self.local_names[:1]
         first = self.workers.spec.index * len(self.local_names)
         return replace(
             self,
-            # A single device has no collectives, which would meddle with those of all workers.
+            # A single device uses no collectives, so it cannot interfere with those of all workers.
             strategy=tf.distribute.MirroredStrategy(names),
             descriptions=self.descriptions[first : first + 1],
             local_names=names,
@@ -171,7 +172,7 @@ class Devices:
 
 
 def _threads() -> int:
-    """Processors that TensorFlow computes with."""
+    """Number of processors that TensorFlow computes with."""
     text = os.environ.get("TF_NUM_INTRAOP_THREADS") or "0"
     if not text.isdecimal():
         raise UserError(
@@ -186,24 +187,24 @@ def require_expected_gpus(config: TrainConfig) -> None:
     Raises:
         GpuMissingError: If one cannot be used.
     """
-    asked_for_cpu = config.devices.kind == "cpu"
-    expected = ExpectedGpus(0, "") if asked_for_cpu else expected_gpus(os.environ)
+    cpu_requested = config.devices.kind == "cpu"
+    expected = ExpectedGpus(0, "") if cpu_requested else expected_gpus(os.environ)
     check_expected_gpus(expected, len(visible_gpus()), config.require_gpus)
 
 
 def open_devices(config: TrainConfig, previous: Environment | None = None) -> Devices:
-    """Set up devices of this process for one run; once in a process, before any computation.
+    """Set up this process's devices for one run; call this once, before any computation.
 
     Raises:
         GpuMissingError: If an expected or required GPU cannot be used.
-        UserError: If more GPUs are asked for than there are.
+        UserError: If more GPUs are requested than exist.
     """
     require_expected_gpus(config)
     return open_visible_devices(config, previous)
 
 
 def open_visible_devices(config: TrainConfig, previous: Environment | None = None) -> Devices:
-    """`open_devices` of what there is, even if GPUs are missing."""
+    """`open_devices` with the available devices, even if GPUs are missing."""
     kind, names, descriptions = _use_local_devices(config, previous)
     return Devices(
         strategy=tf.distribute.MirroredStrategy(names),
@@ -216,7 +217,7 @@ def open_visible_devices(config: TrainConfig, previous: Environment | None = Non
 
 
 class _Offer(msgspec.Struct):
-    """What a worker has to train with: one device for each of its replicas."""
+    """The devices of a worker: one for each of its replicas."""
 
     kind: Kind
     devices: tuple[Device, ...]
@@ -231,20 +232,20 @@ def open_devices_of_all(
     spec: ClusterSpec,
     connecting: contextlib.AbstractContextManager[None] | None = None,
 ) -> Devices:
-    """Set up devices of all workers of a run, once all of them are there.
+    """Set up the devices of all workers of a run, once all of them have started.
 
-    Precision and the like are not settled yet: `Devices.resolve` does that.
+    Precision, XLA and determinism are not determined yet: `Devices.resolve` does that.
 
     Args:
         config: The run's configuration.
         spec: The workers.
-        connecting: Entered once all are there, while TensorFlow connects them. A worker that dies
-            in that second leaves the others waiting for ever, with Python's global lock held.
+        connecting: Entered once all have started, while TensorFlow connects them. If a worker dies
+            in that second, the others wait forever, with Python's global lock held.
 
     Raises:
         GpuMissingError: If an expected or required GPU cannot be used.
-        UserError: If more GPUs are asked for than there are, or workers differ in their devices.
-        LostWorkerError: If not all workers come.
+        UserError: If more GPUs are requested than exist, or the workers' devices differ.
+        LostWorkerError: If a worker is missing.
     """
     require_expected_gpus(config)
     kind, names, own = _use_local_devices(config, None)
@@ -261,8 +262,8 @@ def open_devices_of_all(
         workers.end(
             UserError(
                 f"--devices received {kind}:{len(names)} with {spec.count} workers, expected "
-                f"cpu:1, as TensorFlow takes one CPU replica of each of several workers; start "
-                f"more workers instead"
+                f"cpu:1, because with several workers TensorFlow uses one CPU replica per worker; "
+                f"start more workers instead"
             )
         )
     descriptions = [
@@ -281,7 +282,7 @@ def open_devices_of_all(
 
 
 def _create_strategy(spec: ClusterSpec, kind: Kind, replicas: int) -> tf.distribute.Strategy:
-    """The strategy over several workers: GPUs reduce by NCCL, CPUs by TensorFlow's own ring."""
+    """The strategy over several workers: GPUs reduce with NCCL, CPUs with TensorFlow's own ring."""
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec({"worker": list(spec.workers)}),
         task_type="worker",
@@ -297,7 +298,7 @@ def _create_strategy(spec: ClusterSpec, kind: Kind, replicas: int) -> tf.distrib
 
 
 def _require_equal_devices(workers: Workers, offers: list[_Offer]) -> None:
-    """Refuse workers that differ in kind or number of devices: TensorFlow takes equal ones only."""
+    """Refuse workers that differ in kind or number of devices: TensorFlow requires equal ones."""
     if len(set(map(str, offers))) == 1:
         return
     listed = ", ".join(f"{workers.spec.name(rank)} {offer}" for rank, offer in enumerate(offers))
@@ -305,8 +306,8 @@ def _require_equal_devices(workers: Workers, offers: list[_Offer]) -> None:
     advice = f"gpu:{fewest}" if all(offer.kind == "gpu" for offer in offers) else "cpu:1"
     workers.end(
         UserError(
-            f"received different devices ({listed}), expected as many of the same kind on every "
-            f"worker; start it on equal nodes, or say --devices {advice}"
+            f"received different devices ({listed}), expected the same kind and number on every "
+            f"worker; use nodes with equal devices, or pass --devices {advice}"
         )
     )
 
@@ -314,12 +315,12 @@ def _require_equal_devices(workers: Workers, offers: list[_Offer]) -> None:
 def _use_local_devices(
     config: TrainConfig, previous: Environment | None
 ) -> tuple[Kind, tuple[str, ...], tuple[Device, ...]]:
-    """Make devices of this process ready: their kind, their names in it and what they are."""
+    """Set up devices of this process; return their kind, names and descriptions."""
     request, gpus = config.devices, visible_gpus()
     if request.kind == "gpu" and request.replicas > len(gpus):
         raise UserError(
-            f"--devices received {request}, expected at most the number of GPUs that TensorFlow "
-            f"sees, {len(gpus)}; use --devices auto, which takes what is there, or cpu:N"
+            f"--devices received {request}, expected at most {len(gpus)}, the number of GPUs that "
+            f"TensorFlow detects; use --devices auto for the available devices, or cpu:N"
         )
     on_gpus = request.kind == "gpu" or (request.kind == "auto" and bool(gpus))
     kind: Kind = "gpu" if on_gpus else "cpu"
@@ -331,14 +332,14 @@ def _use_local_devices(
 def _automatic_count(
     kind: Kind, gpus: int, config: TrainConfig, previous: Environment | None
 ) -> int:
-    """Every visible GPU, or one CPU replica; a run that resumes keeps its number where it can."""
+    """Every visible GPU, or one CPU replica; a resumed run keeps its number if it can."""
     visible = gpus if kind == "gpu" else 1
     if previous is None:
         return visible
     if previous.device_kind == kind and (kind == "cpu" or previous.replicas <= gpus):
         count = previous.replicas
     else:
-        # The batch is the run's, and it has to divide.
+        # The batch belongs to the run and must divide equally.
         count = max(n for n in range(1, visible + 1) if config.batch_size % n == 0)
     if count < visible:
         log.event(
@@ -346,14 +347,15 @@ def _automatic_count(
             logging.WARNING,
             used=count,
             visible=visible,
-            message=f"goes on with {count} of {visible} visible GPUs: the run's number, or the "
-            f"most that its batch divides by; --devices gpu:N takes N, but costs identical bits",
+            message=f"resuming with {count} of {visible} visible GPUs: as many as before, or the "
+            f"most that divide the batch equally; --devices gpu:N uses N, but then the run is no "
+            f"longer bit-identical",
         )
     return count
 
 
 def use_gpus(gpus: list[tf.config.PhysicalDevice]) -> tuple[Device, ...]:
-    """Make GPUs ready, and hide the others; before any computation."""
+    """Set up GPUs and hide the others; call this before any computation."""
     tf.config.set_visible_devices(gpus, "GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
@@ -361,7 +363,7 @@ def use_gpus(gpus: list[tf.config.PhysicalDevice]) -> tuple[Device, ...]:
 
 
 def use_cpu(replicas: int) -> tuple[Device, ...]:
-    """Split the processor into replicas, and hide all GPUs; before any computation."""
+    """Split the CPU into replicas and hide all GPUs; call this before any computation."""
     tf.config.set_visible_devices([], "GPU")
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0],
@@ -380,7 +382,7 @@ def _compute_bfloat16(kind: Kind, devices: tuple[Device, ...]) -> bool:
 
 
 def _cpuinfo(key: str) -> str:
-    """A field of the first processor in /proc/cpuinfo; empty where there is none."""
+    """A field of the first processor in /proc/cpuinfo; empty if it is missing."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

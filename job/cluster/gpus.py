@@ -1,4 +1,4 @@
-"""The GPUs that this process should have, those that TensorFlow can use, and why not more."""
+"""The GPUs that this process should have, those that TensorFlow can use, and missing libraries."""
 
 import ctypes
 import itertools
@@ -18,7 +18,7 @@ from job.environment import program
 from job.log import plural
 
 DRIVER_LIBRARY = "libcuda.so.1"
-"""Comes with the driver of the host; a container has it if it was given a GPU."""
+"""Part of the host's driver; a container has it if it was started with a GPU."""
 
 # What TensorFlow 2.21, built for CUDA 12.5 and cuDNN 9, opens at start-up.
 CUDA_LIBRARIES = (
@@ -37,18 +37,18 @@ CUDA_LIBRARIES = (
 
 @dataclass(frozen=True)
 class ExpectedGpus:
-    """How many GPUs this process should have, by which part of its environment."""
+    """How many GPUs this process should have, and which part of its environment determines that."""
 
     count: int
     source: str
 
 
 def expected_gpus(environ: Mapping[str, str], dev: Path = Path("/dev")) -> ExpectedGpus:
-    """Find out how many GPUs the machine or scheduler gives to this process.
+    """Determine how many GPUs the machine or scheduler gives to this process.
 
-    ``CUDA_VISIBLE_DEVICES`` speaks for the process and so comes first, then Slurm's count for the
-    node, then the device nodes. ``NVIDIA_VISIBLE_DEVICES`` is no sign: CUDA images set it to
-    "all" even without a GPU.
+    ``CUDA_VISIBLE_DEVICES`` applies to the process itself and so comes first, then Slurm's count
+    for the node, then the device nodes. ``NVIDIA_VISIBLE_DEVICES`` does not count: CUDA images set
+    it to "all" even without a GPU.
 
     Args:
         environ: Environment variables.
@@ -76,31 +76,31 @@ def check_expected_gpus(expected: ExpectedGpus, visible: int, required: int) -> 
     """Refuse to train without the GPUs that are expected or required.
 
     Args:
-        expected: What the environment gives.
-        visible: GPUs that TensorFlow sees.
-        required: What ``--require-gpus`` asks for.
+        expected: Number of GPUs that the environment gives.
+        visible: Number of GPUs that TensorFlow detects.
+        required: Value of ``--require-gpus``.
 
     Raises:
         GpuMissingError: If fewer are visible.
     """
     if visible < required:
         raise GpuMissingError(
-            f"--require-gpus expected {plural(required, 'GPU')}, TensorFlow sees {visible}"
-            f"{_why()}; give the job its GPUs, or lower --require-gpus, which an image sets by "
-            f"JOB_REQUIRE_GPUS (0 permits the CPU)"
+            f"--require-gpus expected {plural(required, 'GPU')}, TensorFlow detects {visible}"
+            f"{_missing_libraries()}; give the job its GPUs, or lower --require-gpus, which an "
+            f"image sets with JOB_REQUIRE_GPUS (0 allows the CPU)"
         )
     if visible < expected.count:
         raise GpuMissingError(
-            f"{expected.source} promises {plural(expected.count, 'GPU')}, TensorFlow sees "
-            f"{visible}{_why()}; run '{program()} doctor' there, or ask for --devices "
-            f"cpu:1 to train without a GPU"
+            f"expected {plural(expected.count, 'GPU')} ({expected.source}), TensorFlow detects "
+            f"{visible}{_missing_libraries()}; run '{program()} doctor' on that machine, or pass "
+            f"--devices cpu:1 to train without a GPU"
         )
 
 
-def _why() -> str:
+def _missing_libraries() -> str:
     missing = [name for name, path in cuda_libraries().items() if path is None]
     if DRIVER_LIBRARY in missing:
-        # Without the driver the others tell nothing.
+        # Without the driver the other libraries do not matter.
         return (
             f" (cannot find {DRIVER_LIBRARY}: this machine has no NVIDIA driver, or the container "
             f"was started without --gpus or an nvidia.com/gpu limit)"
@@ -109,13 +109,13 @@ def _why() -> str:
 
 
 def cuda_libraries() -> dict[str, str | None]:
-    """Look for the libraries that this build of TensorFlow needs for GPUs.
+    """Locate the libraries that this build of TensorFlow needs for GPUs.
 
     They come from the driver and the system, or from the ``nvidia-*`` wheels, which TensorFlow
-    finds beside itself without the system's loader knowing them.
+    finds next to itself, outside the search path of the system's loader.
 
     Returns:
-        For each its path, its name where the system's loader finds it, or None.
+        For each library its path, or its name if the system's loader finds it, or None.
     """
     site_packages = Path(tf.__file__).parent.parent
     found: dict[str, str | None] = {}
@@ -130,10 +130,13 @@ def cuda_libraries() -> dict[str, str | None]:
 
 
 def xla_tools() -> dict[str, str | None]:
-    """Look for what XLA compiles with: the assembler ptxas and the bitcode library libdevice.
+    """Locate what XLA compiles with: the assembler ptxas and the bitcode library libdevice.
 
-    As XLA does: in the folder of ``--xla_gpu_cuda_data_dir``, then in /usr/local/cuda and in the
-    wheel beside TensorFlow, and for ptxas on the PATH before these two. None where one is missing.
+    This searches the same places as XLA: the folder of ``--xla_gpu_cuda_data_dir``, then
+    /usr/local/cuda and the wheel next to TensorFlow; for ptxas, the PATH before these two.
+
+    Returns:
+        For each its path; None if it is missing.
     """
     flag = re.search(r"--xla_gpu_cuda_data_dir=(\S+)", os.environ.get("XLA_FLAGS", ""))
     chosen = [Path(flag[1])] if flag else []
@@ -149,7 +152,7 @@ def xla_tools() -> dict[str, str | None]:
 
 
 def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """What the kernel has of the NVIDIA driver's version; None where it has nothing."""
+    """The kernel's text about the NVIDIA driver's version; None if there is no such driver."""
     try:
         return path.read_text()
     except OSError:
@@ -174,7 +177,7 @@ def describe_gpu(gpu: tf.config.PhysicalDevice) -> Device:
 
 
 def _gpu_memory_gib(ordinal: int) -> float | None:
-    """A visible GPU's whole memory as the driver tells it; None where it does not."""
+    """A visible GPU's total memory as reported by the driver; None if it reports none."""
     device, size = ctypes.c_int(), ctypes.c_size_t()
     try:
         driver = ctypes.CDLL(DRIVER_LIBRARY)

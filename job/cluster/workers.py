@@ -1,7 +1,8 @@
-"""The processes that train one run together: how they meet, exchange documents and notice a loss.
+"""The processes that train one run together: how they connect, exchange data and detect a loss.
 
-TensorFlow's own runtime carries everything; this module only calls its collectives. Besides the
-gradients, which the strategy reduces, workers exchange a few documents, always all of them at once.
+All data is exchanged by TensorFlow's own runtime; this module only calls its collectives. In
+addition to the gradients, which the strategy reduces, workers exchange a few documents, always all
+workers at once.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ _LOSSES = (
 
 
 def unreachable(spec: ClusterSpec) -> dict[int, str]:
-    """Which other workers do not answer, and why."""
+    """The other workers that do not answer, with the reasons."""
     reasons = dict.fromkeys(range(spec.count), "no answer")
     del reasons[spec.index]
 
@@ -52,7 +53,7 @@ def unreachable(spec: ClusterSpec) -> dict[int, str]:
     threads = [threading.Thread(target=probe, args=(rank,), daemon=True) for rank in reasons]
     for thread in threads:
         thread.start()
-    deadline = running_seconds() + 2 * _PROBE_SECONDS  # a resolver has no bound of its own
+    deadline = running_seconds() + 2 * _PROBE_SECONDS  # resolving a name has no timeout
     for thread in threads:
         thread.join(max(deadline - running_seconds(), 0.0))
     return dict(sorted(reasons.copy().items()))
@@ -66,17 +67,17 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def naming_lost_workers(spec: ClusterSpec) -> Iterator[None]:
-    """Turn what TensorFlow raises if another worker is gone into an error that names it.
+    """Turn TensorFlow's error about a lost worker into an error that names the worker.
 
     Raises:
-        LostWorkerError: If one is gone.
+        LostWorkerError: If another worker is lost.
     """
     try:
         yield
     except JobError:
         raise
     except Exception as error:
-        losses = (one for one in _chain(error) if _tells_of_a_loss(spec, one))
+        losses = (one for one in _chain(error) if _is_loss(spec, one))
         loss = next(losses, None) if spec.count > 1 else None
         if loss is None:
             raise
@@ -84,14 +85,14 @@ def naming_lost_workers(spec: ClusterSpec) -> Iterator[None]:
 
 
 def _chain(error: BaseException | None) -> Iterator[tf.errors.OpError]:
-    """TensorFlow's errors among this one and those behind it: Keras raises some as its own."""
+    """TensorFlow's errors among this one and its causes: Keras raises some as its own errors."""
     while error:
         if isinstance(error, tf.errors.OpError):
             yield error
         error = error.__cause__ or error.__context__
 
 
-def _tells_of_a_loss(spec: ClusterSpec, error: tf.errors.OpError) -> bool:
+def _is_loss(spec: ClusterSpec, error: tf.errors.OpError) -> bool:
     text = str(error)
     if _ABORTED in text:
         return True
@@ -99,13 +100,13 @@ def _tells_of_a_loss(spec: ClusterSpec, error: tf.errors.OpError) -> bool:
 
 
 def _lost(spec: ClusterSpec, text: str) -> str:
-    """Who is gone: by who does not answer, else by what TensorFlow says."""
+    """Name the lost workers: those that do not answer, otherwise those in TensorFlow's message."""
     ranks = list(unreachable(spec))
     if not ranks:
-        told = re.findall(r"/job:worker/(?:replica:0/)?task:(\d+)", text)
-        ranks = sorted({int(rank) for rank in told} - {spec.index})
-    names = ", ".join(map(spec.name, ranks)) or "worker: one of the others"
-    # Behind the first line come the remote end's own words on the connection.
+        named = re.findall(r"/job:worker/(?:replica:0/)?task:(\d+)", text)
+        ranks = sorted({int(rank) for rank in named} - {spec.index})
+    names = ", ".join(map(spec.name, ranks)) or "one of the other workers"
+    # After the first line follow the remote end's own details about the connection.
     first = (text.partition(_ABORTED)[2] or text).partition("\nAdditional GRPC")[0]
     reason = re.sub(r"\s+", " ", first).strip(" :by")[:160]
     if suspended := suspended_seconds():
@@ -122,15 +123,15 @@ _POLL_SECONDS = 0.2
 def rendezvous(
     spec: ClusterSpec, create: Callable[[], tf.distribute.Strategy], timeout_seconds: float
 ) -> tf.distribute.Strategy:
-    """Meet the other workers.
+    """Connect to the other workers.
 
     Args:
-        spec: Who they are.
-        create: Makes the strategy over all of them, and returns once all are there.
+        spec: All workers.
+        create: Creates the strategy over all of them, and returns once all are connected.
         timeout_seconds: Longest time to wait for them.
 
     Raises:
-        LostWorkerError: If they do not come.
+        LostWorkerError: If one of them is missing.
     """
     start = running_seconds()
     log.event(
@@ -138,13 +139,13 @@ def rendezvous(
         workers=list(spec.workers),
         index=spec.index,
         timeout_seconds=timeout_seconds,
-        message=f"waits at {spec.workers[spec.index]} for the others of {spec.count} workers, at "
-        f"most {timeout_seconds:g} s",
+        message=f"waiting at {spec.workers[spec.index]} for the other workers ({spec.count} in "
+        f"total), at most {timeout_seconds:g} s",
     )
     deadline = start + timeout_seconds
     _bypass_proxies(spec)
-    # While TensorFlow waits, no signal and no other thread gets through to this process. So it is
-    # called when all workers have begun, and each is as good as there.
+    # While TensorFlow waits, this process handles no signal and runs no other thread. So it is
+    # called only once all workers have started and are about to connect.
     with _listen(spec, deadline):
         _wait_for_others(spec, deadline, timeout_seconds)
     with naming_lost_workers(spec):
@@ -155,13 +156,13 @@ def rendezvous(
         workers=spec.count,
         index=spec.index,
         seconds=round(seconds, 3),
-        message=f"all {spec.count} workers are there after {seconds:.1f} s",
+        message=f"all {spec.count} workers are connected after {seconds:.1f} s",
     )
     return strategy
 
 
 def _bypass_proxies(spec: ClusterSpec) -> None:
-    """Keep TensorFlow from looking for the workers behind a proxy of the site."""
+    """Prevent TensorFlow from connecting to the workers through a proxy of the site."""
     hosts = [host_and_port(address)[0] for address in spec.workers]
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), *dict.fromkeys(hosts)]))
@@ -169,9 +170,9 @@ def _bypass_proxies(spec: ClusterSpec) -> None:
 
 @contextlib.contextmanager
 def _listen(spec: ClusterSpec, deadline: float) -> Iterator[None]:
-    """Listen on this worker's port, for others to see that it has begun, once the port is free.
+    """Listen on this worker's port once it is free, to show the others that it has started.
 
-    TensorFlow would share it with whoever listens there, such as an earlier attempt of the run.
+    TensorFlow itself shares a port that is in use, for example by an earlier attempt of the run.
     """
     _, port = host_and_port(spec.workers[spec.index])
     announced, both = False, socket.has_dualstack_ipv6()
@@ -184,10 +185,10 @@ def _listen(spec: ClusterSpec, deadline: float) -> Iterator[None]:
             problem = f"port {port} of {spec.name(spec.index)} cannot be used: {error.strerror}"
             if running_seconds() > deadline:
                 raise LostWorkerError(
-                    f"{problem}; end the process that listens there, then run again"
+                    f"{problem}; end the process that listens on it, then run again"
                 ) from error
             if not announced:
-                log.event("port_in_use", logging.WARNING, port=port, message=f"{problem}; waits")
+                log.event("port_in_use", logging.WARNING, port=port, message=f"{problem}; waiting")
                 announced = True
         time.sleep(_POLL_SECONDS)
 
@@ -206,23 +207,23 @@ def _listen(spec: ClusterSpec, deadline: float) -> Iterator[None]:
 
 
 def _wait_for_others(spec: ClusterSpec, deadline: float, timeout_seconds: float) -> None:
-    """Wait until all other workers are seen to listen, in one look."""
+    """Wait until all other workers answer in the same check."""
     seen: set[int] = set()
     while missing := unreachable(spec):
         seen |= set(range(spec.count)) - set(missing)
         if running_seconds() > deadline:
-            # Others that have waited in vain may have ended by now.
+            # Other workers may have given up waiting and ended by now.
             ranks = [rank for rank in missing if rank not in seen] or list(missing)
             names = "; ".join(f"{spec.name(rank)} ({missing[rank]})" for rank in ranks)
             raise LostWorkerError(
                 f"missing {names}; expected all {spec.count} workers within --join-timeout "
-                f"{timeout_seconds:g} s; see the logs of those, and whether names resolve and "
-                f"ports are open between the nodes, then run again"
+                f"{timeout_seconds:g} s; check the logs of the missing ones, and that names "
+                f"resolve and ports are open between the nodes, then run again"
             )
         time.sleep(_POLL_SECONDS)
 
 
-# Beyond all those of strategies, which count from 1.
+# Higher than the keys of all strategies, which count from 1.
 _GROUP_KEY = 1_000_000
 _WORD_BYTES = 8
 _SHUTDOWN_SECONDS = 5.0
@@ -230,10 +231,10 @@ _SHUTDOWN_POLL_SECONDS = 0.02
 
 
 class Workers:
-    """All workers of a run, as one of them sees them.
+    """All workers of a run, for one of them.
 
     Args:
-        spec: Who they are. Only `rendezvous` makes several of them meet.
+        spec: The workers. If there are several, `rendezvous` must have connected them.
     """
 
     def __init__(self, spec: ClusterSpec) -> None:
@@ -247,19 +248,19 @@ class Workers:
 
     @property
     def is_chief(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this worker writes the files."""
         return self.spec.is_chief
 
     def gather(self, document: T) -> list[T]:
         """Give every worker the documents of all, in the order of their ranks.
 
-        Waits until all workers have come here.
+        Waits until all workers have called this.
 
         Args:
-            document: This worker's, of any type that msgspec writes as JSON.
+            document: This worker's document, of any type that msgspec writes as JSON.
 
         Raises:
-            LostWorkerError: If one of them is gone.
+            LostWorkerError: If one of them is lost.
         """
         content = msgspec.json.encode(document)
         sizes = self._call(tf.raw_ops.CollectiveGatherV2, np.array([len(content)]))
@@ -271,19 +272,19 @@ class Workers:
         ]
 
     def require_equal(self, own: Mapping[str, object]) -> None:
-        """Refuse workers that differ from the chief in what all of them must have in common.
+        """Refuse workers that differ from the chief in values that must be equal on all workers.
 
         Args:
-            own: What this worker has, by its name for the user.
+            own: This worker's values, by their names for the user.
 
         Raises:
-            UserError: If one differs, on every worker.
-            LostWorkerError: If one of them is gone.
+            UserError: On every worker, if one of them differs.
+            LostWorkerError: If one of them is lost.
         """
         first, *others = self.gather(dict(own))
         differences = [
             f"{self.spec.name(rank)} has {name.replace('_', ' ')} {other.get(name)}, "
-            f"{self.spec.name(0)} {first.get(name)}"
+            f"{self.spec.name(0)} has {first.get(name)}"
             for rank, other in enumerate(others, start=1)
             for name in first | other
             if first.get(name) != other.get(name)
@@ -291,28 +292,28 @@ class Workers:
         if differences:
             self.end(
                 UserError(
-                    f"the workers differ, expected the same on each: {'; '.join(differences)}; "
+                    f"the workers differ, expected equal values: {'; '.join(differences)}; "
                     f"start all of them with the same options, data and image"
                 )
             )
 
     def end(self, error: JobError) -> NoReturn:
-        """Raise an error that all workers have found alike, once all of them are here.
+        """Raise an error that every worker has detected, once all of them have called this.
 
-        A worker that went at once would be taken for lost by one that is still looking.
+        If a worker ended earlier, another one that is still checking could report it as lost.
         """
         with contextlib.suppress(LostWorkerError):
             self.shutdown()
         raise error
 
     def broadcast(self, content: bytes) -> bytes:
-        """Give every worker what the chief has.
+        """Give every worker the chief's content.
 
         Args:
-            content: The chief's; that of others does not matter.
+            content: The chief's content; the content of other workers is ignored.
 
         Raises:
-            LostWorkerError: If one of them is gone.
+            LostWorkerError: If one of them is lost.
         """
         size = self.gather(len(content))[0]
         # The others add zeros to it.
@@ -321,24 +322,24 @@ class Workers:
         return words.tobytes()[:size]
 
     def barrier(self) -> None:
-        """Wait until all workers have come here.
+        """Wait until all workers have called this.
 
         Raises:
-            LostWorkerError: If one of them is gone.
+            LostWorkerError: If one of them is lost.
         """
         self.gather(None)
 
     def shutdown(self) -> None:
-        """Part from the others, once all of them have come here.
+        """Disconnect from the other workers, once all of them have called this.
 
         Raises:
-            LostWorkerError: If one of them is gone before.
+            LostWorkerError: If one of them is lost before that.
         """
         self.barrier()
-        # The first to have gathered may not end yet: others may still be reading from it.
+        # The first worker to pass the barrier must not end yet: others may still read from it.
         with contextlib.suppress(LostWorkerError):
             self.barrier()
-        # The chief serves the others, and so goes last.
+        # The chief serves the others, so it ends last.
         deadline = running_seconds() + _SHUTDOWN_SECONDS if self.is_chief else 0.0
         while running_seconds() < deadline and len(unreachable(self.spec)) < self.count - 1:
             time.sleep(_SHUTDOWN_POLL_SECONDS)
@@ -346,11 +347,11 @@ class Workers:
     def _call(
         self, collective: Callable[..., tf.Tensor], words: npt.NDArray[np.int64], **options: str
     ) -> npt.NDArray[np.int64]:
-        """Call one of TensorFlow's collectives on all workers, of which each has as many words."""
+        """Call one of TensorFlow's collectives on all workers, each with as many words."""
         if self.count == 1:
             return words
         self._calls += 1
-        # Only host memory: the devices may not have a kernel for numbers.
+        # In host memory, because the devices may have no kernel for integers.
         host = f"/job:worker/task:{self.spec.index}/device:CPU:0"
         with naming_lost_workers(self.spec), tf.device(host):
             result: npt.NDArray[np.int64] = collective(
@@ -365,6 +366,6 @@ class Workers:
 
 
 def _as_words(content: bytes, size: int) -> npt.NDArray[np.int64]:
-    """Content as [words] int64, which collectives take, with zeros up to at least a size."""
+    """Content as [words] int64, which collectives accept, padded with zeros to at least a size."""
     padded = content.ljust(-(-size // _WORD_BYTES) * _WORD_BYTES, b"\0")
     return np.frombuffer(padded, np.int64)

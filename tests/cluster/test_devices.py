@@ -27,9 +27,9 @@ PREVIOUS = Environment(
 )
 
 
-def test_more_gpus_than_there_are_is_the_users_to_change() -> None:
+def test_more_gpus_than_exist_are_a_user_error() -> None:
     with pytest.raises(
-        UserError, match=r"--devices received gpu:99, expected at most .* sees, \d+;"
+        UserError, match=r"--devices received gpu:99, expected at most \d+, .* detects;"
     ):
         open_visible_devices(TrainConfig(devices=DeviceRequest("gpu:99")))
 
@@ -42,7 +42,7 @@ def test_rows_per_replica(make_devices: MakeDevices) -> None:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Open devices on a machine with some GPUs, or none, without setting any up."""
+    """Open devices on a machine with some GPUs, or none, without setting up any device."""
 
     def describe(count: int, model: str) -> tuple[Device, ...]:
         compute_capability = {"new": (8, 0), "old": (7, 5)}.get(model, ())
@@ -62,11 +62,11 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Any:
     return open_with
 
 
-def test_auto_takes_every_gpu_and_is_deterministic_on_cpus(opened: Any) -> None:
+def test_auto_uses_every_gpu_and_is_deterministic_on_cpus(opened: Any) -> None:
     gpus = opened(4, "new", "auto")
     assert (gpus.kind, gpus.replicas, gpus.precision) == ("gpu", 4, "bfloat16")
     assert (gpus.deterministic, gpus.compilation.network) == (False, True)
-    # Collectives stay outside of XLA, so only a single replica's loop is compiled.
+    # Collectives stay outside XLA, so the loop is compiled only for a single replica.
     assert not gpus.compilation.loops
     assert opened(1, "new", "auto").compilation.loops
     cpu = opened(0, "", "auto")
@@ -90,29 +90,29 @@ def test_only_a_training_in_float32_on_gpus_computes_in_tf32(
         tf.config.experimental.enable_tensor_float_32_execution(before)
 
 
-def test_auto_keeps_what_the_attempt_before_came_to(opened: Any) -> None:
+def test_auto_keeps_the_settings_of_the_previous_attempt(opened: Any) -> None:
     cpu = opened(0, "", "auto", PREVIOUS)
     assert (cpu.replicas, cpu.precision, cpu.jit) == (2, "bfloat16", "off")
     assert not cpu.deterministic
     assert not cpu.compilation.elementwise
 
 
-def test_threads_are_those_that_tensorflow_is_told(
+def test_threads_are_those_of_tensorflows_setting(
     opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "3")
     assert opened(0, "", "auto").threads == 3
 
 
-def test_a_setting_of_this_attempt_wins(opened: Any) -> None:
+def test_an_explicit_setting_of_this_attempt_wins(opened: Any) -> None:
     settings = {"precision": "float32", "jit": "on", "deterministic": "on"}
     cpu = opened(0, "", "cpu:1", PREVIOUS, **settings)
     assert (cpu.replicas, cpu.precision, cpu.jit, cpu.deterministic) == (1, "float32", "on", True)
 
 
-def test_a_run_goes_on_with_the_gpus_that_the_next_node_has(opened: Any) -> None:
+def test_a_run_resumes_with_the_gpus_of_the_next_node(opened: Any) -> None:
     gpus = opened(3, "new", "auto", PREVIOUS)
-    assert (gpus.kind, gpus.replicas) == ("gpu", 2)  # 256 does not divide by 3
+    assert (gpus.kind, gpus.replicas) == ("gpu", 2)  # 256 is not divisible by 3
     assert not gpus.deterministic
     on_gpus = msgspec.structs.replace(PREVIOUS, device_kind="gpu", replicas=4)
     assert opened(8, "new", "auto", on_gpus).replicas == 4
@@ -129,17 +129,17 @@ ALL_CPUS = tuple(Device(f"worker {rank} {device.name}") for rank in range(2) for
 
 @pytest.fixture
 def opened_of_all(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Open two CPU devices on each of two workers, which offer what is told beside that."""
+    """Open two CPU devices on each of two workers, with the given changes to their offers."""
 
     def open_with(*offers: dict[str, Any], replicas_in_sync: int = 4) -> Devices:
         def gather(self: Workers, own: Any) -> list[Any]:
             return [msgspec.structs.replace(own, **offer) for offer in offers]
 
-        def meet(*_arguments: object) -> Any:
+        def connect(*_arguments: object) -> Any:
             return SimpleNamespace(num_replicas_in_sync=replicas_in_sync)
 
         monkeypatch.setattr(devices, "use_cpu", lambda count: CPUS)
-        monkeypatch.setattr(devices, "rendezvous", meet)
+        monkeypatch.setattr(devices, "rendezvous", connect)
         monkeypatch.setattr(Workers, "gather", gather)
         monkeypatch.setattr(Workers, "shutdown", lambda self: None)
         return open_devices_of_all(TrainConfig(devices=DeviceRequest("cpu:2")), TWO_WORKERS)
@@ -173,10 +173,10 @@ def test_workers_with_other_devices_are_refused(
     with pytest.raises(UserError) as caught:
         opened_of_all({"kind": kinds[0], "devices": CPUS[:count]}, {"kind": kinds[1]})
     assert listed in str(caught.value)
-    assert str(caught.value).endswith(f"or say --devices {advice}")
+    assert str(caught.value).endswith(f"or pass --devices {advice}")
 
 
-def test_several_cpu_replicas_of_a_worker_are_refused_where_tensorflow_takes_one(
+def test_several_cpu_replicas_per_worker_are_refused_if_tensorflow_uses_one(
     opened_of_all: Any,
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -184,7 +184,7 @@ def test_several_cpu_replicas_of_a_worker_are_refused_where_tensorflow_takes_one
     assert str(caught.value).startswith("--devices received cpu:2 with 2 workers, expected cpu:1")
 
 
-def test_a_worker_without_the_others_has_its_own_first_replica(make_devices: MakeDevices) -> None:
+def test_a_worker_without_the_others_uses_its_own_first_replica(make_devices: MakeDevices) -> None:
     of_all = replace(
         make_devices(2), descriptions=tuple(map(Device, "abcd")), workers=Workers(TWO_WORKERS)
     )

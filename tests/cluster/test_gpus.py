@@ -43,29 +43,32 @@ def test_expected_gpus(
     assert expected_gpus(environ, tmp_path).count == count
 
 
-def test_a_number_of_gpus_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_number_of_gpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="SLURM_GPUS_ON_NODE received 'gpu:2', expected a number"):
         expected_gpus({"SLURM_GPUS_ON_NODE": "gpu:2"}, tmp_path)
 
 
 def test_missing_gpus_are_named_with_their_source() -> None:
-    promise = ExpectedGpus(2, "SLURM_GPUS_ON_NODE=2")
-    check_expected_gpus(promise, visible=2, required=2)
-    with pytest.raises(GpuMissingError, match=r"SLURM_GPUS_ON_NODE=2 promises 2 GPUs.* sees 1"):
-        check_expected_gpus(promise, visible=1, required=0)
-    with pytest.raises(GpuMissingError, match=r"--require-gpus expected 1 GPU, .* sees 0"):
-        check_expected_gpus(promise, visible=0, required=1)
-    with pytest.raises(GpuMissingError, match=r"--require-gpus expected 4 GPUs, .* sees 2"):
-        check_expected_gpus(promise, visible=2, required=4)
+    expected = ExpectedGpus(2, "SLURM_GPUS_ON_NODE=2")
+    check_expected_gpus(expected, visible=2, required=2)
+    message = r"expected 2 GPUs \(SLURM_GPUS_ON_NODE=2\), TensorFlow detects 1"
+    with pytest.raises(GpuMissingError, match=message):
+        check_expected_gpus(expected, visible=1, required=0)
+    with pytest.raises(GpuMissingError, match=r"--require-gpus expected 1 GPU, .* detects 0"):
+        check_expected_gpus(expected, visible=0, required=1)
+    with pytest.raises(GpuMissingError, match=r"--require-gpus expected 4 GPUs, .* detects 2"):
+        check_expected_gpus(expected, visible=2, required=4)
 
 
-def test_libraries_are_looked_up_by_name() -> None:
+def test_libraries_are_located_by_name() -> None:
     names = cuda_libraries().keys()
     assert {"libcuda.so.1", "libcudnn.so.9", "libnccl.so.2"} <= set(names)
     assert all(re.fullmatch(r"lib\w+\.so\.\d+", name) for name in names)
 
 
-def test_a_missing_driver_is_the_reason_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_driver_is_the_only_library_that_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     libraries = {"libcuda.so.1": None, "libcudnn.so.9": None}
     monkeypatch.setattr(gpus, "cuda_libraries", lambda: libraries)
     with pytest.raises(
@@ -80,7 +83,7 @@ def test_a_missing_driver_is_the_reason_that_is_named(monkeypatch: pytest.Monkey
         check_expected_gpus(ExpectedGpus(0, "nothing"), visible=0, required=1)
 
 
-def test_the_assembler_is_looked_for_on_the_path(
+def test_the_assembler_is_located_on_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -91,7 +94,7 @@ def test_the_assembler_is_looked_for_on_the_path(
     assert xla_tools()["ptxas"] == str(assembler)
 
 
-def test_the_drivers_version_is_the_kernels(tmp_path: Path) -> None:
+def test_the_drivers_version_comes_from_the_kernel(tmp_path: Path) -> None:
     version = tmp_path / "version"
     assert driver_version(version) is None
     version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15")

@@ -40,14 +40,14 @@ from job.config import ExitCode, UserError
         ("[1-2]n", ["1n", "2n"]),
         ("a[1-2][3-4]", ["a13", "a14", "a23", "a24"]),
         ("a[1,3],b[2-3]", ["a1", "a3", "b2", "b3"]),
-        # As sites name them: Perlmutter, Frontier, JUWELS, Snellius, AWS ParallelCluster, Azure.
+        # Names at real sites: Perlmutter, Frontier, JUWELS, Snellius, AWS ParallelCluster, Azure.
         ("nid[001028-001029,001032]", ["nid001028", "nid001029", "nid001032"]),
         ("frontier[00001-00003]", ["frontier00001", "frontier00002", "frontier00003"]),
         ("jwb[0097,0100]", ["jwb0097", "jwb0100"]),
         ("r28n[1-2],r29n12", ["r28n1", "r28n2", "r29n12"]),
         ("gpu-dy-p4d-[1-2]", ["gpu-dy-p4d-1", "gpu-dy-p4d-2"]),
         ("cluster-hpc-pg0-[9-11]", [f"cluster-hpc-pg0-{n}" for n in (9, 10, 11)]),
-        # Of submitit's tests.
+        # From submitit's tests.
         ("learnfair[0300-0302]", ["learnfair0300", "learnfair0301", "learnfair0302"]),
         (
             "compute-b24-[1-3,5-6],compute-a-1",
@@ -59,11 +59,11 @@ from job.config import ExitCode, UserError
         ("hostname[90-92]suffix", [f"hostname{n}suffix" for n in (90, 91, 92)]),
     ],
 )
-def test_a_nodelist_is_expanded_in_its_order(text: str, nodes: list[str]) -> None:
+def test_a_nodelist_is_expanded_in_order(text: str, nodes: list[str]) -> None:
     assert expand_nodelist(text) == nodes
 
 
-def test_a_nodelist_may_be_as_long_as_slurm_allows() -> None:
+def test_a_nodelist_can_be_as_long_as_slurm_allows() -> None:
     nodes = expand_nodelist("n[1-65536]")
     assert (len(nodes), nodes[0], nodes[-1]) == (65536, "n1", "n65536")
 
@@ -104,7 +104,7 @@ def test_a_nodelist_may_be_as_long_as_slurm_allows() -> None:
         "n[" + "9" * 5000 + "]",
     ],
 )
-def test_what_is_no_nodelist_is_refused(text: str) -> None:
+def test_text_that_is_not_a_nodelist_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
         expand_nodelist(text)
 
@@ -140,8 +140,8 @@ def test_run_identity(environ: dict[str, str], run_id: str | None, identity: Run
     assert run_identity(environ, run_id) == identity
 
 
-def test_an_attempt_replaces_an_earlier_one_of_its_run_alone() -> None:
-    """A second training in a shell of an allocation is no later attempt of the first."""
+def test_an_attempt_replaces_only_earlier_ones_of_its_run() -> None:
+    """A second training in the shell of an allocation is not a later attempt of the first."""
     second = RunIdentity("slurm job 1", attempt=1)
     assert second.replaces("slurm job 1", 0)
     assert not second.replaces("slurm job 1", 1)
@@ -166,7 +166,7 @@ def test_an_attempt_replaces_an_earlier_one_of_its_run_alone() -> None:
         {**KUBERNETES, "JOB_COMPLETION_INDEX": "0", "KUBERNETES_JOB_COMPLETIONS": "1"},
     ],
 )
-def test_a_process_may_be_alone(environ: dict[str, str]) -> None:
+def test_a_process_can_train_alone(environ: dict[str, str]) -> None:
     assert cluster_spec(environ) is ALONE
     assert (ALONE.is_chief, ALONE.count) == (True, 1)
 
@@ -210,7 +210,7 @@ TWO = {"worker": ["n1:12345", "n2:12345"]}
             tf_config({"worker": ["127.0.0.1:1", "job-worker-0.ns.svc:2"], "ps": []}),
             ClusterSpec(("127.0.0.1:1", "job-worker-0.ns.svc:2"), 0),
         ),
-        # What others add to it.
+        # Other programs add entries.
         (
             {
                 "TF_CONFIG": '{"cluster": {"worker": ["a:1", "b:1"]}, "environment": "cloud", '
@@ -247,8 +247,8 @@ def test_tf_config_comes_first() -> None:
         (tf_config({"worker": {"0": "a:1"}}), "at `$.cluster[...]`"),
         (tf_config({"worker": ["a:1", 1]}), "at `$.cluster[...][1]`"),
         (tf_config({"worker": ["a:1"], "chief": ["b:1", "c:1"]}), "2 chiefs and 1 workers"),
-        (tf_config({**TWO, "ps": ["p:1"]}), "cluster has ps, for which"),
-        (tf_config({**TWO, "evaluator": ["p:1"]}), "cluster has evaluator, for which"),
+        (tf_config({**TWO, "ps": ["p:1"]}), "cluster has ps, which"),
+        (tf_config({**TWO, "evaluator": ["p:1"]}), "cluster has evaluator, which"),
         *(
             (tf_config({"worker": ["a:1", address]}), f"the address {address!r}, which")
             for address in (
@@ -282,14 +282,14 @@ def test_tf_config_comes_first() -> None:
         ),
     ],
 )
-def test_a_tf_config_that_cannot_be_is_refused(environ: dict[str, str], part: str) -> None:
+def test_an_invalid_tf_config_is_refused(environ: dict[str, str], part: str) -> None:
     with pytest.raises(UserError) as refused:
         cluster_spec(environ)
     message = str(refused.value)
     assert message.startswith("TF_CONFIG")
     assert part in message
     assert "expected" in message
-    assert "; mend it" in message
+    assert "; fix it" in message
     assert refused.value.exit_code == ExitCode.USER_ERROR
 
 
@@ -316,7 +316,7 @@ PORT = 12000 + 16 * 123
     ("environ", "spec"),
     [
         (SLURM_STEP, ClusterSpec((f"n1:{PORT}", f"n2:{PORT}"), 1)),
-        # What a batch script hands on does not count.
+        # Variables inherited from a batch script do not count.
         (
             {**SLURM_STEP, "SLURM_NODELIST": "n[1-8]", "SLURM_NTASKS": "8", "SLURM_NNODES": "8"},
             ClusterSpec((f"n1:{PORT}", f"n2:{PORT}"), 1),
@@ -357,7 +357,7 @@ def test_the_tasks_of_a_slurm_step(environ: dict[str, str], spec: ClusterSpec) -
     assert cluster_spec({**environ, **INDEXED_JOB}) == spec
 
 
-def test_jobs_that_follow_each_other_share_no_port() -> None:
+def test_consecutive_jobs_share_no_port() -> None:
     ports = [
         {
             int(address.rpartition(":")[2])
@@ -368,7 +368,7 @@ def test_jobs_that_follow_each_other_share_no_port() -> None:
         for job in range(4_000_000, 4_000_000 + 1250)
     ]
     assert sum(map(len, ports)) == len(set.union(*ports)) == 20000
-    # 32768 is where Linux begins to take ports for outgoing connections.
+    # From 32768 on, Linux uses ports for outgoing connections.
     assert 1024 <= min(map(min, ports)) < max(map(max, ports)) < 32768
 
 
@@ -378,7 +378,9 @@ def test_a_missing_variable_of_slurm_is_named(name: str, value: str | None) -> N
     environ = {other: text for other, text in SLURM_STEP.items() if other != name}
     if value is not None:
         environ[name] = value
-    with pytest.raises(UserError, match=rf"^{name} is not set.*; start it by srun") as refused:
+    with pytest.raises(
+        UserError, match=rf"^{name} is not set.*; start the job with srun"
+    ) as refused:
         cluster_spec(environ)
     assert refused.value.exit_code == ExitCode.USER_ERROR
 
@@ -403,7 +405,7 @@ def test_a_missing_variable_of_slurm_is_named(name: str, value: str | None) -> N
         ({"STEP_NUM_TASKS": "3"}, ("STEP_TASKS_PER_NODE", "STEP_NUM_TASKS", "expected 3")),
         (
             {"STEP_TASKS_PER_NODE": "17,1", "STEP_NUM_TASKS": "18"},
-            ("STEP_TASKS_PER_NODE", "16 tasks a node at most", "--ntasks-per-node=1"),
+            ("STEP_TASKS_PER_NODE", "at most 16 tasks per node", "--ntasks-per-node=1"),
         ),
         ({"PROCID": "0"}, ("PROCID", "NODEID", "LOCALID", "--distribution=block")),
         ({"PROCID": "2"}, ("PROCID", "NODEID", "LOCALID", "ranks below 2")),
@@ -411,7 +413,7 @@ def test_a_missing_variable_of_slurm_is_named(name: str, value: str | None) -> N
         ({"LOCALID": "1"}, ("PROCID", "NODEID", "LOCALID", "--distribution=block")),
     ],
 )
-def test_variables_of_slurm_that_cannot_be_are_named(
+def test_invalid_variables_of_slurm_are_named(
     changed: dict[str, str], named: tuple[str, ...]
 ) -> None:
     environ = {**SLURM_STEP, **{f"SLURM_{name}": text for name, text in changed.items()}}
@@ -420,10 +422,10 @@ def test_variables_of_slurm_that_cannot_be_are_named(
     assert all(text in str(refused.value) for text in named)
 
 
-def test_steps_of_a_job_have_ports_of_their_own() -> None:
+def test_each_step_of_a_job_has_its_own_ports() -> None:
     steps = (cluster_spec({**SLURM_STEP, "SLURM_STEP_ID": str(step)}) for step in range(50))
     assert len({spec.workers for spec in steps}) == 50
-    # Nor does a step meet a job of about the same time.
+    # A step does not share ports with a job of about the same time either.
     jobs = (slurm_step("n[1-2]", "1(x2)", 2, 1, 1, job=job) for job in range(100, 150))
     near = {*map(cluster_spec, jobs)}
     for step in range(1, 10):
@@ -431,7 +433,7 @@ def test_steps_of_a_job_have_ports_of_their_own() -> None:
 
 
 def test_a_command_in_the_shell_of_several_tasks_is_refused() -> None:
-    """It would wait for tasks that never get it; a task, its script and its steps train."""
+    """It waits for tasks that never get the command; a task, its script and its steps train."""
     pty = {**SLURM_STEP, "SLURM_PTY_PORT": "4711"}
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as shell:
         environ = {**pty, "SLURM_TASK_PID": str(shell.pid)}
@@ -445,13 +447,13 @@ def test_a_command_in_the_shell_of_several_tasks_is_refused() -> None:
 
 
 def test_a_cyclic_distribution_is_refused() -> None:
-    # Of --nodes=2 --ntasks=4 --distribution=cyclic, where rank 1 is on the second node.
+    # From --nodes=2 --ntasks=4 --distribution=cyclic: rank 1 is on the second node.
     cyclic = slurm_step("n[1-2]", "2(x2)", 4, rank=1, node=1, place=0)
     with pytest.raises(
         UserError,
         match=r"^SLURM_PROCID 1, SLURM_NODEID 1 and SLURM_LOCALID 0 contradict "
         r"SLURM_STEP_TASKS_PER_NODE 2\(x2\), .* SLURM_NODEID 0 and SLURM_LOCALID 1; "
-        r"say srun --distribution=block$",
+        r"use srun --distribution=block$",
     ):
         cluster_spec(cyclic)
 
@@ -470,7 +472,7 @@ def test_the_pods_of_an_indexed_job() -> None:
     hosts, ports = zip(*(address.split(":") for address in spec.workers), strict=True)
     assert hosts == ("cifar10-nodes-0.cifar10-workers", "cifar10-nodes-1.cifar10-workers")
     assert spec.index == 1
-    # The same in every Pod and every Python, and another for the next Job.
+    # The same port in every Pod and with every Python, and a different one for the next Job.
     assert set(ports) == {"13456"}
     chief = cluster_spec({**INDEXED_JOB, "JOB_COMPLETION_INDEX": "0"})
     assert (chief.workers, chief.index) == (spec.workers, 0)
@@ -497,7 +499,7 @@ def test_a_missing_variable_of_kubernetes_is_named(name: str) -> None:
         ),
     ],
 )
-def test_variables_of_kubernetes_that_cannot_be_are_named(
+def test_invalid_variables_of_kubernetes_are_named(
     changed: dict[str, str], named: tuple[str, ...]
 ) -> None:
     with pytest.raises(UserError, match="expected") as refused:

@@ -12,7 +12,7 @@ from job.config import ExitCode, LostWorkerError, UserError
 from tests.conftest import free_ports
 
 
-def test_missing_workers_are_named_after_the_time_to_wait(three_workers: ClusterSpec) -> None:
+def test_missing_workers_are_named_after_the_timeout(three_workers: ClusterSpec) -> None:
     start = time.monotonic()
     with pytest.raises(LostWorkerError) as caught:
         rendezvous(three_workers, lambda: time.sleep(60), timeout_seconds=0.5)
@@ -25,14 +25,14 @@ def test_missing_workers_are_named_after_the_time_to_wait(three_workers: Cluster
     assert three_workers.name(1) not in str(caught.value)
 
 
-def test_a_name_that_does_not_resolve_is_a_missing_worker() -> None:
+def test_a_worker_whose_name_does_not_resolve_is_missing() -> None:
     own = f"127.0.0.1:{free_ports(1)[0]}"
     spec = ClusterSpec((own, "no-such-host.invalid:2222"), 0)
     with pytest.raises(LostWorkerError, match=r"missing worker 1 \(no-such-host.invalid:2222\) \("):
         rendezvous(spec, lambda: time.sleep(60), timeout_seconds=0.5)
 
 
-def test_a_port_that_is_taken_is_not_shared(listener: socket.socket) -> None:
+def test_a_port_in_use_is_not_shared(listener: socket.socket) -> None:
     port = listener.getsockname()[1]
     spec = ClusterSpec((f"127.0.0.1:{port}", "127.0.0.1:1"), 0)
     with pytest.raises(LostWorkerError, match=f"port {port} of worker 0 .* cannot be used"):
@@ -46,7 +46,7 @@ def two_workers(listener: socket.socket) -> ClusterSpec:
     return ClusterSpec(tuple(f"127.0.0.1:{port}" for port in ports), 0)
 
 
-def test_what_goes_wrong_while_joining_is_raised(two_workers: ClusterSpec) -> None:
+def test_an_error_while_connecting_is_raised(two_workers: ClusterSpec) -> None:
     def fail() -> tf.distribute.Strategy:
         raise ValueError("a defect")
 
@@ -54,13 +54,13 @@ def test_what_goes_wrong_while_joining_is_raised(two_workers: ClusterSpec) -> No
         rendezvous(two_workers, fail, timeout_seconds=5)
 
 
-def test_who_was_there_and_has_ended_is_not_blamed_for_who_never_came(
+def test_only_workers_that_never_started_are_named_as_missing(
     three_workers: ClusterSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     never = {2: "Connection refused"}
-    looks = [never, {1: "Connection refused", **never}]
+    checks = [never, {1: "Connection refused", **never}]
     monkeypatch.setattr(
-        workers, "unreachable", lambda spec: looks.pop(0) if looks[1:] else looks[0]
+        workers, "unreachable", lambda spec: checks.pop(0) if checks[1:] else checks[0]
     )
     with pytest.raises(LostWorkerError) as caught:
         rendezvous(three_workers, lambda: pytest.fail("it must not begin"), timeout_seconds=0.1)
@@ -75,7 +75,7 @@ LOSSES = [
 
 
 @pytest.mark.parametrize("error", LOSSES)
-def test_a_lost_worker_is_named_by_who_does_not_answer(
+def test_a_worker_that_does_not_answer_is_named_as_lost(
     three_workers: ClusterSpec, error: tf.errors.OpError
 ) -> None:
     with pytest.raises(LostWorkerError) as caught, naming_lost_workers(three_workers):
@@ -84,7 +84,7 @@ def test_a_lost_worker_is_named_by_who_does_not_answer(
     assert three_workers.name(1) not in str(caught.value)
 
 
-def test_a_loss_that_keras_raises_as_an_error_of_its_own_is_a_loss(
+def test_a_loss_that_keras_raises_as_its_own_error_is_a_loss(
     three_workers: ClusterSpec,
 ) -> None:
     error = TypeError("Error when deserializing class 'Dropout'")
@@ -93,17 +93,17 @@ def test_a_loss_that_keras_raises_as_an_error_of_its_own_is_a_loss(
         raise error
 
 
-def test_a_lost_worker_that_still_answers_is_named_by_what_tensorflow_says(
+def test_a_lost_worker_that_still_answers_is_named_from_tensorflows_message(
     listener: socket.socket,
 ) -> None:
     address = f"127.0.0.1:{listener.getsockname()[1]}"
     spec = ClusterSpec((f"127.0.0.1:{free_ports(1)[0]}", address), 0)
-    told = "Collective ops is aborted by: Error reported from /job:worker/task:1: unhealthy"
+    message = "Collective ops is aborted by: Error reported from /job:worker/task:1: unhealthy"
     with (
         pytest.raises(LostWorkerError, match=r"^lost worker 1 .*\(Error reported from"),
         naming_lost_workers(spec),
     ):
-        raise tf.errors.UnavailableError(None, None, told)
+        raise tf.errors.UnavailableError(None, None, message)
 
 
 @pytest.mark.parametrize(
@@ -113,19 +113,19 @@ def test_a_lost_worker_that_still_answers_is_named_by_what_tensorflow_says(
         (ClusterSpec(("a:1", "b:1"), 0), tf.errors.InternalError(None, None, "a kernel failed")),
     ],
 )
-def test_other_errors_stay_what_they_are(spec_of: ClusterSpec, error: tf.errors.OpError) -> None:
+def test_other_errors_are_not_changed(spec_of: ClusterSpec, error: tf.errors.OpError) -> None:
     with pytest.raises(type(error)), naming_lost_workers(spec_of):
         raise error
 
 
-def test_one_that_is_alone_gets_back_what_it_gives() -> None:
+def test_a_single_worker_receives_its_own_documents() -> None:
     alone = Workers(ALONE)
     assert (alone.count, alone.is_chief) == (1, True)
     assert alone.broadcast(b"content") == b"content"
     alone.require_equal({"a": 1})
 
 
-def test_a_gathered_document_is_of_the_type_that_was_given() -> None:
+def test_a_gathered_document_keeps_its_type() -> None:
     device = Device("CPU:0", "a processor", 1.5, (8, 0))
     for document in (device, "é", 1, None, {"a": [1, "é", None]}):
         assert Workers(ALONE).gather(document) == [document]
@@ -135,17 +135,16 @@ def test_workers_that_differ_are_named(
     three_workers: ClusterSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = Workers(three_workers)
-    told: list[dict[str, Any]] = [
+    gathered: list[dict[str, Any]] = [
         {"seed": 1, "data_dir": "a"},
         {"seed": 1, "data_dir": "a"},
         {"seed": 2},
     ]
-    monkeypatch.setattr(one, "gather", lambda document: told)
+    monkeypatch.setattr(one, "gather", lambda document: gathered)
     monkeypatch.setattr(one, "shutdown", lambda: None)
     with pytest.raises(UserError) as caught:
-        one.require_equal(told[0])
+        one.require_equal(gathered[0])
     name = three_workers.name(2)
-    assert f"{name} has seed 2, {three_workers.name(0)} 1; {name} has data dir None" in str(
-        caught.value
-    )
+    chief = three_workers.name(0)
+    assert f"{name} has seed 2, {chief} has 1; {name} has data dir None" in str(caught.value)
     assert three_workers.name(1) not in str(caught.value)

@@ -23,7 +23,7 @@ def test_a_machine_without_gpus_passes_with_json_output(run_job: RunJob) -> None
 def test_a_missing_expected_gpu_causes_exit_code_3_with_the_reason(run_job: RunJob) -> None:
     result = run_job("doctor", "--log-format", "text", env={"SLURM_GPUS_ON_NODE": "64"})
     assert result.returncode == 3
-    assert "SLURM_GPUS_ON_NODE=64 promises 64 GPUs" in result.stdout
+    assert "expected 64 GPUs (SLURM_GPUS_ON_NODE=64)" in result.stdout
     assert "libcuda.so.1: " in result.stdout
     assert result.stdout.splitlines()[-1].startswith("Problem ")
     assert "Traceback" not in result.stderr

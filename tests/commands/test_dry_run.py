@@ -134,7 +134,7 @@ def test_a_run_that_was_stopped_and_then_finished(
     found = find(replace(config, seed=43, batch_size=95))
     first, second = map(str, found.problems)
     assert "--seed received 43, expected 42" in first
-    assert "--batch-size received 95, expected a multiple of the 2 replicas" in second
+    assert "--batch-size received 95, expected a multiple of 2, the number of replicas" in second
     lines = found.as_text().splitlines()
     assert lines[:2] == [f"Problem      {first}", f"Problem      {second}"]
     assert "output" not in found.report

@@ -171,7 +171,7 @@ def test_a_missing_gpu_is_exit_code_3_and_a_missing_mount_a_warning(image: str) 
     assert (error["event"], error["exit_code"]) == ("error", 3)
     (line,) = result.stderr.splitlines()
     assert re.search(
-        r"expected 1 GPU, TensorFlow sees 0 \(cannot find libcuda\.so\.1: .*--gpus", line
+        r"expected 1 GPU, TensorFlow detects 0 \(cannot find libcuda\.so\.1: .*--gpus", line
     )
 
     doctor = podman("run", "--rm", "--network", "none", image, "doctor")

@@ -184,7 +184,7 @@ def test_an_archive_trains_like_the_folder(
 
 BAD_RUNS = [
     (["--dataset", "synthetic", "--devices", "gpu:99"], 2, "received gpu:99, expected at most"),
-    (["--dataset", "synthetic", "--devices", "cpu:3"], 2, "expected a multiple of the 3 replicas"),
+    (["--dataset", "synthetic", "--devices", "cpu:3"], 2, "expected a multiple of 3, the number"),
     (["--dataset", "synthetic", "--require-gpus", "99"], 3, "--require-gpus expected 99 GPUs"),
     (["--dataset", "synthetic", "--limit", "100"], 2, "--batch-size received 256, expected at"),
     (["--dataset", "synthetic", "--limit", "50001"], 2, "expected at most the 50000 training"),
@@ -215,7 +215,7 @@ def test_the_cpu_never_replaces_a_missing_gpu(run_job: RunJob) -> None:
     expected = {"SLURM_GPUS_ON_NODE": "99"}
     result = run_job("train", "--dataset", "synthetic", env=expected)
     assert result.returncode == 3
-    assert "SLURM_GPUS_ON_NODE=99 promises 99 GPUs" in result.stderr
+    assert "expected 99 GPUs (SLURM_GPUS_ON_NODE=99)" in result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["exit_code"] == 3
     requested = ("--devices", "cpu:1", "--limit", "512", "--epochs", "1")
     assert run_job("train", "--dataset", "synthetic", *requested, env=expected).returncode == 0

@@ -196,7 +196,7 @@ def test_missing_devices_are_reported_in_one_line(run_job: RunJob, trained: Path
     cases: list[tuple[list[str], dict[str, str], int, str]] = [
         (["--devices", "gpu:99"], {}, 2, "received gpu:99, expected at most"),
         (["--require-gpus", "99"], {}, 3, "--require-gpus expected 99 GPUs"),
-        ([], promised, 3, "promises 99 GPUs"),
+        ([], promised, 3, "expected 99 GPUs ("),
     ]
     for arguments, env, exit_code, message in cases:
         result = run_job("predict", "a.png", *arguments, env={**folder, **env})

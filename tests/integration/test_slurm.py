@@ -186,7 +186,7 @@ def test_a_node_without_its_gpu_is_excluded_once(cluster: Cluster, output: Path)
     fields = cluster.fields(job)
     assert (fields["ExitCode"], fields["Restarts"]) == ("3:0", "1")
     log = cluster.log(job)
-    assert log.count("CUDA_VISIBLE_DEVICES=0 promises 1 GPU, TensorFlow sees 0") == 2
+    assert log.count("expected 1 GPU (CUDA_VISIBLE_DEVICES=0), TensorFlow detects 0") == 2
     assert "exit code 3, requeueing from the start, not on n1;" in log
     assert "attempt 1 on n2" in log
     assert "two attempts in a row made no progress after the start" in log
@@ -403,7 +403,9 @@ def test_the_documented_submissions_are_accepted(cluster: Cluster) -> None:
 def test_doctor_reports_the_problem_of_a_node(cluster: Cluster) -> None:
     (line,) = (line for block in blocks() for line in block.splitlines() if "doctor" in line)
     found = cluster.run("bash", "-c", f"{line.replace('NODE', 'n2')}; test $? = 3")
-    assert re.search("^Problem .*promises 1 GPU, TensorFlow sees 0", found, re.MULTILINE), found
+    assert re.search(
+        r"^Problem .*expected 1 GPU \(.*\), TensorFlow detects 0", found, re.MULTILINE
+    ), found
 
 
 def test_the_documented_copy_to_local_disks_works_without_a_gpu(

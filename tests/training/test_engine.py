@@ -445,7 +445,7 @@ def test_batch_must_divide_by_the_replicas(
     small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
     plan = Plan(global_batch_size=66, steps_per_epoch=1, epochs=1, seed=1)
-    with pytest.raises(UserError, match="--batch-size received 66, expected a multiple of the 4"):
+    with pytest.raises(UserError, match="--batch-size received 66, expected a multiple of 4,"):
         Engine(PLAIN, make_devices(4), small_dataset, plan, 1e-3)
 
 
