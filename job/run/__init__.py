@@ -1,1 +1,1 @@
-"""One attempt at a run, on disk. Nothing in here needs TensorFlow."""
+"""The files of one attempt at a run. No module of this package needs TensorFlow."""

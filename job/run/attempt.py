@@ -1,4 +1,4 @@
-"""One attempt at a run: the folder that it holds, what it goes on from, and how it ends."""
+"""One attempt at a run: its output folder, the checkpoint it resumes from, and how it ends."""
 
 import contextlib
 import logging
@@ -37,17 +37,17 @@ from job.run.stop import StopRequest, Watchdog
 
 @dataclass(frozen=True)
 class Attempt:
-    """What a training works with besides its configuration.
+    """What a training needs in addition to its configuration.
 
     Attributes:
-        output: The folder of the run, held by this process.
+        output: The run's folder, held by this process.
         manifest: Its ``run.json``.
         checkpoints: Its checkpoints.
-        checkpoint: The one to go on from; None at the start of a run.
-        stop: Tells when to end early.
-        fresh: Whether to discard what the folder holds once the training can begin.
+        checkpoint: The one to resume from; None at the start of a run.
+        stop: Requests to end early.
+        fresh: Whether to discard the folder's contents once the training can begin.
         is_finished: Whether nothing is left to do.
-        is_chief: Whether this process writes what there is to write, not another worker.
+        is_chief: Whether this process, and not another worker, writes the files.
     """
 
     output: OutputDir
@@ -65,26 +65,27 @@ def hold_output_dir(
     path: Path,
     stop: StopRequest,
     identity: RunIdentity = NO_RUN,
-    before_asking: Callable[[], None] = lambda: None,
+    before_takeover: Callable[[], None] = lambda: None,
     watchdog: Watchdog | None = None,
 ) -> Iterator[OutputDir]:
-    """Hold an output folder for the time of the body.
+    """Hold an output folder for the duration of the body.
 
     Args:
-        path: The folder; it is made if it is not there.
-        stop: Is asked if the folder is.
-        identity: The run whose older attempts are to make room; none by default.
-        before_asking: Raises if they should not, because this attempt could not go on.
-        watchdog: Ends the process if the body hangs, or the return of the folder.
+        path: The folder; it is created if it does not exist.
+        stop: Receives a request when a newer attempt takes the folder over.
+        identity: The run whose older attempts this one replaces; none by default.
+        before_takeover: Called before an older attempt is requested to stop; raises if this
+            attempt could not resume the run.
+        watchdog: Ends the process if the body hangs, or the release of the folder.
 
     Raises:
-        UserError: If it cannot be used or another run holds it.
+        UserError: If the folder cannot be used or another run holds it.
         LeaseLostError: If a newer attempt of this run holds it.
     """
     prepare_output_dir(path)
-    lease = acquire(path, identity, stop, before_asking)
-    # What takes long in the body has a watch of its own. This one is for the rest: even a small
-    # file never gets written on a volume that hangs.
+    lease = acquire(path, identity, stop, before_takeover)
+    # Long calls in the body have their own watch. This one covers the rest: on a volume that
+    # hangs, writing even a small file never returns.
     rest = watchdog.watch("a pause between two calls") if watchdog else contextlib.nullcontext()
     with stop.on_exit(lambda _code, _reason: lease.release()), rest:
         try:
@@ -99,15 +100,15 @@ def hold_output_dir(
 def open_attempt(
     config: TrainConfig, stop: StopRequest, watchdog: Watchdog | None = None
 ) -> Iterator[Attempt]:
-    """Open an attempt at a run for the time of the body, and record how it ends.
+    """Open an attempt at a run for the duration of the body, and record how it ends.
 
     Args:
         config: The run's configuration.
-        stop: Ends it early.
+        stop: Ends the attempt early.
         watchdog: Ends the process if the attempt hangs.
 
     Raises:
-        UserError: If the folder cannot be used, or holds another run.
+        UserError: If the folder cannot be used, or contains another run.
         LeaseLostError: If a newer attempt of this run holds the folder.
     """
     if config.stop_after is not None:
@@ -128,7 +129,7 @@ def open_attempt(
                 "finished",
                 output_dir=str(config.output_dir),
                 message=f"the run in {config.output_dir}/ is finished; raise --epochs to "
-                f"resume it, start over with --fresh, or name another --output-dir",
+                f"resume it, start over with --fresh, or use another --output-dir",
             )
             yield attempt
             return
@@ -141,12 +142,12 @@ def open_attempt(
 def recording_end(
     stop: StopRequest, record: Callable[[Outcome, str | None], None]
 ) -> Iterator[None]:
-    """Record how the body ends, also where the process is ended at once.
+    """Record how the body ends, even if the process is ended immediately.
 
     Args:
-        stop: Ends the process, or has asked the body to end.
-        record: Is given the outcome and, but for "done", the reason. It is not called where the
-            folder is another attempt's now.
+        stop: Ends the process, or has requested the body to stop.
+        record: Called with the outcome and, unless it is "done", the reason. Not called if another
+            attempt has taken the folder over.
     """
 
     def record_exit(exit_code: ExitCode, reason: str) -> None:
@@ -162,9 +163,9 @@ def recording_end(
             reason = str(error)
             if not isinstance(error, JobError):
                 reason = f"{type(error).__name__}: {error}"
-            if type(error) is StoppedError:  # others have a reason of their own
+            if type(error) is StoppedError:  # subclasses have their own reason
                 reason = stop.reason or reason
-            # What went wrong first is what the user must hear of.
+            # An error while recording must not hide the original one.
             with contextlib.suppress(UserError, LeaseLostError):
                 record(outcome, reason)
             raise
@@ -174,25 +175,25 @@ def recording_end(
 def inspect_output_dir(
     config: TrainConfig, identity: RunIdentity, output: OutputDir, stop: StopRequest
 ) -> Attempt:
-    """Look at what the folder holds: a run to go on with, a finished one, or nothing.
+    """Inspect the contents of the folder: a run to resume, a finished one, or nothing.
 
     Args:
         config: The run's configuration.
         identity: Which run this process is an attempt of.
-        output: The folder, in which nothing is changed; it need not exist.
-        stop: Is told what to advise once the process has stopped.
+        output: The folder, which is not changed and need not exist.
+        stop: Its `advice` is set to what to do once the process has stopped.
 
     Raises:
-        UserError: If the folder holds another run, or one that cannot go on.
+        UserError: If the folder contains another run, or one that cannot be resumed.
     """
     earlier = unless_damaged(read_manifest, output.path)
     is_complete = earlier is not None and _is_complete(output.path, earlier)
-    fresh = config.fresh and not _has_started_over(config, identity, earlier, is_complete)
+    fresh = config.fresh and not _fresh_already_applied(config, identity, earlier, is_complete)
     checkpoints, manifest = CheckpointStore(output), RunManifest(output, identity, fresh=fresh)
     if fresh:
         if identity.name is None or identity.attempt == 0:
-            # The same command starts over again, unless a scheduler repeats it.
-            stop.advice = "run the same command without --fresh to go on"
+            # The same command starts over each time, unless a scheduler repeats it.
+            stop.advice = "run the same command without --fresh to resume"
         return Attempt(output, manifest, checkpoints, None, stop, fresh, is_finished=False)
     checkpoint, is_finished = checkpoints.load_latest(), False
     options = run_options(config)
@@ -207,30 +208,32 @@ def inspect_output_dir(
                 logging.WARNING,
                 received=config.epochs,
                 earlier=earlier.config.epochs,
-                message=f"resumes with --epochs {config.epochs}; the run in {output.path} had "
+                message=f"resuming with --epochs {config.epochs}; the run in {output.path} used "
                 f"{earlier.config.epochs} before",
             )
         begun = checkpoint.history.epochs_begun
         if config.epochs < begun:
             raise UserError(
-                f"--epochs received {config.epochs}, expected at least {begun}, which the run in "
-                f"{output.path} has begun; ask for more, or start over with --fresh"
+                f"--epochs received {config.epochs}, expected at least {begun}, because the run in "
+                f"{output.path} has already begun epoch {begun}; use a higher value, or start over "
+                f"with --fresh"
             )
     if not (checkpoint or is_finished) and is_file(output.path / MODEL):
         raise UserError(
-            f"--output-dir {output.path} holds a model and no checkpoint to go on from; name "
+            f"--output-dir {output.path} contains a model but no checkpoint to resume from; use "
             f"another folder, or replace the model with --fresh"
         )
     return Attempt(output, manifest, checkpoints, checkpoint, stop, fresh, is_finished)
 
 
-def _has_started_over(
+def _fresh_already_applied(
     config: TrainConfig, identity: RunIdentity, earlier: Manifest | None, is_complete: bool
 ) -> bool:
-    """Whether --fresh was done by an earlier attempt: a scheduler repeats the whole command.
+    """Whether an earlier attempt already applied --fresh: a scheduler repeats the whole command.
 
-    A person who repeats it means another run, or to do a finished one over. The first attempt of a
-    scheduler's job has no earlier one: a person repeats the command in an allocation of Slurm.
+    A person who repeats the command wants to start over, even if the run is finished. If the
+    attempt is the first of a scheduler's job, a person has repeated the command, in a Slurm
+    allocation.
     """
     if earlier is None or identity.name is None or identity.attempt == 0:
         return False
@@ -244,13 +247,14 @@ def _has_started_over(
         return False
     log.event(
         "fresh",
-        message=f"--fresh was done by an earlier attempt of {identity.name}; going on from there",
+        message=f"an earlier attempt of {identity.name} already applied --fresh; resuming from its "
+        f"checkpoint",
     )
     return True
 
 
 def _is_complete(folder: Path, manifest: Manifest) -> bool:
-    """Whether a folder has all the artifacts of a finished run, and they belong together."""
+    """Whether a folder contains all artifacts of a finished run, and they belong together."""
     artifacts = (MODEL, PREDICTION, PREDICTIONS, REPORT)
     if manifest.outcome != "done" or not all(is_file(folder / name) for name in artifacts):
         return False

@@ -1,6 +1,6 @@
-"""Checkpoints of a run, and its history in them.
+"""Checkpoints of a run, and the history that they contain.
 
-A checkpoint is complete or invisible, and is checked when it is read. Two are kept.
+A checkpoint is either complete or absent, and is verified when it is read. The last two are kept.
 """
 
 import hashlib
@@ -47,8 +47,8 @@ class History(msgspec.Struct):
     """The history of a run over all of its attempts.
 
     Attributes:
-        epochs: For each finished epoch its line of ``metrics.jsonl``.
-        progress: Sums of the epoch that is not finished.
+        epochs: The line of ``metrics.jsonl`` for each finished epoch.
+        progress: Sums of the unfinished epoch.
         epoch_seconds: Training time spent in that epoch.
         elapsed_seconds: Time spent in training and validation since the start of the run.
     """
@@ -60,7 +60,7 @@ class History(msgspec.Struct):
 
     @property
     def best(self) -> BestEpoch | None:
-        """Epoch and accuracy of the best validation, the first among equals; None before any."""
+        """Epoch and accuracy of the best validation, the first one of equals; None before any."""
         if not self.epochs:
             return None
         best = max(self.epochs, key=lambda line: line.val_accuracy)
@@ -68,7 +68,7 @@ class History(msgspec.Struct):
 
     @property
     def epochs_begun(self) -> int:
-        """Epochs that are finished or have a step done."""
+        """Number of epochs that are finished or have at least one step done."""
         return len(self.epochs) + (self.progress.steps > 0)
 
     def finish_epoch(self, line: EpochRecord) -> None:
@@ -77,7 +77,7 @@ class History(msgspec.Struct):
         self.progress, self.epoch_seconds = Progress(), 0.0
 
     def write_metrics(self, output: OutputDir) -> None:
-        """Write ``metrics.jsonl``: the whole file, so that it never has a gap or half a line.
+        """Write the whole ``metrics.jsonl``, so it never has a gap or an incomplete line.
 
         Raises:
             UserError: If it cannot be written.
@@ -98,8 +98,8 @@ class Checkpoint:
     Attributes:
         step: Steps done since the start of the run.
         arrays: The variables of network and optimizer, by name.
-        fingerprint: Of the attempt that saved it.
-        history: Of the run so far.
+        fingerprint: Fingerprint of the attempt that saved it.
+        history: History of the run so far.
     """
 
     step: int
@@ -108,7 +108,7 @@ class Checkpoint:
     history: History
 
     def to_bytes(self) -> bytes:
-        """All but the step as the content of an ``.npz`` file."""
+        """Everything except the step, as the content of an ``.npz`` file."""
         buffer = io.BytesIO()
         metadata = encode(_Metadata(1, self.fingerprint, self.history)).decode()
         members: dict[str, Any] = {**self.arrays, _METADATA: np.array(metadata)}
@@ -117,10 +117,10 @@ class Checkpoint:
 
     @classmethod
     def from_bytes(cls, step: int, content: bytes) -> "Checkpoint":
-        """The checkpoint of which `to_bytes` gave the content.
+        """The checkpoint with content from `to_bytes`.
 
         Raises:
-            ValueError: If it has the format of another version of this program.
+            ValueError: If the content has the format of another version of this program.
         """
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -131,11 +131,11 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of an output folder.
 
-    A checkpoint is one file, ``<number>-step-<step>-<checksum>.npz``: the checksum, the first
-    digits of the SHA-256 of its content, tells a damaged file, and numbers tell the order.
+    A checkpoint is one file, ``<number>-step-<step>-<checksum>.npz``. The checksum, the first
+    digits of the content's SHA-256, reveals a damaged file. The numbers give the order.
 
     Args:
-        output: The folder that has them in ``checkpoints/``.
+        output: The folder that contains them in ``checkpoints/``.
     """
 
     def __init__(self, output: OutputDir) -> None:
@@ -150,14 +150,14 @@ class CheckpointStore:
         return self._kept[-1] if self._kept else None
 
     def load_latest(self) -> Checkpoint | None:
-        """Load the newest checkpoint that is intact, and say which ones were not.
+        """Load the newest intact checkpoint, and report the damaged ones.
 
         Returns:
             None if there is none.
 
         Raises:
-            UserError: If none is intact, one cannot be read at all, or the newest is of another
-                version of this program.
+            UserError: If all are damaged, one cannot be read at all, or the newest intact one is
+                from another version of this program.
         """
         checkpoints = self._list()
         for number, step, path in reversed(checkpoints):
@@ -171,8 +171,8 @@ class CheckpointStore:
                     "checkpoint_damaged",
                     logging.WARNING,
                     path=str(path),
-                    message=f"the checkpoint {path} is damaged: its content does not have the "
-                    f"checksum in its name; going on without it",
+                    message=f"the checkpoint {path} is damaged: its content does not match the "
+                    f"checksum in its name; skipping it",
                 )
                 continue
             self._kept = [path]
@@ -180,12 +180,12 @@ class CheckpointStore:
                 return Checkpoint.from_bytes(step, content)
             except ValueError as error:
                 raise UserError(
-                    f"cannot use the checkpoint {path}: {error}; go on with the version of this "
+                    f"cannot use the checkpoint {path}: {error}; resume with the version of this "
                     f"program that wrote it, or start over with --fresh"
                 ) from error
         if checkpoints:
             raise UserError(
-                f"no checkpoint in {self._folder} is intact, expected one to go on from; restore "
+                f"no checkpoint in {self._folder} is intact, expected one to resume from; restore "
                 f"one from a backup, or start over with --fresh"
             )
         return None
@@ -197,7 +197,7 @@ class CheckpointStore:
             Its size in bytes.
 
         Raises:
-            UserError: If it cannot be written; all earlier ones are still there.
+            UserError: If it cannot be written; all earlier ones are kept.
         """
         content = checkpoint.to_bytes()
         if not self._kept:

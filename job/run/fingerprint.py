@@ -1,4 +1,4 @@
-"""Decides whether two attempts are of one run, and whether they compute the same bits."""
+"""Fingerprints: whether two attempts belong to one run, and whether they compute the same bits."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:  # this module is used before TensorFlow is imported
     from job.recipes import Recipe, Weights
 
 ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
-"""The environment variable by which TensorFlow computes with oneDNN on processors: "1" or "0"."""
+"""The environment variable that makes TensorFlow use oneDNN on CPUs: "1" or "0"."""
 
-# Environment variables by which TensorFlow computes other bits.
+# Environment variables that change the bits that TensorFlow computes.
 _VARIABLES = (
     "NVIDIA_TF32_OVERRIDE",
     "ONEDNN_DEFAULT_FPMATH_MODE",
@@ -42,13 +42,13 @@ _VARIABLES = (
     "XLA_FLAGS",
 )
 _CONTENTS = {
-    "data": "the images and labels are not those that it was trained with",
+    "data": "the images and labels are not those that it was trained on",
     "network": "the recipe's network or loss has changed",
     "label_smoothing": "the recipe's label smoothing has changed",
     "loss_reduction": "the recipe's loss reduction has changed",
-    "fixed_weights": "the recipe takes other weights from the training images",
+    "fixed_weights": "the weights that the recipe computes from the training images have changed",
     "early_variables": "the recipe's early variables have changed, or the number of their epochs, "
-    "which follows from --epochs",
+    "which depends on --epochs",
     "steps_per_execution": "the recipe's steps per execution have changed",
 }
 _OPTIMIZER = "optimizer."
@@ -60,11 +60,12 @@ class Fingerprint(msgspec.Struct, frozen=True):
     """Everything that changes the result of a run.
 
     Attributes:
-        run: Options, data and network: another value of one of them is another run.
-        environment: How and on what it is computed: a difference costs the identical bits alone.
+        run: Options, data and network. If one of them changes, it is another run.
+        environment: How a run is computed, and on which devices. After a change the run resumes,
+            but is no longer bit-identical.
         recipe: SHA-256 of what the recipe computes, which its name and the options do not show.
-            A run resumes in spite of another one, for it also changes with what makes no
-            difference.
+            A change does not prevent a run from resuming, because it can also result from an edit
+            that makes no difference.
     """
 
     run: dict[str, Json]
@@ -72,7 +73,7 @@ class Fingerprint(msgspec.Struct, frozen=True):
     recipe: str = ""
 
     def changes_since(self, earlier: Environment) -> list[str]:
-        """What is computed differently than in an earlier environment, a phrase each."""
+        """What is computed differently than in an earlier environment, one phrase each."""
         current, before = (
             {name.replace("_", " "): value for name, value in msgspec.structs.asdict(one).items()}
             for one in (self.environment, earlier)
@@ -95,18 +96,19 @@ def take_fingerprint(
 
     Args:
         config: Its configuration.
-        devices: What it trains on.
-        dataset: What it trains with.
+        devices: The devices that it trains on.
+        dataset: The data set that it trains on.
         model: The recipe's network, compiled.
         recipe: The recipe.
-        fixed_weights: What it has taken from the training images.
+        fixed_weights: The weights that the recipe has computed from the training images.
     """
     network = {
         "layers": [type(layer).__name__ for layer in model.layers],
         "variables": [[list(v.shape), str(v.dtype)] for v in model.variables],
         "loss": model.loss,
     }
-    # As JSON would give it back. A key that only another version of Keras has is not compared.
+    # The same as after reading it from JSON. Keys that only one version of Keras has are not
+    # compared.
     optimizer = json.loads(json.dumps(model.optimizer.get_config(), default=str))
     optimizer["name"] = type(model.optimizer).__name__
     return Fingerprint(
@@ -150,15 +152,15 @@ def _digest(weights: Weights) -> str:
 
 
 def computing_variables() -> dict[str, str]:
-    """The environment variables by which TensorFlow computes other bits, and their values."""
+    """The environment variables that change TensorFlow's bits, and their values."""
     return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
 
 
 def _recipe_digest(name: str, model: keras.Model) -> str:
-    """SHA-256 of network, optimizer and loss as Keras has them, and of the recipe's own code.
+    """SHA-256 of network, optimizer and loss as Keras describes them, and of the recipe's code.
 
-    The code tells augmentation and views. Seeds do not count, and no layer's name: Keras numbers
-    those that have none.
+    The code covers augmentation and views. Seeds and names of layers do not count: Keras numbers
+    layers without a name.
     """
     network, optimizer = model.get_config(), model.optimizer
     layers = [layer["config"]["name"] for layer in network["layers"]]
@@ -184,7 +186,7 @@ def _without_seeds(value: Any, names: dict[str, str]) -> Any:
 
 
 def _code(source: str) -> str:
-    """Python code without what does nothing: comments, docstrings and layout."""
+    """Python code without the parts that do nothing: comments, docstrings and layout."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         match node:
@@ -196,10 +198,10 @@ def _code(source: str) -> str:
 def _differing(
     received: Mapping[str, Json], expected: Mapping[str, Json], name: str = ""
 ) -> Iterator[tuple[str, Json, Json]]:
-    """Names and both values of what differs, down to the single settings of what has some."""
+    """Name and both values of each difference, down to single settings of nested values."""
     for key in {**expected, **received}:
         new, old = received.get(key), expected.get(key)
-        # Keras keeps the settings of a schedule in an entry of this name.
+        # Keras stores the settings of a schedule under this key.
         path = name if key == "config" else f"{name} {key}".lstrip()
         if isinstance(new, dict) and isinstance(old, dict):
             yield from _differing(new, old, path)
@@ -218,15 +220,15 @@ def _shown(value: Json) -> Json:
 def require_same_run(
     saved: Mapping[str, Json], current: Mapping[str, Json], output_dir: Path
 ) -> None:
-    """Refuse to go on from what another run has left.
+    """Refuse to resume from the files of another run.
 
     Args:
-        saved: What the folder's run has, as in `Fingerprint.run`.
-        current: What this run has; names that only one of them has are not compared.
+        saved: Values of the folder's run, as in `Fingerprint.run`.
+        current: Values of this run; names that only one of them has are not compared.
         output_dir: The folder.
 
     Raises:
-        UserError: If they differ, naming each difference.
+        UserError: If they differ. It names each difference.
     """
     differences = []
     expected_values = {name: saved[name] for name in current if name in saved}
@@ -235,11 +237,11 @@ def require_same_run(
         option = option_name(name)
         if name.startswith(_OPTIMIZER):
             key = name.removeprefix(_OPTIMIZER)
-            option = f"the optimizer's {key} (--epochs may set its schedule)"
+            option = f"the optimizer's {key} (--epochs can set its schedule)"
         problem = f"{option} received {_shown(received)}, expected {_shown(expected)}"
         differences.append(_CONTENTS.get(name, problem))
     if differences:
         raise UserError(
-            f"{output_dir} holds another run: {'; '.join(differences)}; go on with its settings, "
-            f"start over with --fresh, or name another --output-dir"
+            f"{output_dir} contains another run: {'; '.join(differences)}; resume that run with "
+            f"its own settings, start over with --fresh, or use another --output-dir"
         )

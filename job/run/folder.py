@@ -1,4 +1,4 @@
-"""The output folder: the names of its files, each written whole or not at all."""
+"""The output folder: the names of its files, and writing them atomically."""
 
 import contextlib
 import errno
@@ -22,11 +22,11 @@ _FREE_BYTES = 64 * 2**20
 
 
 def prepare_output_dir(output_dir: Path, *, make: bool = True) -> None:
-    """Make the output folder and prove that it can take the artifacts, changing none there.
+    """Create the output folder and verify that it can be written, without changing its files.
 
     Args:
         output_dir: The folder.
-        make: Whether to make it. Otherwise the nearest folder above it is tried in its place.
+        make: Whether to create it. If not, the nearest existing folder above it is checked instead.
 
     Raises:
         UserError: If it is a file, cannot be written, or its volume is full.
@@ -34,7 +34,7 @@ def prepare_output_dir(output_dir: Path, *, make: bool = True) -> None:
     try:
         if output_dir.exists() and not output_dir.is_dir():
             raise UserError(
-                f"--output-dir {output_dir} is a file, expected a folder; name another path"
+                f"--output-dir {output_dir} is a file, expected a folder; use another path"
             )
         folder = output_dir
         if make:
@@ -48,18 +48,18 @@ def prepare_output_dir(output_dir: Path, *, make: bool = True) -> None:
     except OSError as error:
         raise UserError(
             f"cannot write to --output-dir {output_dir}: {error.strerror or error}; "
-            f"{remedy(error)}, or name another folder"
+            f"{remedy(error)}, or use another folder"
         ) from error
     free = free_bytes(folder)
     if free is not None and free < _FREE_BYTES:
         raise UserError(
             f"--output-dir {output_dir} has {free // 2**20} MiB free, expected at least "
-            f"{_FREE_BYTES // 2**20} MiB; free some space or name another folder"
+            f"{_FREE_BYTES // 2**20} MiB; free some space or use another folder"
         )
 
 
 def free_bytes(folder: Path) -> int | None:
-    """The free space of a folder's volume; None where the volume does not report any."""
+    """The free space of a folder's volume; None if the volume does not report it."""
     try:
         usage = shutil.disk_usage(folder)
     except OSError:
@@ -68,7 +68,7 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def warn_unless_mounted(output_dir: Path, mounts: Path = Path("/proc/self/mountinfo")) -> None:
-    """Warn if the output folder is on no volume of its own, for it will go with its container.
+    """Warn if the output folder is not on a mounted volume: it is deleted with its container.
 
     Args:
         output_dir: The folder, which need not exist.
@@ -85,32 +85,32 @@ def warn_unless_mounted(output_dir: Path, mounts: Path = Path("/proc/self/mounti
             "not_mounted",
             logging.WARNING,
             output_dir=str(output_dir),
-            message=f"--output-dir {output_dir} is no mounted volume: everything in it is lost "
-            f'with the container; mount one there, as in docker run -v "$PWD/output:{folder}"',
+            message=f"--output-dir {output_dir} is not on a mounted volume: its contents are lost "
+            f'with the container; mount a volume, as in docker run -v "$PWD/output:{folder}"',
         )
 
 
 def require_model(path: Path) -> None:
-    """Refuse to go on without a model file.
+    """Require a model file.
 
     Raises:
-        UserError: If there is none, or the system refuses to look.
+        UserError: If it does not exist, or the system refuses access.
     """
     if is_file(path):
         return
     if next(path.with_name(CHECKPOINTS).glob("*.npz"), None):
-        advice = "the run there is not finished: run its train command again"
+        advice = "the run in that folder is not finished: run its train command again"
     elif below := folders_with(MODEL, path.parent):
         advice = f"use --output-dir {below}"
     else:
-        advice = "train one first, or name its --output-dir"
-    raise UserError(f"there is no model {path}; {advice}")
+        advice = "train a model first, or use the --output-dir of a finished run"
+    raise UserError(f"no model file {path}; {advice}")
 
 
 def folders_with(name: str, folder: Path) -> str:
-    """The folders in a folder that have a file of this name, three at most, in words."""
+    """Subfolders that contain a file of this name, at most three, joined with "or"."""
     found: list[str] = []
-    with contextlib.suppress(OSError):  # where it may not be looked into
+    with contextlib.suppress(OSError):  # if the folder cannot be read
         found += sorted(str(path.parent) for path in folder.glob(f"*/{name}"))
     return " or ".join(found[:3])
 
@@ -136,10 +136,10 @@ ARTIFACTS = (
     *(MODEL, EVALUATION, PREDICTION, PREDICTIONS, METRICS),
     *(REPORT, *REPORT_PICTURES),
 )
-"""What a run leaves besides ``run.json``, checkpoints and event files."""
+"""Files that a run leaves, in addition to ``run.json``, checkpoints and event files."""
 
 EVENT_FILES = f"{TENSORBOARD}/events.out.tfevents.{'[0-9]' * 6}"
-"""Pattern of the names that the job gives its event files; other programs give longer ones."""
+"""Pattern of the names of the job's event files; other programs use longer names."""
 _PARTIAL = ".partial"
 _DISCARDED = ".discarded"
 
@@ -149,15 +149,15 @@ class OutputDir:
 
     Args:
         path: The folder.
-        check: Called before each change; raises if the folder is no longer this process's.
-        token: Part of the name of temporary files, so that two processes do not share any.
+        check: Called before each change; raises if this process no longer holds the folder.
+        token: Part of the names of temporary files, so that two processes never share one.
 
     Attributes:
         path: The folder.
         check: As given.
 
     Raises:
-        UserError: By all methods but `tidy`, if something cannot be written or removed.
+        UserError: By all methods except `tidy`, if a file cannot be written or removed.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class OutputDir:
 
     @contextlib.contextmanager
     def atomic_write(self, name: str) -> Iterator[Path]:
-        """Write a file under a temporary name beside it, to take its name once it is on the disk.
+        """Write a file under a temporary name, and rename it once it is on the disk.
 
         Args:
             name: The file to create or replace, relative to the folder.
@@ -177,7 +177,7 @@ class OutputDir:
             The temporary path, with the same suffix, for the caller to write and close.
 
         Raises:
-            UserError: If the file cannot be written; an earlier one is still there, unchanged.
+            UserError: If the file cannot be written; an earlier one stays unchanged.
         """
         path = self.path / name
         temporary = path.with_name(f".{path.stem}.{self._token}{_PARTIAL}{path.suffix}")
@@ -190,7 +190,7 @@ class OutputDir:
                 temporary.replace(path)
                 _flush_folder(path.parent)
             finally:
-                # A volume that is gone has nothing left to tidy up, and that error came first.
+                # If the volume is gone, nothing is left to remove, and the first error counts.
                 with contextlib.suppress(OSError):
                     temporary.unlink(missing_ok=True)
 
@@ -204,8 +204,8 @@ class OutputDir:
         self.write_bytes(name, text.encode())
 
     def append_bytes(self, name: str, content: bytes) -> None:
-        """Add to the end of a file whose readers stop at the last whole record."""
-        # Never made anew: another attempt may have removed it to write its own.
+        """Append to a file whose readers stop at the last complete record."""
+        # Never created here: another attempt may have removed it to write its own.
         with self._changing("write", self.path / name) as path, path.open("rb+") as file:
             file.seek(0, os.SEEK_END)
             file.write(content)
@@ -213,8 +213,8 @@ class OutputDir:
             flush(file.fileno())
 
     def make_folder(self, name: str) -> None:
-        """Make a folder in this one, if it is not there."""
-        with self._changing("make the folder", self.path / name) as path:
+        """Create a subfolder if it does not exist."""
+        with self._changing("create the folder", self.path / name) as path:
             path.mkdir(exist_ok=True)
             _flush_folder(self.path)
 
@@ -227,7 +227,7 @@ class OutputDir:
     def discard(self) -> None:
         """Remove checkpoints and artifacts of an earlier run, and nothing else.
 
-        All checkpoints go at once, so that a kill in between leaves none to be resumed from.
+        All checkpoints disappear in one step: after a kill in between, none is left to resume from.
         """
         with self._changing("remove", self.path / CHECKPOINTS) as checkpoints:
             if checkpoints.exists():
@@ -237,11 +237,11 @@ class OutputDir:
         self.remove([*self.path.glob(EVENT_FILES)])
         for folder in (PICTURES, TENSORBOARD):
             with contextlib.suppress(OSError):
-                (self.path / folder).rmdir()  # unless somebody keeps a file of his own there
+                (self.path / folder).rmdir()  # fails if it contains files of the user
         self.tidy()
 
     def tidy(self) -> None:
-        """Remove what killed processes left half-written, as far as that is possible."""
+        """Remove the partial files of killed processes, as far as possible."""
         with contextlib.suppress(OSError):
             for name in (".", CHECKPOINTS, PICTURES, TENSORBOARD):
                 for path in self.path.glob(f"{name}/.*{_PARTIAL}*"):
@@ -255,15 +255,15 @@ class OutputDir:
         try:
             yield path
         except OSError as error:
-            self.check()  # who takes the folder over tidies it up, temporary files included
+            self.check()  # an attempt that takes the folder over removes temporary files
             raise refused(action, path, error) from error
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file at a path.
+    """Whether a path is an existing file.
 
     Raises:
-        UserError: If the system refuses to look, which does not mean that there is none.
+        UserError: If the system refuses access, which does not mean that the file is missing.
     """
     try:
         return stat.S_ISREG(path.stat().st_mode)
@@ -274,10 +274,10 @@ def is_file(path: Path) -> bool:
 
 
 def read_file(path: Path) -> bytes | None:
-    """A file's content; None where there is none.
+    """A file's content; None if the file does not exist.
 
     Raises:
-        UserError: If there is one that cannot be read.
+        UserError: If it exists and cannot be read.
     """
     try:
         return path.read_bytes()
@@ -301,20 +301,20 @@ def sha256_of(path: Path) -> str:
 
 
 def refused(action: str, path: Path, error: OSError) -> UserError:
-    """The error about a file that the system refuses; ``action`` is what was tried."""
+    """The error for an operation on a file that the system refuses; ``action`` names it."""
     return UserError(
         f"cannot {action} {path}: {error.strerror or error}; {remedy(error)}, then run again"
     )
 
 
 def flush(descriptor: int) -> None:
-    """Put an open file's content on the disk, as far as its volume can do that."""
+    """Write an open file's content to the disk, as far as its volume supports that."""
     with _as_far_as_possible():
         os.fsync(descriptor)
 
 
 def _flush_folder(folder: Path) -> None:
-    """Put a folder's entries on the disk, as far as its volume can do that."""
+    """Write a folder's entries to the disk, as far as its volume supports that."""
     with _as_far_as_possible():
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -323,8 +323,8 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-# They refuse the call itself, as shared folders, FUSE and folders that may not be read do. Any
-# other error may mean that content was lost.
+# With these errors the call itself is refused, for example by shared folders, by FUSE and for
+# folders without read permission. Any other error can mean that content was lost.
 _CANNOT_FLUSH = (
     *(errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR),
     *(errno.EACCES, errno.EPERM),
@@ -338,15 +338,14 @@ def _as_far_as_possible() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _CANNOT_FLUSH:
             raise
-        _warn_of_cache()
+        _warn_not_flushed()
 
 
 @functools.cache  # once
-def _warn_of_cache() -> None:
+def _warn_not_flushed() -> None:
     log.event(
         "not_flushed",
         logging.WARNING,
-        message="the volume of --output-dir does not support flushing folders (fsync): if its "
-        "machine crashes, the last checkpoint may be lost or damaged, and the run resumes from an "
-        "earlier one",
+        message="the volume of --output-dir does not support fsync: if its machine crashes, the "
+        "last checkpoint can be lost or damaged; the run then resumes from an earlier one",
     )

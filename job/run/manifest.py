@@ -1,4 +1,4 @@
-"""Writes ``run.json``: what ran, on what, in which attempts, and how each ended."""
+"""The writer of ``run.json``: what ran, on which devices, in which attempts with which ends."""
 
 import copy
 import logging
@@ -31,14 +31,14 @@ _VERSIONED = ("tensorflow", "keras", "numpy", "h5py")
 
 
 class RunManifest:
-    """The manifest of one run over all of its attempts, of which this process is the last.
+    """The manifest of one run over all of its attempts; this process is the last one.
 
     Safe to use from several threads.
 
     Args:
-        output: The folder that has it or receives it.
-        identity: Which run this attempt belongs to.
-        fresh: Whether this attempt starts over, once it trains.
+        output: The folder of the file.
+        identity: The run of this attempt.
+        fresh: Whether this attempt starts over as soon as it trains.
 
     Raises:
         UserError: By all methods, if the file cannot be written.
@@ -61,11 +61,11 @@ class RunManifest:
         for attempt in self._manifest.attempts if self._manifest else ():
             if attempt.end is None:
                 attempt.outcome = "lost"
-                attempt.reason = "left no word: killed, or its machine failed"
+                attempt.reason = "no end recorded: killed, or its machine failed"
 
     @property
     def run_id(self) -> str | None:
-        """The run's name; None where nothing gives one."""
+        """The run's name; None if it has no name."""
         return self._attempt.run_id
 
     @property
@@ -78,7 +78,7 @@ class RunManifest:
         """Add this attempt.
 
         Args:
-            config: Its configuration; the run's, if there is no other yet.
+            config: Its configuration; also the run's, if the run has none yet.
         """
         with self._lock:
             if self._manifest is None:
@@ -97,9 +97,9 @@ class RunManifest:
 
         Args:
             config: The run's configuration.
-            training: What it computes with and on.
+            training: Data, devices and settings that it trains with.
             step: The step that it resumes from.
-            changes: What differs from the attempt before, at the cost of identical bits.
+            changes: Differences from the previous attempt that change the computed bits.
         """
         with self._lock:
             attempt = self._attempt
@@ -112,10 +112,10 @@ class RunManifest:
             self._write(self._manifest)
 
     def progress(self, step: int, best: BestEpoch | None, elapsed_seconds: float) -> None:
-        """Record how far the run is, once it trains.
+        """Record the progress of the run while it trains.
 
         Args:
-            step: Steps done that are in a checkpoint.
+            step: Number of steps saved in a checkpoint.
             best: Epoch and accuracy of the best validation.
             elapsed_seconds: Time spent since the start of the run.
         """
@@ -127,7 +127,7 @@ class RunManifest:
                 self._write(self._manifest)
 
     def finish(self, outcome: Outcome, reason: str | None = None) -> None:
-        """Record the end of this attempt, and why."""
+        """Record the end of this attempt and its reason."""
         with self._lock:
             attempt, manifest = self._attempt, self._manifest
             if attempt.end or manifest is None:
@@ -147,13 +147,13 @@ class RunManifest:
                 "manifest_damaged",
                 logging.WARNING,
                 path=str(path),
-                message=f"{path} is damaged, and what it told of earlier attempts is lost; this "
-                f"attempt writes it anew",
+                message=f"{path} is damaged; its record of earlier attempts is lost, and this "
+                f"attempt writes a new file",
             )
             return None
 
     def _describe(self, config: TrainConfig, training: TrainingRecord) -> Manifest:
-        """Lay the manifest out anew, for the run as this attempt sees it."""
+        """Build a new manifest from this attempt and the record of earlier ones."""
         earlier = self._manifest
         return Manifest(
             **msgspec.structs.asdict(training),
@@ -174,16 +174,17 @@ class RunManifest:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this job, Python and the libraries that decide a run's numbers."""
+    """Versions of this job, Python and the libraries that determine a run's numbers."""
     libraries = {name: metadata.version(name) for name in _VERSIONED}
     return {"job": __version__, "python": platform.python_version(), **libraries}
 
 
 def git_commit() -> str | None:
-    """The commit of the image or checkout that this program runs from; None where nothing tells.
+    """The commit of the image or checkout that this program runs from; None if unknown.
 
-    An image holds no checkout; its build sets ``JOB_GIT_COMMIT``. Of a checkout it is the commit
-    that has this file: not that of a repository somewhere above, or that a variable names.
+    An image contains no checkout; its build sets ``JOB_GIT_COMMIT``. For a checkout it is the
+    commit that contains this file, not one of a repository in a parent folder or one that a
+    variable names.
     """
     if "JOB_GIT_COMMIT" in os.environ:
         return os.environ["JOB_GIT_COMMIT"] or None
@@ -197,7 +198,7 @@ def git_commit() -> str | None:
             env={name: value for name, value in os.environ.items() if name[:4] != "GIT_"},
             capture_output=True,
             text=True,
-            errors="replace",  # its message may name a path
+            errors="replace",  # its message can contain a path
             timeout=10,
             check=True,
         )

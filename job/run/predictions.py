@@ -1,4 +1,4 @@
-"""``predictions.npz``: what the saved model makes of every test image, and some images to see."""
+"""``predictions.npz``: the saved model's output for every test image, and some images to show."""
 
 import io
 import zlib
@@ -17,17 +17,17 @@ from job.run.folder import PREDICTIONS, OutputDir, read_file
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the report of a run needs of the model and the data set, so that it needs neither.
+    """What the report of a run shows of the model and the data set, without loading either.
 
     Attributes:
         labels: [examples] int32, the test images' labels.
-        probabilities: [examples, classes] float32, what the saved model gives each test image.
-        mistakes: [mistakes] int64, rows of the most confident mistakes, the worst first.
+        probabilities: [examples, classes] float32, the saved model's output for each test image.
+        mistakes: [mistakes] int64, rows of the most confident mistakes, worst first.
         mistake_images: [mistakes, height, width, channels] uint8, these test images.
         originals: [samples, height, width, channels] uint8, some training images.
         original_labels: [samples] int32, their labels.
-        augmented: [samples, epochs, height, width, channels] uint8, the same images as they are
-            augmented in the first epochs.
+        augmented: [samples, epochs, height, width, channels] uint8, the same images as augmented
+            in the first epochs.
     """
 
     labels: npt.NDArray[np.int32]
@@ -50,10 +50,10 @@ class Predictions:
 
     @classmethod
     def load(cls, folder: Path) -> "Predictions | None":
-        """Read the file of an output folder; None where there is none.
+        """Read the file of an output folder; None if it does not exist.
 
         Raises:
-            UserError: If there is one that cannot be used.
+            UserError: If it exists and cannot be used.
         """
         path = folder / PREDICTIONS
         content = read_file(path)
@@ -74,12 +74,12 @@ class Predictions:
             zlib.error,
         ) as error:
             raise UserError(
-                f"{path} is no file of this version of the job, or damaged; write it anew with "
+                f"{path} is damaged or from another version of the job; write it again with "
                 f"{program()} evaluate --output-dir {folder}"
             ) from error
 
     def _require_consistent(self) -> None:
-        """Make sure that the arrays belong together.
+        """Verify that the arrays belong together.
 
         Raises:
             ValueError: If they do not.
@@ -100,23 +100,23 @@ class Predictions:
 def require_probabilities(
     rows: npt.NDArray[np.float32], what: str, tolerance: float = 0.01
 ) -> None:
-    """Refuse outputs of a network that are no probabilities.
+    """Refuse outputs of a network that are not probabilities.
 
     Args:
         rows: [examples, classes] float32.
         what: The network, for the message.
-        tolerance: How far from 1 a row may sum; bfloat16 rounds each value by up to 0.4%.
+        tolerance: How much a row's sum may differ from 1; bfloat16 rounds each value by up to 0.4%.
 
     Raises:
-        UserError: If one is below 0 or NaN, or a row does not sum to 1.
+        UserError: If a value is below 0 or NaN, or a row does not sum to 1.
     """
     sums = rows.sum(axis=1)
     # NaN fails both comparisons.
     if not ((rows >= 0).all() and (abs(sums - 1) <= tolerance).all()):
         raise UserError(
-            f"{what} gives values from {rows.min():.3g} to {rows.max():.3g} in rows that sum to "
+            f"{what} returns values from {rows.min():.3g} to {rows.max():.3g} in rows that sum to "
             f"{sums.min():.3g} to {sums.max():.3g}, expected probabilities: none below 0, and rows "
-            f"that sum to 1; let it end in a softmax over the classes, or name another one"
+            f"that sum to 1; end the network with a softmax over the classes, or use another one"
         )
 
 
@@ -146,10 +146,10 @@ def most_confident_mistakes(
     Args:
         labels: [examples] integers.
         probabilities: [examples, classes] float32.
-        count: How many at most.
+        count: Maximum number.
 
     Returns:
-        [mistakes] int64 rows, the most confident first, equals in the order of the examples.
+        [mistakes] int64 rows, the most confident first; ties are in the order of the examples.
     """
     wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
     confidence = probabilities[wrong].max(axis=1)
@@ -189,7 +189,7 @@ class Reliability:
 def reliability(
     labels: npt.NDArray[Any], probabilities: npt.NDArray[np.float32], bins: int = BINS
 ) -> Reliability:
-    """Compare the confidence of predictions with how often they are right.
+    """Compare the confidence of predictions with their accuracy.
 
     Args:
         labels: [examples] integers.

@@ -1,7 +1,7 @@
 """The files that describe a run, each defined once for its writer and its readers.
 
 ``run.json``, ``metrics.jsonl`` and ``evaluation.json`` are read without TensorFlow and the data
-set. They may have been cut off, edited or mixed up on their way here, so they are checked first.
+set. They may have been truncated, edited or mixed up in between, so they are checked first.
 """
 
 from collections.abc import Callable
@@ -38,9 +38,9 @@ class EpochRecord(Struct, frozen=True):
         accuracy: Training accuracy over the epoch.
         val_loss: Mean loss over all test images after the epoch.
         val_accuracy: Accuracy over all test images after the epoch.
-        learning_rate: The optimizer's, after the epoch.
-        seconds: Time of training without validation and checkpoints.
-        images_per_second: Training images over these seconds.
+        learning_rate: The optimizer's learning rate after the epoch.
+        seconds: Training time without validation and checkpoints.
+        images_per_second: Training images per second of that time.
         elapsed_seconds: Time in training and validation since the start of the run.
     """
 
@@ -57,7 +57,7 @@ class EpochRecord(Struct, frozen=True):
 
 
 class ClassRecord(Struct, frozen=True):
-    """What the saved model does on one class; None where a ratio is undefined."""
+    """The saved model's result on one class; None if a ratio is undefined."""
 
     precision: Share | None
     recall: Share | None
@@ -65,18 +65,18 @@ class ClassRecord(Struct, frozen=True):
 
 
 class EvaluationRecord(Struct, frozen=True):
-    """``evaluation.json``: what the saved model does on the whole test set.
+    """``evaluation.json``: the saved model's result on the whole test set.
 
     Attributes:
         loss: Mean cross-entropy.
         accuracy: Fraction of the examples predicted correctly.
         examples: Test images, each counted once.
-        classes: By the name of the class, in the order of the labels.
-        confusion_matrix: Rows are true classes, columns predicted ones, entries images.
+        classes: The result of each class by its name, in the order of the labels.
+        confusion_matrix: Rows are true classes, columns predicted ones; entries count images.
         model: Name of the model file.
         model_sha256: Its SHA-256.
-        accuracy_without_tta: The accuracy without test-time augmentation, from each image as it is;
-            None if the recipe has no other view.
+        accuracy_without_tta: The accuracy without test-time augmentation, from the unchanged
+            images; None if the recipe uses no other view.
     """
 
     loss: float
@@ -90,7 +90,7 @@ class EvaluationRecord(Struct, frozen=True):
 
 
 class BestEpoch(Struct, frozen=True):
-    """The epoch with the best validation, the first among equals."""
+    """The epoch with the best validation, the first one of equals."""
 
     epoch: Positive
     val_accuracy: Share
@@ -110,17 +110,17 @@ class AttemptRecord(Struct):
     """An attempt at a run.
 
     Attributes:
-        start: UTC.
+        start: Start time, UTC.
         host: Name of its host.
         fresh: Whether it started over.
-        end: UTC; None while it is running or if it was lost.
+        end: End time, UTC; None while it is running or if it was lost.
         outcome: How it ended; "lost" if it was killed or its machine failed.
         reason: Why it ended.
-        run_id: The run's name; None where nothing gives one.
+        run_id: The run's name; None if it has no name.
         devices: Models of its devices.
         first_step: The step that it resumed from; None before the training.
         last_step: The step of its last checkpoint.
-        changes: What it computed with that the attempt before did not, at the cost of equal bits.
+        changes: Differences from the previous attempt that change the computed bits.
     """
 
     start: str
@@ -137,10 +137,10 @@ class AttemptRecord(Struct):
 
 
 class TrainingRecord(Struct):
-    """What a run computes with and on: the part of ``run.json`` that is null before it trains.
+    """How a run computes, and on which devices: null in ``run.json`` before the run trains.
 
     Attributes:
-        devices: For each replica its device.
+        devices: The device of each replica.
         workers: Processes that train together.
         replicas: Replicas that train in parallel, over all workers.
         threads: Processors that a process may run on.
@@ -163,19 +163,20 @@ class TrainingRecord(Struct):
 
 
 class Manifest(TrainingRecord, kw_only=True):
-    """``run.json``: what ran, on what, in which attempts, and how each ended.
+    """``run.json``: what ran, on which devices, in which attempts, and how each ended.
 
     Attributes:
         config: Every option of the last attempt that trained.
-        versions: Of this job, Python and the libraries that decide a run's numbers.
-        git_commit: Of the checkout or image; None where nothing gives it.
-        start: Of the first attempt, UTC.
-        end: Of the last attempt, UTC; None while it is running.
-        outcome: How the run stands.
-        error: Why it failed.
-        best: As of the last checkpoint.
-        elapsed_seconds: In training and validation over all attempts, as of the last checkpoint.
-        attempts: From the first.
+        versions: Versions of this job, Python and the libraries that determine a run's numbers.
+        git_commit: Commit of the checkout or image; None if unknown.
+        start: Start of the first attempt, UTC.
+        end: End of the last attempt, UTC; None while it is running.
+        outcome: State of the run.
+        error: Why it failed; None if it did not.
+        best: The best epoch, as of the last checkpoint.
+        elapsed_seconds: Time in training and validation over all attempts, as of the last
+            checkpoint.
+        attempts: All attempts, the first one first.
     """
 
     config: TrainConfig
@@ -191,17 +192,17 @@ class Manifest(TrainingRecord, kw_only=True):
 
 
 class DamagedError(UserError):
-    """A file is there, and is not what this program has written."""
+    """A file exists, but its content is not what this program writes."""
 
 
 class RunRecord(Struct, frozen=True):
-    """What an output folder holds of its run.
+    """The records of a run in its output folder.
 
     Attributes:
-        manifest: Its ``run.json``; None where there is none.
-        epochs: The lines of its ``metrics.jsonl``; none where there is none.
-        evaluation: Its ``evaluation.json``; None where there is none.
-        predictions: What its model predicts for the test images; None where that is not known.
+        manifest: Its ``run.json``; None if the file does not exist.
+        epochs: The lines of its ``metrics.jsonl``; empty if the file does not exist.
+        evaluation: Its ``evaluation.json``; None if the file does not exist.
+        predictions: The output of its model for the test images; None if unknown.
     """
 
     manifest: Manifest | None
@@ -215,14 +216,14 @@ class RunRecord(Struct, frozen=True):
 
         Args:
             folder: The folder.
-            with_predictions: Whether to read them, which are of some size.
+            with_predictions: Whether to read the predictions, a larger file.
 
         Raises:
-            UserError: If it holds no run, or a file that cannot be read.
-            DamagedError: If one is damaged.
+            UserError: If it contains no run, or a file that cannot be read.
+            DamagedError: If a file is damaged.
         """
         evaluation = read_evaluation(folder)
-        # Without the evaluation they are what a killed process was about to replace.
+        # Without an evaluation they are old ones that a killed process was about to replace.
         wanted = with_predictions and evaluation
         record = cls(
             manifest=read_manifest(folder),
@@ -233,27 +234,27 @@ class RunRecord(Struct, frozen=True):
         if not (record.manifest or record.epochs or record.evaluation):
             below = folders_with(RUN, folder)
             raise UserError(
-                f"{folder} holds no run: it has neither {RUN} nor {METRICS} nor {EVALUATION}; name "
-                + (below or "the --output-dir of a training")
+                f"{folder} contains no run: it has neither {RUN} nor {METRICS} nor {EVALUATION}; "
+                f"use {below or 'the --output-dir of a training'}"
             )
         if record.predictions and evaluation:
             predicted = record.predictions
             counted = confusion_matrix(predicted.labels, predicted.probabilities)
             if counted.tolist() != evaluation.confusion_matrix:
                 raise UserError(
-                    f"the predictions in {folder} are of another model than its {EVALUATION}; "
-                    f"write both anew with {program()} evaluate --output-dir {folder}"
+                    f"the predictions in {folder} are from another model than its {EVALUATION}; "
+                    f"write both again with {program()} evaluate --output-dir {folder}"
                 )
         return record
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to do, as far as is known."""
+        """Whether nothing is left to do, as far as known."""
         return self.manifest is None or self.manifest.outcome == "done"
 
     @property
     def class_names(self) -> list[str]:
-        """Name of each label, as the evaluation has them."""
+        """Name of each label, from the evaluation."""
         return list(self.evaluation.classes) if self.evaluation else []
 
     @property
@@ -267,18 +268,18 @@ class RunRecord(Struct, frozen=True):
         return [
             (after.first_step or 0, float(np.interp(after.first_step or 0, steps, seconds)))
             for before, after in pairwise(self._trained)
-            # More epochs for a finished run, or its report alone, are no restart of it.
+            # Neither more epochs for a finished run nor only its report is a restart.
             if before.outcome != "done"
         ]
 
     @property
     def steps(self) -> int:
-        """Steps done, as far as they are known."""
+        """Steps done, as far as known."""
         return max(self._last_step, self.epochs[-1].step if self.epochs else 0)
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Steps of an epoch; None where nothing gives them."""
+        """Steps per epoch; None if unknown."""
         if self.epochs:
             return self.epochs[-1].step // len(self.epochs)
         if self.manifest is None or self.manifest.data is None:
@@ -288,7 +289,7 @@ class RunRecord(Struct, frozen=True):
 
     @property
     def elapsed_seconds(self) -> float:
-        """Time in training and validation, as far as it is known."""
+        """Time in training and validation, as far as known."""
         last = self.epochs[-1].elapsed_seconds if self.epochs else 0.0
         return max(last, self.manifest.elapsed_seconds if self.manifest else 0.0)
 
@@ -300,12 +301,12 @@ class RunRecord(Struct, frozen=True):
 
     @property
     def _last_step(self) -> int:
-        """The step of the last checkpoint; 0 before any."""
+        """The step of the last checkpoint; 0 before the first one."""
         return max((attempt.last_step or 0 for attempt in self._trained), default=0)
 
 
 def encode(document: object, *, indent: bool = False) -> bytes:
-    """One of these documents as JSON, for people with an indent."""
+    """Encode one of these documents as JSON, indented for people if requested."""
     content = msgspec.json.encode(_encodable(msgspec.to_builtins(document, enc_hook=str)))
     return msgspec.json.format(content, indent=2) + b"\n" if indent else content
 
@@ -322,59 +323,60 @@ def _encodable(value: Any) -> Any:
 
 
 def decode(content: bytes | str, kind: type[_Document]) -> _Document:
-    """Read such JSON.
+    """Decode JSON that `encode` wrote.
 
     Raises:
-        ValueError: If it is no JSON, or of another shape.
+        ValueError: If it is not JSON, or does not have the structure of ``kind``.
     """
     try:
-        # A path or the like is text in JSON.
+        # Paths and similar values are text in JSON.
         return msgspec.json.decode(content, type=kind, dec_hook=lambda kind, text: kind(text))
     except (msgspec.MsgspecError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
 
-# Options for which no default may stand in: they make the run, and every version has written them.
+# Options that must be present, without a default: they identify the run, and every version of this
+# program has written them.
 _IDENTIFYING = ("output_dir", "data_dir", "epochs", *run_options(TrainConfig()))
 
 
-class _Told(Struct):
+class _WrittenOptions(Struct):
     config: dict[str, Any]
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Read the ``run.json`` of an output folder; None where there is none.
+    """Read the ``run.json`` of an output folder; None if it does not exist.
 
     Raises:
-        UserError: If there is one that cannot be read.
+        UserError: If it exists and cannot be read.
         DamagedError: If it is damaged.
     """
     advice = (
-        "run the same train command again, which writes it anew from its checkpoint, or start over "
-        "with --fresh"
+        "run the same train command again, which restores the file from the checkpoint, or start "
+        "over with --fresh"
     )
     path = folder / RUN
     content = read_file(path)
     if content is None:
         return None
     manifest = _parse(content, str(path), advice, Manifest)
-    told = decode(content, _Told).config
-    missing = [name for name in _IDENTIFYING if name not in told]
+    written = decode(content, _WrittenOptions).config
+    missing = [name for name in _IDENTIFYING if name not in written]
     if missing:
         raise DamagedError(f"{path} is damaged: config lacks {', '.join(missing)}; {advice}")
-    manifest.config = redacted(manifest.config)  # earlier versions kept it as it was given
+    manifest.config = redacted(manifest.config)  # earlier versions stored it unredacted
     return manifest
 
 
 def read_evaluation(folder: Path) -> EvaluationRecord | None:
-    """Read the ``evaluation.json`` of an output folder; None where there is none.
+    """Read the ``evaluation.json`` of an output folder; None if it does not exist.
 
     Raises:
-        UserError: If there is one that cannot be read.
+        UserError: If it exists and cannot be read.
         DamagedError: If it is damaged.
     """
     path = folder / EVALUATION
-    advice = f"write it anew with {program()} evaluate --output-dir {folder}"
+    advice = f"write it again with {program()} evaluate --output-dir {folder}"
     content = read_file(path)
     if content is None:
         return None
@@ -385,19 +387,19 @@ def read_evaluation(folder: Path) -> EvaluationRecord | None:
         raise DamagedError(
             f"{path}: confusion_matrix: received {len(matrix)} rows of {sorted(sizes)} and "
             f"{images} images, expected the {classes} classes and {document.examples} examples "
-            f"that it names; {advice}"
+            f"given in the same file; {advice}"
         )
     return document
 
 
 def unless_damaged(read: Callable[[Path], _Document | None], folder: Path) -> _Document | None:
-    """What one of these functions reads in an output folder, where a damaged file is as none.
+    """Read a file of an output folder with one of these functions; None if it is damaged.
 
-    It is for those who can do without, or write it anew: what decides how a run resumes is in its
-    checkpoint.
+    For callers that can do without the file or write it again: only the checkpoint determines how
+    a run resumes.
 
     Raises:
-        UserError: If there is a file that cannot be read.
+        UserError: If the file exists and cannot be read.
     """
     try:
         return read(folder)
@@ -406,15 +408,15 @@ def unless_damaged(read: Callable[[Path], _Document | None], folder: Path) -> _D
 
 
 def read_epochs(folder: Path) -> list[EpochRecord]:
-    """Read the ``metrics.jsonl`` of an output folder; no lines where there is none.
+    """Read the ``metrics.jsonl`` of an output folder; no lines if it does not exist.
 
     Raises:
-        UserError: If there is one that cannot be read.
+        UserError: If it exists and cannot be read.
         DamagedError: If it is damaged.
     """
     path = folder / METRICS
     advice = (
-        f"remove {REPORT} and run the same train command again, which writes both anew from its "
+        f"remove {REPORT} and run the same train command again, which restores both files from the "
         f"checkpoint, or start over with --fresh"
     )
     epochs = []
@@ -423,8 +425,8 @@ def read_epochs(folder: Path) -> list[EpochRecord]:
         epoch = _parse(line, place, advice, EpochRecord)
         if epoch.epoch != number:
             raise DamagedError(
-                f"{place}: epoch: received {epoch.epoch}, expected {number}, for each epoch has "
-                f"its line; {advice}"
+                f"{place}: epoch: received {epoch.epoch}, expected {number}, because each epoch "
+                f"has one line; {advice}"
             )
         epochs.append(epoch)
     return epochs

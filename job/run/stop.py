@@ -1,6 +1,6 @@
-"""Ends a run early and in order: on a signal, at a deadline, on request, or when a call hangs.
+"""The early end of a run: on a signal, at a deadline, on request, or when a call hangs.
 
-Standard library only: it is set up before anything that takes time.
+Standard library only: it is set up before anything slow.
 """
 
 import contextlib
@@ -22,23 +22,23 @@ from job.config import ExitCode
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
-RUN_AGAIN = "run the same command again to go on"
+RUN_AGAIN = "run the same command again to resume"
 
 _CALLBACK_SECONDS = 3.0
 
 
 OnExit = Callable[[ExitCode, str], None]
-"""Is given the exit code and, for people to read, the reason."""
+"""Called with the exit code and the reason in words."""
 
 
 class StopRequest:
-    """Whether and why this process is to stop.
+    """Whether and why this process must stop.
 
-    As long as there is nothing to save, a request ends the process at once. The training loop
-    defers that: it looks at `reason` between two calls, saves its work and ends by itself.
+    As long as it has nothing to save, a request ends the process immediately. The training loop
+    defers that: it checks `reason` between two calls, saves its work and ends by itself.
 
     Attributes:
-        advice: What is to be done once the process has stopped.
+        advice: What to do once the process has stopped.
     """
 
     def __init__(self) -> None:
@@ -53,36 +53,36 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """Why to stop; None while there is no reason to."""
+        """Why the process must stop; None if it need not stop."""
         limit = self._stop_after_seconds
         if self._requested is None and limit and running_seconds() - self._start >= limit:
             return f"--stop-after {limit:g}"
         return self._requested
 
     def stop_after(self, seconds: float) -> None:
-        """Give a reason to stop once the process has run for this many seconds.
+        """Request a stop once the process has run for this many seconds.
 
-        It never ends the process at once, so that each attempt gets something done.
+        This never ends the process immediately, so that each attempt makes progress.
         """
         self._stop_after_seconds = seconds
 
-    def ask(self, reason: str, advice: str) -> None:
-        """Ask the process to stop when it has got something done.
+    def request_handover(self, reason: str, advice: str) -> None:
+        """Request the process to stop once it has made progress.
 
         Args:
-            reason: For people to read.
-            advice: Takes the place of `advice`.
+            reason: The reason in words.
+            advice: Replaces `advice`.
         """
         with self._lock:
             if self._requested is None:
                 self._requested, self.advice = reason, advice
 
     def defer(self) -> None:
-        """From now on requests are looked at by the caller, who has work to save."""
+        """Leave requests to the caller from now on, because it has work to save."""
         self._deferred = True
 
-    def resume_ending_at_once(self) -> None:
-        """From now on requests end the process at once again, also one made since `defer`."""
+    def end_deferral(self) -> None:
+        """Let requests end the process immediately again, including one made since `defer`."""
         with self._lock:
             self._deferred = False
             postponed = self._postponed
@@ -91,11 +91,11 @@ class StopRequest:
 
     @contextlib.contextmanager
     def on_exit(self, callback: OnExit) -> Iterator[None]:
-        """Set what is done if the process ends at once during the body.
+        """Register a callback for an immediate end of the process during the body.
 
         Args:
-            callback: Called in another thread, before what was set earlier. All together have a few
-                seconds, as the volume that they write to may hang.
+            callback: Called in another thread, before callbacks that were registered earlier. All
+                together have a few seconds, because the volume that they write to may hang.
         """
         self._callbacks.append(callback)
         try:
@@ -104,11 +104,11 @@ class StopRequest:
             self._callbacks.remove(callback)
 
     def request(self, reason: str, *, at_once: bool = False) -> None:
-        """Ask the process to stop; from any thread.
+        """Request the process to stop, from any thread.
 
         Args:
-            reason: For people to read.
-            at_once: Do not wait for work to be saved.
+            reason: The reason in words.
+            at_once: Whether to end without waiting for work to be saved.
         """
         with self._lock:
             self._requested = self._requested or reason
@@ -123,11 +123,11 @@ class StopRequest:
         self.end(ExitCode.DEFECT, "a call did not return within --stall-timeout")
 
     def end(self, exit_code: ExitCode, reason: str) -> NoReturn:
-        """End the process from any thread, whatever the others are doing."""
+        """End the process, from any thread and whatever the other threads are doing."""
 
         def call_all() -> None:
             for callback in reversed(self._callbacks):
-                # Nobody is left to handle an error.
+                # No caller is left to handle an error.
                 with contextlib.suppress(Exception):
                     callback(exit_code, reason)
 
@@ -142,30 +142,30 @@ class StopRequest:
 
 
 def _acknowledge(reason: str) -> None:
-    """Answer a signal at once: the call that is running may take a while."""
-    from job import log  # signals are listened to before the log is loaded
+    """Acknowledge a signal immediately: the current call can take a while."""
+    from job import log  # signals are handled before the log is loaded
 
-    # Whoever reads the log may have gone; the work is saved all the same.
+    # The reader of the log may have ended; the work is saved nevertheless.
     with contextlib.suppress(OSError):
         log.event(
             "stopping",
             logging.WARNING,
             reason=reason,
-            message=f"{reason}: the run stops after the running call and saves a checkpoint"
+            message=f"{reason}: the run stops after the current call and saves a checkpoint"
             + ("; a second Ctrl-C stops it without saving" if reason == "SIGINT" else ""),
         )
 
 
 def listen_to_signals() -> StopRequest:
-    """Turn `SIGNALS` into a request to stop; a second SIGINT ends at once.
+    """Turn `SIGNALS` into a request to stop; a second SIGINT ends the process immediately.
 
-    Python runs handlers between two bytecodes of the main thread, which may be inside of a compiled
-    call for long, and TensorFlow installs handlers of its own. So all threads block the signals, as
-    they inherit it from this one, and a thread waits for those that arrive. A forked process gets
-    them as usual; a program that is started inherits the block.
+    Python runs handlers between two bytecodes of the main thread, which can be inside a compiled
+    call for a long time, and TensorFlow installs its own handlers. Therefore all threads block the
+    signals, because they inherit the block from this one, and one thread waits for the signals. A
+    forked process receives them as usual; a program that this process starts inherits the block.
     """
     stop = StopRequest()
-    # A signal that nohup or a shell has made the process ignore stays ignored.
+    # SIGHUP stays ignored if nohup or a shell has started the process that way.
     numbers = {number for number in SIGNALS if not _is_ignored_hangup(number)}
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers))
@@ -192,7 +192,7 @@ def _listen(numbers: set[signal.Signals], stop: StopRequest) -> None:
 
 
 COMPILATION_SECONDS = 600.0
-"""What the first call of a compiled function may take beyond the timeout of any call."""
+"""Extra time for the first call of a compiled function, in addition to the timeout of any call."""
 
 NATIVE_MARGIN_SECONDS = 10.0
 """How much later the native timer ends a process whose Python threads cannot run."""
@@ -211,18 +211,19 @@ class _Call:
 
 
 class Watchdog:
-    """Ends the run if a call does not return within its time, so that a scheduler can restart it.
+    """Ends the run if a call does not return in time, so that a scheduler can restart it.
 
-    A thread looks at the time in which the process runs: while it was suspended the call could not
-    return. No Python thread runs while a call holds Python's global lock, as an import or a driver
-    may do for long. For those a native timer ends the process a margin later, with exit code 1 and
-    the stacks on stderr. That timer counts a suspension, too: one in the first seconds of a run
-    that is longer than the call's time, ten minutes and more by default, ends it.
+    A thread counts only time in which the process runs, because a call cannot return while the
+    process is suspended. No Python thread runs while a call holds Python's global lock, which an
+    import or a driver can do for a long time. For such calls, a native timer ends the process a
+    margin later, with exit code 1 and the stacks on stderr. The native timer also counts
+    suspensions: if the process is suspended in the first seconds of a run for longer than the
+    call's time (by default ten minutes or more), it ends the run.
 
     Args:
         timeout_seconds: Longest time that a watched call may take.
-        on_stall: Ends the process: a hung call never returns, so there is no orderly way out.
-        margin_seconds: Between the end of that time and of the native timer.
+        on_stall: Ends the process: a hung call never returns, so an orderly end is impossible.
+        margin_seconds: Time from the end of that timeout to the end of the native timer.
     """
 
     def __init__(
@@ -234,7 +235,7 @@ class Watchdog:
         self._timeout_seconds, self._margin_seconds = timeout_seconds, margin_seconds
         self._on_stall = on_stall
         self._tick_seconds = min(_TICK_SECONDS, timeout_seconds / 4)
-        self._calls: list[_Call] = []  # the last is inside of those before it
+        self._calls: list[_Call] = []  # nested: the last one is the innermost
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -247,17 +248,18 @@ class Watchdog:
         seconds: float | None = None,
         native: bool = False,
     ) -> Iterator[None]:
-        """End the run if the body does not end in time, with every thread's stack in the log.
+        """End the run if the body does not end in time, and log the stack of every thread.
 
-        Inside of another watched body this one has its own time, and the outer one then all of its.
+        A body inside another watched body has its own time. After it, the time of the outer body
+        starts again from the beginning.
 
         Args:
-            what: Names the body in the log.
-            compiling: Whether the body may compile first, for which it has time of its own.
-            seconds: Its time, where that is not the timeout of any call; infinity for a body that
-                has its own end.
-            native: Whether the body may hold Python's global lock for long, before there is any
-                work to lose. Such a body has no other one inside of it.
+            what: Name of the body in the log.
+            compiling: Whether the body may compile first, for which it gets extra time.
+            seconds: Its time, if it differs from the timeout of any call; infinity for a body that
+                has its own limit.
+            native: Whether the body may hold Python's global lock for a long time, before the run
+                has any work to lose. Such a body must not contain another watched body.
         """
         if seconds is None:
             seconds = self._timeout_seconds + (COMPILATION_SECONDS if compiling else 0.0)
@@ -266,7 +268,7 @@ class Watchdog:
             call.begin()
             self._calls.append(call)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._look, daemon=True)
+                self._thread = threading.Thread(target=self._monitor, daemon=True)
                 self._thread.start()
         if native:
             faulthandler.dump_traceback_later(seconds + self._margin_seconds, exit=True, file=2)
@@ -280,7 +282,7 @@ class Watchdog:
                 for outer in self._calls[-1:]:
                     outer.begin()
 
-    def _look(self) -> None:
+    def _monitor(self) -> None:
         while True:
             time.sleep(self._tick_seconds)
             with self._lock:
@@ -291,7 +293,7 @@ class Watchdog:
 
     def _end(self, call: _Call) -> None:
         try:
-            from job import log  # signals are listened to before the log is loaded
+            from job import log  # signals are handled before the log is loaded
 
             stacks = thread_stacks()
             log.event(
@@ -301,7 +303,7 @@ class Watchdog:
                 timeout_seconds=call.seconds,
                 stacks=stacks,
                 message=f"{call.what} did not end within {call.seconds:g} s; ending with exit code "
-                f"{int(ExitCode.DEFECT)} so that the job can be started again\n{stacks}",
+                f"{int(ExitCode.DEFECT)} so that the job can be restarted\n{stacks}",
             )
         finally:
             self._on_stall()

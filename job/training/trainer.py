@@ -88,7 +88,7 @@ class Trainer:
             # The scheduler may end all workers with the first that ends.
             with self._watchdog.watch("the wait for the other workers' end"):
                 self._workers.barrier()
-        self._stop.resume_ending_at_once()
+        self._stop.end_deferral()
 
     def _train_epoch(self) -> Iterator[None]:
         """Train what is left of the epoch, handing control back after each execution."""

@@ -112,9 +112,10 @@ def test_a_run_that_the_recipe_cannot_resume_is_a_problem(config: TrainConfig, f
     found = find(config)
     (problem,) = map(str, found.problems)
     assert (
-        "holds another run: the optimizer's beta_1 (--epochs may set its schedule) rec" in problem
+        "contains another run: the optimizer's beta_1 (--epochs can set its schedule) rec"
+        in problem
     )
-    assert "received 0.9, expected 0.5; go on with its settings" in problem
+    assert "received 0.9, expected 0.5; resume that run with its own settings" in problem
     assert found.report["output"]["step"] == 5
 
 

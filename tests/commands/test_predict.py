@@ -337,7 +337,7 @@ def test_invalid_arguments_are_rejected_before_anything_is_computed(
     for arguments, message in (
         ("", "Missing argument 'IMAGE...'"),
         ("photos --top 0", "'--top'"),
-        ("photos --model nowhere.h5", "there is no model nowhere.h5"),
+        ("photos --model nowhere.h5", "no model file nowhere.h5"),
         ("photos --model .", "received '.', expected a file that can be read"),
         ("photos --png grid.jpg", "expected a name that ends in .png"),
         ("photos --png no/grid.png", "create no, or use another folder"),

@@ -199,7 +199,7 @@ def test_a_running_older_attempt_is_requested_to_save_its_work(
     ended = older.finish()
     assert ended.returncode == 75
     assert "a newer attempt of run mine on host" in ended.stderr
-    assert ended.stderr.endswith("; it goes on with the run\n")
+    assert ended.stderr.endswith("; that attempt resumes the run\n")
     saved = manifest(output)["attempts"][0]["last_step"]
     assert newer.wait_for("start")["step"] == saved > 0
 
@@ -293,5 +293,5 @@ def test_a_signal_ends_a_process_without_stdout(
         process.kill()
         process.wait()
     # TensorFlow is being imported, which holds back what others print.
-    assert errors == "cifar10-job: stopped: SIGTERM; run the same command again to go on\n"
+    assert errors == "cifar10-job: stopped: SIGTERM; run the same command again to resume\n"
     assert process.returncode == 75

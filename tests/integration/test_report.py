@@ -173,7 +173,7 @@ def test_a_run_stopped_while_drawing_the_report_resumes_with_the_same_command(
 ) -> None:
     assert training.interrupted.returncode == 75
     said = training.interrupted.stderr
-    assert said == "cifar10-job: stopped: SIGTERM; run the same command again to go on\n"
+    assert said == "cifar10-job: stopped: SIGTERM; run the same command again to resume\n"
     assert training.problems == []
     assert not training.had_report
     assert check_visible(training.folder) == []

@@ -460,7 +460,7 @@ def test_the_users_settings_of_matplotlib_decide_no_byte(
 def test_a_report_that_cannot_be_written_is_an_error(whole: OutputDir) -> None:
     (whole.path / "report").write_text("a file in its place")
     with (
-        pytest.raises(UserError, match=r"cannot make the folder .*report: File exists"),
+        pytest.raises(UserError, match=r"cannot create the folder .*report: File exists"),
         spare_the_run("it"),
     ):
         write_report(whole)
@@ -481,7 +481,7 @@ def test_a_folder_without_a_run_is_refused_and_not_made(run_job: RunJob, tmp_pat
     result = run_job("report", "nowhere")
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert "nowhere holds no run: it has neither run.json nor metrics.jsonl nor" in line
+    assert "nowhere contains no run: it has neither run.json nor metrics.jsonl nor" in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -81,7 +81,7 @@ def raising(error: BaseException) -> Body:
     return body
 
 
-def test_an_attempt_goes_on_from_the_last_checkpoint(config: TrainConfig) -> None:
+def test_an_attempt_resumes_from_the_last_checkpoint(config: TrainConfig) -> None:
     assert run(config, save(config, 1, 5)).checkpoint is None
     later = run(config)
     assert later.checkpoint is not None
@@ -114,7 +114,7 @@ def test_an_evaluation_of_another_model_is_not_finished(config: TrainConfig) -> 
     assert not run(config).is_finished
 
 
-def test_a_manifest_that_cannot_be_read_is_not_taken_for_a_missing_one(
+def test_an_unreadable_manifest_is_not_treated_as_missing(
     config: TrainConfig,
 ) -> None:
     run(config)
@@ -125,20 +125,20 @@ def test_a_manifest_that_cannot_be_read_is_not_taken_for_a_missing_one(
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"outcome": "done"}', '{"attempts": 1}'])
-def test_a_damaged_manifest_is_written_anew_and_the_run_goes_on(
+def test_a_damaged_manifest_is_replaced_and_the_run_resumes(
     config: TrainConfig, content: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(config, finish(config))
     (config.output_dir / "run.json").write_text(content)
     log.configure("text")
     attempt = run(config)
-    assert "run.json is damaged, and what it told of earlier" in capsys.readouterr().out
+    assert "run.json is damaged; its record of earlier attempts is lost" in capsys.readouterr().out
     assert not attempt.is_finished
     assert attempt.checkpoint is not None
     assert manifest(config)["outcome"] == "done"
 
 
-def test_more_epochs_go_on_from_a_finished_run_and_fewer_are_refused(config: TrainConfig) -> None:
+def test_more_epochs_resume_a_finished_run_and_fewer_are_refused(config: TrainConfig) -> None:
     run(config, finish(config))
     attempt = run(replace(config, epochs=3))
     assert not attempt.is_finished
@@ -147,14 +147,14 @@ def test_more_epochs_go_on_from_a_finished_run_and_fewer_are_refused(config: Tra
         run(replace(config, epochs=1))
 
 
-def test_an_epoch_that_was_begun_counts(config: TrainConfig) -> None:
+def test_an_epoch_that_has_begun_counts(config: TrainConfig) -> None:
     run(config, save(config, 1, 5))
     with pytest.raises(UserError, match="--epochs received 1, expected at least 2"):
         run(replace(config, epochs=1))
 
 
 @pytest.mark.parametrize("first", [save, finish])
-def test_another_run_in_the_folder_is_refused_and_unchanged(
+def test_another_run_in_the_folder_is_refused_and_not_changed(
     config: TrainConfig, first: Any
 ) -> None:
     run(config, save(config, 1) if first is save else finish(config))
@@ -170,19 +170,19 @@ def test_a_finished_run_needs_no_checkpoint_to_be_recognised(config: TrainConfig
     assert run(config).is_finished
     with pytest.raises(UserError, match="--seed received 43, expected 42"):
         run(replace(config, seed=43))
-    with pytest.raises(UserError, match="holds a model and no checkpoint to go on from"):
+    with pytest.raises(UserError, match="contains a model but no checkpoint to resume from"):
         run(replace(config, epochs=3))
 
 
 def test_a_model_without_a_checkpoint_is_not_overwritten(config: TrainConfig) -> None:
     config.output_dir.mkdir()
     (config.output_dir / folder.MODEL).write_text("somebody's")
-    with pytest.raises(UserError, match="holds a model and no checkpoint to go on from"):
+    with pytest.raises(UserError, match="contains a model but no checkpoint to resume from"):
         run(config)
     assert (config.output_dir / folder.MODEL).read_text() == "somebody's"
 
 
-def test_fresh_keeps_nothing_of_the_run_before(config: TrainConfig) -> None:
+def test_fresh_keeps_nothing_of_the_previous_run(config: TrainConfig) -> None:
     run(config, finish(config))
     other = replace(config, seed=43, fresh=True)
     stop = StopRequest()
@@ -201,13 +201,13 @@ def test_fresh_keeps_nothing_of_the_run_before(config: TrainConfig) -> None:
     assert manifest(config)["config"]["seed"] == 43
 
 
-def test_fresh_is_done_once_where_a_scheduler_repeats_the_command(config: TrainConfig) -> None:
+def test_fresh_is_applied_once_if_a_scheduler_repeats_the_command(config: TrainConfig) -> None:
     run(config, save(config, 1))
     repeated = replace(config, fresh=True, run_id="mine")
     stop = StopRequest()
     stop.defer()
     with pytest.raises(UserError), open_attempt(repeated, stop):
-        raise UserError("no data")  # before it discards any
+        raise UserError("no data")  # before anything is discarded
     assert run(repeated, save(config, 1, 5)).checkpoint is None
     again = run(repeated)
     assert again.checkpoint is not None
@@ -217,14 +217,14 @@ def test_fresh_is_done_once_where_a_scheduler_repeats_the_command(config: TrainC
     assert run(replace(config, fresh=True)).checkpoint is None
 
 
-def test_a_person_who_repeats_fresh_means_it(config: TrainConfig) -> None:
+def test_fresh_starts_over_each_time_a_person_repeats_it(config: TrainConfig) -> None:
     fresh = replace(config, fresh=True, run_id="mine")
     run(fresh, finish(fresh))
     assert run(fresh, finish(fresh)).fresh
     assert run(replace(fresh, seed=43)).fresh
 
 
-def test_fresh_starts_over_each_time_in_a_shell_of_an_allocation(
+def test_fresh_starts_over_each_time_in_the_shell_of_an_allocation(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh = replace(config, fresh=True)
@@ -232,17 +232,17 @@ def test_fresh_starts_over_each_time_in_a_shell_of_an_allocation(
     run(fresh, save(fresh, 1))
     again = run(fresh)
     assert again.fresh
-    assert again.stop.advice == "run the same command without --fresh to go on"
+    assert again.stop.advice == "run the same command without --fresh to resume"
 
 
-def test_a_fresh_run_without_a_name_is_not_to_be_repeated(config: TrainConfig) -> None:
+def test_a_fresh_run_without_a_name_is_resumed_without_fresh(config: TrainConfig) -> None:
     fresh = replace(config, fresh=True)
-    assert run(fresh).stop.advice == "run the same command without --fresh to go on"
+    assert run(fresh).stop.advice == "run the same command without --fresh to resume"
     assert run(replace(fresh, run_id="mine")).stop.advice == RUN_AGAIN
     assert run(config).stop.advice == RUN_AGAIN
 
 
-def test_a_requeued_job_that_has_finished_is_not_done_over(
+def test_a_requeued_job_that_has_finished_is_not_started_over(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh = replace(config, fresh=True)
@@ -252,7 +252,7 @@ def test_a_requeued_job_that_has_finished_is_not_done_over(
     assert run(fresh).is_finished
 
 
-def test_a_mistaken_command_of_the_same_run_does_not_stop_it(config: TrainConfig) -> None:
+def test_a_wrong_command_of_the_same_run_does_not_stop_it(config: TrainConfig) -> None:
     same = replace(config, run_id="mine")
 
     def second(attempt: Attempt) -> None:
@@ -282,7 +282,7 @@ def test_the_end_of_an_attempt_is_recorded(
     assert (attempt["outcome"], attempt["reason"]) == (outcome, reason)
 
 
-ENDED_AT_ONCE = """
+ENDED_IMMEDIATELY = """
 import sys
 from pathlib import Path
 from job.config import ExitCode, TrainConfig
@@ -297,10 +297,10 @@ with open_attempt(TrainConfig(Path(sys.argv[1])), stop):
 @pytest.mark.parametrize(
     ("exit_code", "outcome"), [(ExitCode.RUN_AGAIN, "stopped"), (ExitCode.DEFECT, "failed")]
 )
-def test_the_end_of_a_process_that_ends_at_once_is_recorded(
+def test_the_end_of_a_process_that_ends_immediately_is_recorded(
     config: TrainConfig, exit_code: ExitCode, outcome: str
 ) -> None:
-    program = [sys.executable, "-c", ENDED_AT_ONCE]
+    program = [sys.executable, "-c", ENDED_IMMEDIATELY]
     ended = subprocess.run([*program, config.output_dir, str(int(exit_code))], cwd=REPOSITORY)
     assert ended.returncode == exit_code
     document = manifest(config)
@@ -330,8 +330,8 @@ def test_a_folder_that_is_held_is_refused(config: TrainConfig) -> None:
     run(config, second)
 
 
-def test_whoever_belongs_to_no_run_replaces_nobody(config: TrainConfig) -> None:
-    """As when a model is evaluated inside of the Slurm job that is training it."""
+def test_a_process_without_a_run_replaces_no_attempt(config: TrainConfig) -> None:
+    """For example when a model is evaluated inside the Slurm job that is training it."""
 
     def evaluate(attempt: Attempt) -> None:
         with (

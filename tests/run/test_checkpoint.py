@@ -90,7 +90,7 @@ def test_metrics_are_the_whole_history(tmp_path: Path) -> None:
     assert read_epochs(tmp_path) == lines(2)
 
 
-def test_a_checkpoint_is_loaded_as_it_was_saved_to_the_last_bit(tmp_path: Path) -> None:
+def test_a_loaded_checkpoint_is_bit_identical_to_the_saved_one(tmp_path: Path) -> None:
     assert store(tmp_path).load_latest() is None
     size = store(tmp_path).save(make(16))
     (name,) = names(tmp_path)
@@ -103,7 +103,7 @@ def test_a_checkpoint_is_loaded_as_it_was_saved_to_the_last_bit(tmp_path: Path) 
         np.testing.assert_array_equal(loaded.arrays[key], array)
 
 
-def test_two_are_kept_and_the_last_written_counts(tmp_path: Path) -> None:
+def test_two_checkpoints_are_kept_and_the_last_written_one_counts(tmp_path: Path) -> None:
     first = store(tmp_path)
     for step in (15, 30, 30):
         first.save(make(step))
@@ -145,12 +145,12 @@ def test_a_damaged_checkpoint_is_reported_and_skipped(
     (event,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert (event["event"], event["level"]) == ("checkpoint_damaged", "warning")
     assert event["path"] == str(path)
-    # A good one is not counted out by a damaged one.
+    # A damaged checkpoint does not displace an intact one.
     second.save(make(20))
     assert [name[7:20] for name in names(tmp_path)] == ["step-00000015", "step-00000020"]
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_by_itself(
+def test_a_run_with_only_damaged_checkpoints_does_not_start_over_by_itself(
     tmp_path: Path,
 ) -> None:
     store(tmp_path).save(make(15))
@@ -159,7 +159,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_by_itself(
         store(tmp_path).load_latest()
 
 
-def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(
+def test_an_unreadable_checkpoint_is_not_treated_as_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store(tmp_path).save(make(15))
@@ -172,7 +172,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(
         store(tmp_path).load_latest()
 
 
-def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+def test_a_folder_that_cannot_be_listed_is_not_treated_as_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store(tmp_path).save(make(15))
@@ -191,7 +191,7 @@ def metadata_of(checkpoint: Checkpoint) -> Any:
 
 
 def save_with(folder: Path, metadata: Any) -> None:
-    """Save a checkpoint as another version of this program may have written it."""
+    """Save a checkpoint as another version of this program could have written it."""
     buffer = io.BytesIO()
     members: dict[str, Any] = {**make(15).arrays, "metadata": np.array(json.dumps(metadata))}
     np.savez(buffer, **members)
@@ -212,7 +212,7 @@ def test_a_checkpoint_of_another_format_is_refused(
     tmp_path: Path, change: dict[str, Any], problem: str
 ) -> None:
     save_with(tmp_path, metadata_of(make(15)) | change)
-    with pytest.raises(UserError, match=f"{problem}.*; go on with the version of this program"):
+    with pytest.raises(UserError, match=f"{problem}.*; resume with the version of this program"):
         store(tmp_path).load_latest()
 
 
@@ -244,8 +244,8 @@ print("saved")
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_operation_leaves_the_earlier_or_the_new_checkpoint(tmp_path: Path) -> None:
-    """No operation is left out: the numbers go up until a save gets to its end."""
+def test_a_kill_at_any_operation_leaves_the_old_or_the_new_checkpoint(tmp_path: Path) -> None:
+    """No operation is left out: the number increases until a save completes."""
     for moment in ("before", "half", "after"):
         folder = tmp_path / moment
         folder.mkdir()
@@ -269,7 +269,7 @@ def test_a_kill_at_any_operation_leaves_the_earlier_or_the_new_checkpoint(tmp_pa
                 break
             assert result.returncode == -9, result.stderr
         else:
-            pytest.fail("no save got to its end")
+            pytest.fail("no save completed")
         assert number > 6  # write, two fsyncs, replace, and two unlinks
         OutputDir(folder).tidy()
         assert len(names(folder)) == 2

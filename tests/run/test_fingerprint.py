@@ -54,18 +54,20 @@ def test_the_same_command_has_the_same_fingerprint(take: Any) -> None:
         ),
     ],
 )
-def test_another_run_is_refused_by_the_option_that_differs(
+def test_the_refusal_of_another_run_names_the_options_that_differ(
     change: dict[str, Any], message: str
 ) -> None:
     other = replace(CONFIG, **change)
-    with pytest.raises(UserError, match="out holds another run: ") as error:
+    with pytest.raises(UserError, match="out contains another run: ") as error:
         require_same_run(run_options(CONFIG), run_options(other), Path("out"))
     assert message in str(error.value)
 
 
 def test_other_images_and_another_network_are_refused(take: Any, small_dataset: Dataset) -> None:
     other_data = replace(small_dataset, train_images=small_dataset.train_images[::-1].copy())
-    with pytest.raises(UserError, match="the images and labels are not those"):
+    with pytest.raises(
+        UserError, match="the images and labels are not those that it was trained on"
+    ):
         require_same_run(take().run, take(dataset=other_data).run, Path("out"))
     other_network = {**take().run, "network": "0" * 64}
     with pytest.raises(UserError, match="the recipe's network or loss has changed"):
@@ -80,9 +82,12 @@ KERNEL = np.ones((2, 2), np.float32)
     [
         (
             {"fixed_weights": {"conv1/kernel": KERNEL * 2}},
-            "the recipe takes other weights from the training images",
+            "the weights that the recipe computes from the training images have changed",
         ),
-        ({"fixed_weights": {}}, "the recipe takes other weights from the training images"),
+        (
+            {"fixed_weights": {}},
+            "the weights that the recipe computes from the training images have changed",
+        ),
         (
             {"recipe": replace(classic.RECIPE, early_variables={"conv1/bias": 0.1})},
             "the recipe's early variables have changed, or the number of their epochs",
@@ -101,7 +106,7 @@ KERNEL = np.ones((2, 2), np.float32)
         ),
     ],
 )
-def test_what_a_recipe_does_beside_its_network_makes_the_run(
+def test_the_settings_of_a_recipe_outside_its_network_identify_the_run(
     take: Any, changes: dict[str, Any], message: str
 ) -> None:
     settings = {"fixed_weights": {"conv1/kernel": KERNEL}}
@@ -110,18 +115,18 @@ def test_what_a_recipe_does_beside_its_network_makes_the_run(
     other = take(**{**settings, **changes}).run
     with pytest.raises(UserError, match=re.escape(message)):
         require_same_run(saved, other, Path("out"))
-    # Earlier versions have not recorded these.
+    # Earlier versions did not record these.
     names = ["label_smoothing", "loss_reduction", "fixed_weights", "early_variables"]
     names.append("steps_per_execution")
     require_same_run({k: v for k, v in saved.items() if k not in names}, other, Path("out"))
 
 
-def test_another_optimizer_is_refused_by_what_differs(take: Any) -> None:
+def test_the_refusal_of_another_optimizer_names_the_difference(take: Any) -> None:
     current = take().run
     other = {**current, "optimizer.beta_1": 0.5}
     with pytest.raises(UserError, match=r"the optimizer's beta_1 .* received 0.5, expected 0.9"):
         require_same_run(current, other, Path("out"))
-    # A key that another version of Keras adds is no difference.
+    # A key that another version of Keras adds is not a difference.
     require_same_run(current, {**current, "optimizer.new": 1}, Path("out"))
 
 
@@ -136,12 +141,12 @@ def compiled(
     return model
 
 
-def test_the_recipes_fingerprint_depends_on_no_seed_and_no_number_of_keras(take: Any) -> None:
+def test_the_recipes_fingerprint_does_not_depend_on_seeds_or_keras_numbering(take: Any) -> None:
     assert take(model=compiled()).recipe == take(model=compiled(seed=2)).recipe
 
 
 def test_another_network_or_optimizer_is_another_recipe(take: Any) -> None:
-    """All with the same layers and variables."""
+    """All models have the same layers and variables."""
     dense = keras.layers.Dense
     models = [
         compiled(),
@@ -153,7 +158,7 @@ def test_another_network_or_optimizer_is_another_recipe(take: Any) -> None:
     assert len({take(model=model).recipe for model in models}) == len(models)
 
 
-def test_the_recipes_code_counts_and_its_words_and_layout_do_not(
+def test_the_recipes_code_counts_but_not_its_comments_and_layout(
     take: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, digest = inspect.getsource(classic), take(model=compiled()).recipe
@@ -168,7 +173,7 @@ def test_the_recipes_code_counts_and_its_words_and_layout_do_not(
     assert digest_of(source.replace("rotation_range=20", "rotation_range=30")) != digest
 
 
-def test_a_schedule_of_other_epochs_is_named_by_the_settings_that_differ(take: Any) -> None:
+def test_a_schedule_for_other_epochs_is_refused_with_the_settings_that_differ(take: Any) -> None:
     def run_of(steps: int) -> Any:
         schedule: Any = keras.optimizers.schedules.CosineDecay(0.1, steps)
         return take(model=compiled(rate=schedule)).run
@@ -176,11 +181,11 @@ def test_a_schedule_of_other_epochs_is_named_by_the_settings_that_differ(take: A
     with pytest.raises(UserError) as error:
         require_same_run(run_of(100), run_of(300), Path("out"))
     assert str(error.value).startswith(
-        "out holds another run: the optimizer's learning_rate decay_steps (--epochs may set its "
-        "schedule) received 300, expected 100; go on"
+        "out contains another run: the optimizer's learning_rate decay_steps (--epochs can set its "
+        "schedule) received 300, expected 100; resume"
     )
     constant = {**run_of(100), "optimizer.learning_rate": 0.1}
-    with pytest.raises(UserError, match=r"received CosineDecay, expected 0\.1; go on"):
+    with pytest.raises(UserError, match=r"received CosineDecay, expected 0\.1; resume"):
         require_same_run(constant, run_of(100), Path("out"))
 
 
@@ -188,7 +193,7 @@ def test_other_epochs_are_the_same_run() -> None:
     assert run_options(CONFIG) == run_options(replace(CONFIG, epochs=99))
 
 
-def test_another_environment_is_told(take: Any) -> None:
+def test_changes_of_the_environment_are_listed(take: Any) -> None:
     current = take()
     assert current.changes_since(current.environment) == []
     change = msgspec.structs.replace

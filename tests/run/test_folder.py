@@ -21,7 +21,7 @@ def listing(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_an_output_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+def test_an_output_folder_is_created_and_left_empty(tmp_path: Path) -> None:
     prepare_output_dir(tmp_path / "a" / "b", make=False)
     assert listing(tmp_path) == []
     prepare_output_dir(tmp_path / "a" / "b")
@@ -51,7 +51,7 @@ def test_an_output_folder_with_an_impossible_name_is_refused(tmp_path: Path) -> 
         ("/a out/put/below", True),
     ],
 )
-def test_a_folder_on_no_volume_is_warned_of(
+def test_a_folder_that_is_not_on_a_volume_causes_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], mount_point: str, is_lost: bool
 ) -> None:
     table, escaped = tmp_path / "mountinfo", mount_point.replace(" ", r"\040")
@@ -63,12 +63,12 @@ def test_a_folder_on_no_volume_is_warned_of(
     )
     log.configure("text")
     warn_unless_mounted(Path("/a out/put"), table)
-    said = capsys.readouterr().out
-    assert ("is no mounted volume: everything in it is lost" in said) == is_lost
+    output = capsys.readouterr().out
+    assert ("is not on a mounted volume: its contents are lost" in output) == is_lost
 
 
-def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no model .*; train one first"):
+def test_a_missing_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no model file .*; train a model first"):
         require_model(tmp_path / "model.h5")
     (tmp_path / "model.h5").write_text("model")
     require_model(tmp_path / "model.h5")
@@ -100,7 +100,7 @@ def test_a_write_that_the_system_refuses_names_the_file(tmp_path: Path) -> None:
         OutputDir(tmp_path).append_bytes("gone/file.txt", b"text")
 
 
-def test_each_refusal_of_the_system_has_its_own_advice(tmp_path: Path) -> None:
+def test_each_error_of_the_system_has_its_own_advice(tmp_path: Path) -> None:
     for number, advice in (
         (errno.ENOSPC, "free some space, then"),
         (errno.EDQUOT, "free some space, or ask for a larger quota, then"),
@@ -114,7 +114,7 @@ def test_each_refusal_of_the_system_has_its_own_advice(tmp_path: Path) -> None:
         assert str(error).startswith(f"cannot write {tmp_path}: {os.strerror(number)}; {advice}")
 
 
-def test_a_volume_that_cannot_flush_is_warned_of_once_and_a_broken_one_is_refused(
+def test_a_volume_without_fsync_causes_one_warning_and_a_broken_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def writing_while(name: str, number: int) -> None:
@@ -133,13 +133,13 @@ def test_a_volume_that_cannot_flush_is_warned_of_once_and_a_broken_one_is_refuse
     ):
         writing_while(name, number)
         assert (tmp_path / "file.txt").read_text() == "textmore"
-    assert capsys.readouterr().out.count("does not support flushing folders") == 1
+    assert capsys.readouterr().out.count("does not support fsync") == 1
     for number in (errno.EIO, errno.ENOSPC):
         with pytest.raises(UserError, match=os.strerror(number)):
             writing_while("fsync", number)
 
 
-def test_a_volume_that_reports_no_free_space_is_no_full_one(
+def test_a_volume_that_does_not_report_its_free_space_is_not_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_path: object) -> None:
@@ -149,7 +149,7 @@ def test_a_volume_that_reports_no_free_space_is_no_full_one(
     prepare_output_dir(tmp_path)
 
 
-def test_what_a_killed_process_left_is_tidied_away(tmp_path: Path) -> None:
+def test_partial_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / ".x.deadbeef.partial.npz").write_text("half")
     (tmp_path / ".file.deadbeef.partial.txt").write_text("half")
@@ -163,7 +163,7 @@ def test_what_a_killed_process_left_is_tidied_away(tmp_path: Path) -> None:
     assert listing(tmp_path / "checkpoints") == listing(tmp_path / "report") == []
 
 
-def test_discarding_keeps_what_is_not_the_jobs(tmp_path: Path) -> None:
+def test_discarding_keeps_files_that_are_not_the_jobs(tmp_path: Path) -> None:
     for name in ("report", "tensorboard", "checkpoints"):
         (tmp_path / name).mkdir()
     for name in (

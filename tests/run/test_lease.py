@@ -54,7 +54,7 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def different_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every look at the kernel is from another one, so that only the counter can tell."""
+    """Every call reports another kernel, so that only the counter in the lease decides."""
     numbers = itertools.count()
     monkeypatch.setattr(lease, "kernel_of", lambda path: f"kernel {next(numbers)}")
 
@@ -70,7 +70,7 @@ def acquire(folder: Path, identity: RunIdentity = NOBODY, stop: StopRequest | No
 
 
 def leave_dead(folder: Path, identity: RunIdentity = NOBODY) -> Lease:
-    """Leave the lease of a holder that has died without giving it back."""
+    """Leave the lease of a holder that has died without releasing it."""
     held = acquire(folder, identity)
     (path,) = (folder / ".lease").iterdir()
     content = path.read_bytes()
@@ -85,7 +85,7 @@ def seconds(action: Callable[[], object]) -> float:
     return time.monotonic() - start
 
 
-def test_a_lease_that_was_given_back_is_free_at_once(tmp_path: Path) -> None:
+def test_a_released_lease_is_free_immediately(tmp_path: Path) -> None:
     for _ in range(3):
         assert seconds(lambda: acquire(tmp_path).release()) < 0.5
     assert [path.name for path in (tmp_path / ".lease").iterdir()] == ["00000003"]
@@ -103,7 +103,7 @@ def test_a_live_holder_is_named_and_keeps_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("different_hosts")
-def test_a_lease_that_was_given_back_elsewhere_is_free_at_once(tmp_path: Path) -> None:
+def test_a_lease_released_on_another_host_is_free_immediately(tmp_path: Path) -> None:
     held = acquire(tmp_path)
     assert lease.read_holder(tmp_path) is not None
     held.release()
@@ -112,7 +112,7 @@ def test_a_lease_that_was_given_back_elsewhere_is_free_at_once(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("different_hosts")
-def test_a_live_holder_on_another_host_is_known_by_its_counter(tmp_path: Path) -> None:
+def test_a_live_holder_on_another_host_is_recognized_by_its_counter(tmp_path: Path) -> None:
     held = acquire(tmp_path)
     with pytest.raises(UserError, match=r"is in use by process \d+ on host"):
         acquire(tmp_path)
@@ -150,13 +150,13 @@ def holding(folder: Path, run: str = "") -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def test_a_holder_killed_on_the_same_host_is_replaced_at_once(tmp_path: Path) -> None:
+def test_a_holder_killed_on_the_same_host_is_replaced_immediately(tmp_path: Path) -> None:
     with holding(tmp_path), pytest.raises(UserError, match="in use"):
         acquire(tmp_path)
     assert seconds(lambda: acquire(tmp_path).release()) < 0.5
 
 
-def test_who_holds_a_folder_is_read_without_asking(tmp_path: Path) -> None:
+def test_the_holder_is_read_without_requesting_the_folder(tmp_path: Path) -> None:
     assert lease.read_holder(tmp_path) is None
     with holding(tmp_path, "slurm job 1"):
         for _ in range(2):
@@ -176,7 +176,7 @@ def test_who_holds_a_folder_is_read_without_asking(tmp_path: Path) -> None:
         lease.read_holder(tmp_path)
 
 
-def test_a_holder_that_was_stopped_finds_its_lease_taken(tmp_path: Path) -> None:
+def test_a_holder_that_was_suspended_finds_its_lease_taken(tmp_path: Path) -> None:
     with holding(tmp_path, "slurm job 1") as holder:
         holder.send_signal(signal.SIGSTOP)
         held = acquire(tmp_path, JOB)
@@ -189,14 +189,16 @@ def test_a_holder_that_was_stopped_finds_its_lease_taken(tmp_path: Path) -> None
     held.release()
 
 
-def test_an_older_attempt_of_the_same_run_is_asked_and_then_followed(tmp_path: Path) -> None:
+def test_an_older_attempt_of_the_same_run_is_requested_to_stop_and_then_replaced(
+    tmp_path: Path,
+) -> None:
     stop = make_stop()
     held = acquire(tmp_path, JOB, stop)
 
     def save_and_release() -> None:
         while not stop.reason:
             time.sleep(0.01)
-        held.check()  # it may still save its work
+        held.check()  # it can still save its work
         held.release()
 
     thread = threading.Thread(target=save_and_release)
@@ -205,7 +207,7 @@ def test_an_older_attempt_of_the_same_run_is_asked_and_then_followed(tmp_path: P
     thread.join()
     assert stop.reason
     assert stop.reason.startswith("a newer attempt of slurm job 1 on host")
-    assert stop.advice == "it goes on with the run"
+    assert stop.advice == "that attempt resumes the run"
 
 
 def test_an_older_attempt_that_does_not_stop_is_replaced(tmp_path: Path) -> None:
@@ -216,7 +218,7 @@ def test_an_older_attempt_that_does_not_stop_is_replaced(tmp_path: Path) -> None
         held.check()
 
 
-def test_an_attempt_that_could_not_go_on_asks_nobody_to_stop(tmp_path: Path) -> None:
+def test_an_attempt_that_could_not_resume_the_run_requests_no_stop(tmp_path: Path) -> None:
     stop = make_stop()
     held = acquire(tmp_path, JOB, stop)
 
@@ -232,16 +234,16 @@ def test_an_attempt_that_could_not_go_on_asks_nobody_to_stop(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("different_hosts")
-def test_a_volume_that_gave_no_answer_does_not_make_a_holder_dead(
+def test_a_volume_that_does_not_respond_does_not_make_a_holder_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave_dead(tmp_path)
     read = lease.read_lease
-    looks = itertools.count()
+    reads = itertools.count()
 
     def slow(path: Path) -> Holder | None:
         holder = read(path)
-        if next(looks) == 1:
+        if next(reads) == 1:
             time.sleep(2.0)  # longer than the lease; the holder could not write either
         return holder
 
@@ -266,7 +268,7 @@ def test_a_second_training_in_the_same_allocation_is_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("different_hosts")
-def test_one_of_many_waiters_follows_a_dead_holder(tmp_path: Path) -> None:
+def test_one_of_many_waiters_replaces_a_dead_holder(tmp_path: Path) -> None:
     leave_dead(tmp_path)
 
     def attempt(_: int) -> Lease | None:
@@ -282,26 +284,26 @@ def test_one_of_many_waiters_follows_a_dead_holder(tmp_path: Path) -> None:
     winners[0].release()
 
 
-def test_only_one_of_two_that_want_to_follow_can(
+def test_only_one_of_two_waiters_takes_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second one has looked before the first one took the folder."""
+    """The second waiter read the latest lease before the first one took the folder."""
     winner = acquire(tmp_path)
-    latest, earlier_looks = lease.latest_generation, [0]
+    latest, outdated = lease.latest_generation, [0]
 
-    def look(folder: Path) -> int:
+    def read_latest(folder: Path) -> int:
         is_second = threading.current_thread() is threading.main_thread()
-        return earlier_looks.pop() if is_second and earlier_looks else latest(folder)
+        return outdated.pop() if is_second and outdated else latest(folder)
 
-    monkeypatch.setattr(lease, "latest_generation", look)
+    monkeypatch.setattr(lease, "latest_generation", read_latest)
     with pytest.raises(UserError, match="is in use by"):
         acquire(tmp_path)
-    assert not earlier_looks
+    assert not outdated
     winner.check()
     winner.release()
 
 
-def test_a_lease_that_died_at_birth_is_waited_for(tmp_path: Path) -> None:
+def test_the_lease_of_a_holder_that_died_while_creating_it_is_waited_for(tmp_path: Path) -> None:
     (tmp_path / ".lease").mkdir()
     (tmp_path / ".lease" / "00000001").touch()
     assert 1.4 <= seconds(lambda: acquire(tmp_path).release()) < 5
@@ -319,15 +321,15 @@ def test_clocks_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     acquire(tmp_path).release()
 
 
-def test_a_lease_that_was_removed_is_told(tmp_path: Path) -> None:
+def test_a_removed_lease_is_reported(tmp_path: Path) -> None:
     held = acquire(tmp_path)
     (tmp_path / ".lease" / "00000001").unlink()
-    with pytest.raises(UserError, match=r"the lease .* is gone, expected it to stay"):
+    with pytest.raises(UserError, match=r"the lease .* is missing, expected it to exist"):
         held.check()
     held.release()
 
 
-def test_a_volume_that_is_gone_is_told(tmp_path: Path) -> None:
+def test_a_missing_volume_is_reported(tmp_path: Path) -> None:
     folder = tmp_path / "output"
     folder.mkdir()
     stop = make_stop()

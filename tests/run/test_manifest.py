@@ -28,7 +28,7 @@ def read(folder: Path) -> Manifest:
     return manifest
 
 
-def test_manifest_tells_the_outcome(tmp_path: Path) -> None:
+def test_the_manifest_contains_the_outcome(tmp_path: Path) -> None:
     assert RunManifest(OutputDir(tmp_path), SLURM).document is None
     written = RunManifest(OutputDir(tmp_path), SLURM)
     written.begin(CONFIG)
@@ -60,7 +60,7 @@ def test_every_attempt_is_listed_with_its_end(tmp_path: Path) -> None:
     first.start_training(CONFIG, TRAINING, 0, [])
     first.progress(100, BEST, 10.0)
     start = read(tmp_path).start
-    # It is killed here. The next one fails before it trains, the third one gets to the end.
+    # It is killed here. The second attempt fails before it trains, the third one completes.
     second = RunManifest(output, SLURM)
     second.begin(CONFIG)
     assert (read(tmp_path).outcome, read(tmp_path).end) == ("running", None)
@@ -72,7 +72,7 @@ def test_every_attempt_is_listed_with_its_end(tmp_path: Path) -> None:
     document = read(tmp_path)
     assert document.start == start
     assert [(attempt.outcome, attempt.reason) for attempt in document.attempts] == [
-        ("lost", "left no word: killed, or its machine failed"),
+        ("lost", "no end recorded: killed, or its machine failed"),
         ("failed", "no GPU"),
         ("done", None),
     ]
@@ -114,7 +114,7 @@ def test_the_first_end_counts(tmp_path: Path) -> None:
     assert read(tmp_path).outcome == "done"
 
 
-def test_git_commit_is_the_checkouts_and_an_images_its_builds(
+def test_git_commit_comes_from_the_checkout_or_the_build_of_the_image(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if (REPOSITORY / ".git").exists():
@@ -135,7 +135,7 @@ def test_git_commit_is_never_that_of_another_repository(tmp_path: Path) -> None:
         ["commit", "--quiet", "--allow-empty", "--message=theirs"],
     ):
         subprocess.run([*git, *command], cwd=tmp_path, check=True)
-    # As pip install --target and a virtual environment put the program into other projects.
+    # pip install --target and virtual environments put the program into other projects like this.
     for folder in (tmp_path, tmp_path / "libraries"):
         shutil.copytree(REPOSITORY / "job", folder / "job")
 
@@ -147,6 +147,6 @@ def test_git_commit_is_never_that_of_another_repository(tmp_path: Path) -> None:
         ).stdout.strip()
 
     assert commit(tmp_path) == commit(tmp_path / "libraries") == "None"
-    # As in a git hook.
+    # A git hook sets these variables.
     hook = {"GIT_DIR": str(tmp_path / ".git"), "GIT_INDEX_FILE": "index", "GIT_PREFIX": ""}
     assert commit(REPOSITORY, **hook) == str(git_commit())

@@ -51,7 +51,7 @@ def test_most_confident_mistakes_come_first_and_equals_in_order() -> None:
     assert most_confident_mistakes(right, PROBABILITIES, 16).tolist() == []
 
 
-def test_the_file_gives_back_what_was_saved_and_has_always_the_same_bytes(tmp_path: Path) -> None:
+def test_the_file_returns_what_was_saved_and_always_has_the_same_bytes(tmp_path: Path) -> None:
     predictions, output = make_predictions(), OutputDir(tmp_path)
     contents = []
     for _ in range(2):
@@ -65,10 +65,10 @@ def test_the_file_gives_back_what_was_saved_and_has_always_the_same_bytes(tmp_pa
         assert vars(loaded)[name].dtype == array.dtype
 
 
-REFUSED = r"predictions\.npz is no file of this version.*cifar10-job evaluate --output-dir"
+REFUSED = r"predictions\.npz is damaged or from another version.*cifar10-job evaluate --output-dir"
 
 
-def test_no_file_is_no_error_and_a_damaged_one_is(tmp_path: Path) -> None:
+def test_a_missing_file_is_not_an_error_but_a_damaged_one_is(tmp_path: Path) -> None:
     assert Predictions.load(tmp_path) is None
     path = tmp_path / "predictions.npz"
     make_predictions().save(OutputDir(tmp_path))
@@ -95,7 +95,7 @@ def rows(*confidences: float) -> np.ndarray:
     return np.array([[p, 1 - p] for p in confidences], np.float32)
 
 
-def test_expected_calibration_error_of_a_case_worked_out_by_hand() -> None:
+def test_expected_calibration_error_of_a_case_calculated_by_hand() -> None:
     # Of four bins the last two are used: (0.5, 0.75] and (0.75, 1].
     probabilities = rows(0.6, 0.7, 0.8, 0.9, 1.0)
     labels = np.array([0, 1, 0, 0, 1])
@@ -113,6 +113,6 @@ def test_the_upper_edge_belongs_to_a_bin() -> None:
     assert result.counts.tolist() == [0, 0, 1, 2]
 
 
-def test_a_model_that_is_right_as_often_as_it_says_has_no_error() -> None:
+def test_a_model_that_is_right_as_often_as_its_confidence_has_no_error() -> None:
     labels = np.array([0, 0, 0, 1])
     assert reliability(labels, rows(*[0.75] * 4)).expected_error == pytest.approx(0.0)

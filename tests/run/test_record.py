@@ -27,15 +27,15 @@ from tests.conftest import RunJob
 from tests.run_folders import TRAINING, change, lines, make_run
 
 TRAIN_AGAIN = "run the same train command again"
-EVALUATE = f"write it anew with {program()} evaluate --output-dir"
+EVALUATE = f"write it again with {program()} evaluate --output-dir"
 
 
-def test_names_with_bytes_that_are_no_utf_8_are_escaped_in_records() -> None:
+def test_names_with_bytes_that_are_not_utf_8_are_escaped_in_records() -> None:
     config = TrainConfig(output_dir=Path("größe\udcff"), run_id="mine\udcff")
     read = decode(encode(config), TrainConfig)
     assert (read.output_dir, read.run_id) == (Path(r"größe\udcff"), r"mine\udcff")
     identity = run_identity({"KUBERNETES_JOB_UID": "uid\udcff"}, None)
-    assert identity.name == r"kubernetes job uid\udcff"  # as the records give it back
+    assert identity.name == r"kubernetes job uid\udcff"  # the same as in the records
 
 
 def test_a_whole_run_is_read(whole: OutputDir) -> None:
@@ -49,11 +49,11 @@ def test_a_whole_run_is_read(whole: OutputDir) -> None:
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no run: .* name the --output-dir of a training"):
+    with pytest.raises(UserError, match=r"contains no run: .* use the --output-dir of a training"):
         RunRecord.load(tmp_path)
 
 
-def test_what_is_written_is_read_to_the_last_bit(whole: OutputDir) -> None:
+def test_what_is_written_is_read_bit_for_bit(whole: OutputDir) -> None:
     kinds: dict[str, type] = {"run.json": Manifest, "evaluation.json": EvaluationRecord}
     for name, kind in kinds.items():
         content = (whole.path / name).read_bytes()
@@ -74,7 +74,7 @@ def test_every_option_survives_its_file() -> None:
     }
     config = TrainConfig(**settings)
     for one in fields(TrainConfig):
-        assert getattr(config, one.name) != one.default, f"{one.name} is not tried"
+        assert getattr(config, one.name) != one.default, f"{one.name} is not tested"
     read = decode(encode(config), TrainConfig)
     assert read == config
     assert isinstance(read.devices, DeviceRequest)
@@ -86,19 +86,19 @@ def test_every_option_survives_its_file() -> None:
     [
         (["done"], []),
         (["stopped", "done"], [15]),
-        (["done", "done"], []),  # more epochs, or the report alone
+        (["done", "done"], []),  # more epochs, or only the report
         (["done", "stopped", "done"], [30]),
         (["stopped", "failed", "done", "done"], [15, 30]),
     ],
 )
-def test_going_on_with_a_finished_run_is_no_restart(
+def test_resuming_a_finished_run_is_not_a_restart(
     tmp_path: Path, outcomes: list[Outcome], restarts: list[int]
 ) -> None:
     output = make_run(tmp_path / "run", ends=tuple((outcome, None) for outcome in outcomes))
     assert [step for step, _ in RunRecord.load(output.path).restarts] == restarts
 
 
-def test_an_attempt_that_did_not_train_interrupts_nothing(tmp_path: Path) -> None:
+def test_an_attempt_that_did_not_train_is_not_an_interruption(tmp_path: Path) -> None:
     output = make_run(tmp_path / "run", ends=(("done", None), ("failed", None), ("done", None)))
     attempts = json.loads((output.path / "run.json").read_text())["attempts"]
     attempts[1]["first_step"] = None
@@ -131,7 +131,7 @@ def expect_refusal(folder: Path, *parts: str, kind: type[UserError] = DamagedErr
 
 
 def expect_damage(folder: Path, name: str, damages: list[tuple[str, Any, str]], end: str) -> None:
-    """Every damage alone is refused by file, problem and advice."""
+    """Each damage is refused with file, problem and advice."""
     path = folder / name
     content = path.read_bytes()
     for place, value, problem in damages:
@@ -139,7 +139,7 @@ def expect_damage(folder: Path, name: str, damages: list[tuple[str, Any, str]], 
         expect_refusal(folder, f"{path}", problem, end)
 
 
-def test_a_damaged_run_json_is_told_by_the_entry(whole: OutputDir) -> None:
+def test_the_refusal_of_a_damaged_run_json_names_the_entry(whole: OutputDir) -> None:
     damages = [
         ("config", MISSING, "is damaged: Object missing required field `config`; "),
         ("config", [], "Expected `object`, got `array` - at `$.config`"),
@@ -167,7 +167,7 @@ def test_a_damaged_run_json_is_told_by_the_entry(whole: OutputDir) -> None:
     expect_damage(whole.path, "run.json", damages, TRAIN_AGAIN)
 
 
-def test_a_damaged_evaluation_is_told_by_the_entry(whole: OutputDir) -> None:
+def test_the_refusal_of_a_damaged_evaluation_names_the_entry(whole: OutputDir) -> None:
     damages = [
         ("loss", MISSING, "is damaged: Object missing required field `loss`; "),
         ("loss", float("inf"), "JSON is malformed"),
@@ -184,7 +184,7 @@ def test_a_damaged_evaluation_is_told_by_the_entry(whole: OutputDir) -> None:
     assert unless_damaged(read_evaluation, whole.path) is None
 
 
-def test_a_damaged_line_of_the_metrics_is_told_by_its_number(whole: OutputDir) -> None:
+def test_the_refusal_of_damaged_metrics_names_the_line(whole: OutputDir) -> None:
     path = whole.path / "metrics.jsonl"
     *before, last = path.read_bytes().splitlines(keepends=True)
     damages = [
@@ -206,7 +206,7 @@ def test_a_damaged_line_of_the_metrics_is_told_by_its_number(whole: OutputDir) -
         )
 
 
-def test_a_file_that_is_no_such_document_is_named(whole: OutputDir) -> None:
+def test_a_file_that_is_not_such_a_document_is_named(whole: OutputDir) -> None:
     for name, advice in (("evaluation.json", EVALUATE), ("run.json", TRAIN_AGAIN)):
         path = whole.path / name
         whole_content = path.read_bytes()
@@ -231,7 +231,7 @@ def test_predictions_of_another_model_are_refused(whole: OutputDir) -> None:
     predictions = Predictions.load(whole.path)
     assert predictions is not None
     replace(predictions, probabilities=predictions.probabilities[::-1]).save(whole)
-    problem = "are of another model than its evaluation"
+    problem = "are from another model than its evaluation"
     expect_refusal(whole.path, problem, "job evaluate", kind=UserError)
 
 
@@ -245,7 +245,7 @@ def test_the_command_ends_with_exit_code_2_and_one_line(run_job: RunJob, whole: 
 
 
 def test_a_run_of_an_earlier_version_is_read(whole: OutputDir) -> None:
-    """Without what came later, and with what is no more."""
+    """It lacks newer entries and contains removed ones."""
     document = json.loads((whole.path / "run.json").read_text())
     for name in (
         *("threads", "xla", "deterministic", "devices", "data", "workers", "replicas"),
@@ -256,7 +256,7 @@ def test_a_run_of_an_earlier_version_is_read(whole: OutputDir) -> None:
         del document["config"][name]
     for attempt in document["attempts"]:
         del attempt["devices"]
-    document["config"]["no_more"] = document["no_more"] = {"a": [1]}
+    document["config"]["removed"] = document["removed"] = {"a": [1]}
     (whole.path / "run.json").write_text(json.dumps(document))
     manifest = RunRecord.load(whole.path).manifest
     assert manifest is not None
@@ -264,7 +264,7 @@ def test_a_run_of_an_earlier_version_is_read(whole: OutputDir) -> None:
     assert manifest.config == TrainConfig(output_dir=Path("out"), epochs=3)
 
 
-def test_a_password_that_an_earlier_version_kept_is_not_given_on(whole: OutputDir) -> None:
+def test_a_password_stored_by_an_earlier_version_is_redacted(whole: OutputDir) -> None:
     change(whole.path, cifar10_url="https://me:secret@mirror/c.tar.gz?token=secret")
     manifest = read_manifest(whole.path)
     assert manifest is not None

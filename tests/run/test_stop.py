@@ -13,7 +13,7 @@ from job import log
 from job.run.stop import StopRequest, Watchdog
 from tests.conftest import REPOSITORY
 
-# A call that Python cannot interrupt stands for a compiled one.
+# A call that Python cannot interrupt represents a compiled one.
 PROGRAM = """
 import ctypes, hashlib, os, signal, sys, time
 from job import log
@@ -46,7 +46,7 @@ WATCHED = """end = lambda: stop.end(ExitCode.DEFECT, "a call hung")
 
 @pytest.fixture(autouse=True)
 def no_signal_ignored() -> Iterator[None]:
-    """Processes inherit what is ignored, and these tests may run under nohup."""
+    """Processes inherit ignored signals, and these tests may run under nohup."""
     handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, handler)
@@ -81,7 +81,7 @@ def watching(call: str, timeout: float, native: bool = False) -> Iterator[subpro
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
-def test_a_signal_with_nothing_to_save_ends_at_once(name: str) -> None:
+def test_a_signal_ends_a_process_with_nothing_to_save_immediately(name: str) -> None:
     with running(UNINTERRUPTIBLE) as process:
         start = time.monotonic()
         process.send_signal(getattr(signal, name))
@@ -91,7 +91,7 @@ def test_a_signal_with_nothing_to_save_ends_at_once(name: str) -> None:
     assert time.monotonic() - start < 3
 
 
-def test_a_callback_that_hangs_does_not_keep_the_process() -> None:
+def test_a_callback_that_hangs_does_not_prevent_the_end() -> None:
     with running(UNINTERRUPTIBLE, callback="time.sleep(60)") as process:
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) == 75
@@ -105,18 +105,18 @@ def test_a_signal_is_left_to_a_loop_that_has_work_to_save(name: str) -> None:
         output, _ = process.communicate()
     assert process.returncode == 75
     assert f"saving because of {name}\n" in output
-    assert f"{name}: the run stops after the running call and saves a checkpoint" in output
+    assert f"{name}: the run stops after the current call and saves a checkpoint" in output
     assert ("a second Ctrl-C stops it without saving" in output) == (name == "SIGINT")
 
 
-def test_a_second_interrupt_ends_at_once() -> None:
+def test_a_second_interrupt_ends_the_process_immediately() -> None:
     with running(LOOP.format(seconds=30)) as process:
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         assert process.stdout is not None
         assert "saving because of SIGINT\n" in iter(process.stdout.readline, "")
         start = time.monotonic()
-        process.send_signal(signal.SIGTERM)  # no second SIGINT
+        process.send_signal(signal.SIGTERM)  # not a second SIGINT
         time.sleep(0.2)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
@@ -124,7 +124,7 @@ def test_a_second_interrupt_ends_at_once() -> None:
         assert time.monotonic() - start < 5
 
 
-def test_a_time_limit_is_a_reason_once_it_is_over() -> None:
+def test_a_time_limit_is_a_reason_once_it_has_passed() -> None:
     stop = StopRequest()
     stop.stop_after(0.2)
     assert stop.reason is None
@@ -132,16 +132,16 @@ def test_a_time_limit_is_a_reason_once_it_is_over() -> None:
     assert stop.reason == "--stop-after 0.2"
 
 
-def test_a_request_that_was_deferred_is_not_forgotten() -> None:
+def test_a_deferred_request_is_not_lost() -> None:
     body = """stop.defer()
     os.kill(os.getpid(), signal.SIGTERM)
     while not stop.reason: time.sleep(0.01)
-    stop.resume_ending_at_once()"""
+    stop.end_deferral()"""
     with running(body) as process:
         assert process.wait(timeout=10) == 75
 
 
-def test_a_process_under_nohup_does_not_hear_of_the_terminals_end() -> None:
+def test_a_process_under_nohup_ignores_the_end_of_the_terminal() -> None:
     handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with running("time.sleep(1); sys.exit(0)") as process:
@@ -151,15 +151,15 @@ def test_a_process_under_nohup_does_not_hear_of_the_terminals_end() -> None:
         signal.signal(signal.SIGHUP, handler)
 
 
-def test_being_asked_waits_until_something_is_done() -> None:
-    body = """stop.ask("another", "it goes on")
+def test_a_handover_request_does_not_end_the_process_immediately() -> None:
+    body = """stop.request_handover("another", "it resumes")
     time.sleep(0.5)
     stop.defer()
     print(stop.reason, stop.advice, flush=True)
-    stop.resume_ending_at_once()"""
+    stop.end_deferral()"""
     with running(body) as process:
         output, _ = process.communicate(timeout=10)
-    assert (process.returncode, output) == (0, "another it goes on\n")
+    assert (process.returncode, output) == (0, "another it resumes\n")
 
 
 def test_the_first_reason_counts() -> None:
@@ -196,7 +196,7 @@ def test_a_stall_ends_the_process_with_exit_code_1() -> None:
     assert output.endswith("second 1 a call hung\nfirst 1 a call hung\n")
 
 
-def test_a_call_that_returns_in_time_goes_on() -> None:
+def test_a_call_that_returns_in_time_does_not_end_the_run() -> None:
     stalled = threading.Event()
     watchdog = Watchdog(0.3, on_stall=stalled.set)
     for _ in range(5):
@@ -205,7 +205,7 @@ def test_a_call_that_returns_in_time_goes_on() -> None:
     assert not stalled.wait(0.6)
 
 
-def test_a_first_call_has_time_to_compile(
+def test_a_first_call_gets_extra_time_to_compile(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("job.run.stop.COMPILATION_SECONDS", 0.5)
@@ -215,7 +215,7 @@ def test_a_first_call_has_time_to_compile(
         assert stalled.wait(30)
 
 
-def test_a_call_has_its_whole_time_again_after_one_inside_of_it(
+def test_a_call_has_its_full_time_again_after_a_nested_call(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     log.configure("json")
@@ -230,7 +230,7 @@ def test_a_call_has_its_whole_time_again_after_one_inside_of_it(
     assert json.loads(capsys.readouterr().out)["what"] == "the outer call"
 
 
-def test_a_log_that_cannot_be_written_does_not_save_a_hung_process(
+def test_a_hung_process_ends_even_if_the_log_cannot_be_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("job.run.stop.thread_stacks", lambda: 1 / 0)
@@ -253,19 +253,19 @@ def test_a_hung_call_that_holds_the_global_lock_is_ended_natively() -> None:
 
 
 def test_a_suspension_counts_in_no_timer() -> None:
-    """Neither in the watchdog nor in what all others read: their clock, here with --stop-after."""
+    """Neither in the watchdog nor in the clock of all other timers, here of --stop-after."""
     idle = "stop.stop_after(8); sys.stdin.readline(); print(stop.reason)"
     with watching(idle, timeout=8) as process:
         process.send_signal(signal.SIGSTOP)
         time.sleep(9)
         process.send_signal(signal.SIGCONT)
-        time.sleep(2.5)  # a look, at which it would be ended
+        time.sleep(2.5)  # enough for a check that could end it
         output, errors = process.communicate("\n", timeout=10)
     assert (process.returncode, output, errors) == (0, "None\nreturned\n", "")
 
 
-def test_a_forked_process_hears_its_signals() -> None:
-    """A data set of the user's own may have a pool of processes, which ends them by SIGTERM."""
+def test_a_forked_process_receives_its_signals() -> None:
+    """A user's own data set may use a pool of processes, which ends them with SIGTERM."""
     body = """import multiprocessing
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     child.start()
@@ -277,8 +277,8 @@ def test_a_forked_process_hears_its_signals() -> None:
     assert output == "-15\n", (process.returncode, errors)
 
 
-def test_a_signal_gets_through_whatever_handlers_native_code_installs() -> None:
-    """As TensorFlow's runtime does while workers are joining."""
+def test_a_signal_is_received_whatever_handlers_native_code_installs() -> None:
+    """TensorFlow's runtime installs such handlers while it connects workers."""
     ignore = "libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p; libc.signal(15, 1)"
     with running(f"libc = ctypes.CDLL(None); {ignore}; print(1, flush=True); time.sleep(60)") as it:
         assert it.stdout is not None

@@ -62,7 +62,7 @@ def test_the_model_file_restores_every_variable_bit_for_bit_and_trains_on(
 
 
 def test_something_else_in_place_of_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no model"):
+    with pytest.raises(UserError, match="no model file"):
         load_model(tmp_path / "model.h5")
     (tmp_path / "notes.txt").write_bytes(b"no HDF5")
     with pytest.raises(UserError) as error:
@@ -121,7 +121,7 @@ def test_the_name_of_a_model_file_does_not_matter(tmp_path: Path, model: keras.M
 
 
 def test_a_path_that_cannot_be_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no model"):
+    with pytest.raises(UserError, match="no model file"):
         load_model(tmp_path / ("x" * 300))
 
 
