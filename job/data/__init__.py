@@ -1,4 +1,4 @@
-"""The arrays that a run trains and evaluates on, whatever data set they come from."""
+"""The arrays that a run trains and evaluates on, from any data set."""
 
 import hashlib
 from collections.abc import Callable
@@ -35,10 +35,10 @@ class Dataset:
     test_labels: npt.NDArray[np.int32]
 
     def __post_init__(self) -> None:
-        """Refuse arrays that do not belong together.
+        """Refuse arrays that do not fit together.
 
         Raises:
-            ValueError: If they do not.
+            ValueError: If they do not fit together.
         """
         classes = len(self.class_names)
         if classes < 2 or len(set(self.class_names)) < classes:
@@ -51,7 +51,7 @@ class Dataset:
             if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape:
                 raise ValueError(
                     f"received {part} images {images.dtype} {images.shape}, expected uint8 "
-                    f"(examples, height, width, channels), training and test alike"
+                    f"(examples, height, width, channels), the same shape in training and test"
                 )
             if not len(images) or labels.shape != (len(images),) or labels.dtype.kind not in "iu":
                 raise ValueError(
@@ -75,10 +75,10 @@ class Dataset:
         return _sha256(self.test_images, self.test_labels)
 
     def limited_to(self, train_examples: int) -> "Dataset":
-        """This data set with only its first training images; the test images stay complete.
+        """Return this data set with only its first training images, and all its test images.
 
         Raises:
-            UserError: If there are fewer training images than asked for.
+            UserError: If it has fewer training images.
         """
         require_limit(train_examples, len(self.train_images), self.name)
         return replace(
@@ -97,10 +97,10 @@ def _sha256(*arrays: npt.NDArray[Any]) -> str:
 
 
 def require_limit(train_examples: int, available: int, name: str) -> None:
-    """Refuse to take more training images than a data set has.
+    """Refuse a limit above the number of training images of a data set.
 
     Raises:
-        UserError: If there are fewer.
+        UserError: If the data set has fewer training images.
     """
     if train_examples > available:
         raise UserError(
@@ -111,12 +111,12 @@ def require_limit(train_examples: int, available: int, name: str) -> None:
 
 @dataclass(frozen=True)
 class Location:
-    """What a data set would be loaded from.
+    """The location from which a data set is loaded.
 
     Attributes:
-        description: For people.
-        download: Training and test examples of what has to be downloaded first; None where nothing
-            has to.
+        description: Text for people.
+        download: Numbers of training and test examples if the data must be downloaded first; None
+            if no download is needed.
     """
 
     description: str
@@ -124,7 +124,7 @@ class Location:
 
 
 class ProgressBar(Protocol):
-    """Shows a download's progress: the four members of a tqdm bar that pooch asks for."""
+    """Shows a download's progress: the four members of a tqdm bar that pooch requires."""
 
     total: int
 
@@ -140,12 +140,12 @@ class ProgressBar(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set comes from. The module ``job.data.<name>`` has one as ``SOURCE``.
+    """The source of a data set. The module ``job.data.<name>`` defines one as ``SOURCE``.
 
     Attributes:
         load: Reads or draws the data set.
-        find: Describes what `load` would take, and writes nothing.
-        download: Brings into the data folder what `find` misses there.
+        find: Describes the location that `load` reads from, and writes nothing.
+        download: Downloads data that `find` does not find into the data folder.
     """
 
     load: Callable[[TrainConfig], Dataset]
@@ -158,7 +158,7 @@ class Source:
         """Refuse functions with other parameters.
 
         Raises:
-            TypeError: If there is one.
+            TypeError: If a function has other parameters.
         """
         require_parameters(self.load, "load", "config")
         require_parameters(self.find, "find", "config")
@@ -172,7 +172,7 @@ def get_source(name: str) -> Source:
 
 
 def find_dataset(config: TrainConfig) -> Location:
-    """Find out where the data set that the configuration names would be loaded from."""
+    """Find the location from which `load_dataset` would load the configured data set."""
     location = get_source(config.dataset).find(config)
     if not isinstance(location, Location):
         raise _wrong_result("find", config.dataset, location, Location)
@@ -181,20 +181,20 @@ def find_dataset(config: TrainConfig) -> Location:
 
 def _wrong_result(function: str, dataset: str, result: object, expected: type) -> UserError:
     return UserError(
-        f"{function} of --dataset {dataset} gives a {type(result).__name__}, expected a "
-        f"{expected.__name__}; mend job/data/{dataset}.py"
+        f"{function} of --dataset {dataset} returns a {type(result).__name__}, expected a "
+        f"{expected.__name__}; fix job/data/{dataset}.py"
     )
 
 
 def load_dataset(config: TrainConfig, bar: ProgressBar | None = None) -> Dataset:
-    """Read, download or draw the data set that the configuration names.
+    """Read, download or draw the data set of a configuration.
 
     Args:
-        config: Names it, and its folder.
+        config: Names the data set and its folder.
         bar: Shows the progress of a download.
 
     Raises:
-        UserError: If its files are missing, damaged or not what they should be.
+        UserError: If the files are missing, damaged or other files than expected.
         DownloadError: If they cannot be downloaded now.
     """
     source = get_source(config.dataset)
@@ -209,24 +209,25 @@ def load_dataset(config: TrainConfig, bar: ProgressBar | None = None) -> Dataset
 def load_ahead(
     config: TrainConfig, bar: ProgressBar | None = None
 ) -> Callable[[TrainConfig], Dataset]:
-    """Begin to load the data set in a thread, so that it is ready once TensorFlow is imported.
+    """Start loading the data set in a thread, to have it ready once TensorFlow is imported.
 
-    A download waits until the data set is asked for, because TensorFlow's import hides what the
-    program writes. So does a module of the user's own, which may import TensorFlow itself.
+    A download starts only when the returned function is called, because the program's output is
+    hidden while TensorFlow is imported. A module of the user's own is also imported only then,
+    because it can import TensorFlow itself.
 
     Args:
-        config: Names the data set, and its folder.
+        config: Names the data set and its folder.
         bar: Shows the progress of a download.
 
     Returns:
-        `load_dataset` for this configuration, which waits for the thread and raises its error.
+        `load_dataset` for this configuration; it waits for the thread and raises its error.
     """
 
     def load() -> Dataset | None:
         if is_user_module(module_path("data", config.dataset)) or find_dataset(config).download:
             return None
         dataset = load_dataset(config)
-        # What a run records of its data; hashing takes a while, too.
+        # A run records them, and hashing takes time too.
         dataset.fingerprint, dataset.test_fingerprint  # noqa: B018
         return dataset
 

@@ -1,4 +1,4 @@
-"""Why a download by HTTP failed, whether that may pass, and how long to wait for it."""
+"""Failed HTTP downloads: the reason, whether the error can pass, and how long to wait."""
 
 import math
 import re
@@ -7,12 +7,12 @@ import ssl
 import requests
 import urllib3
 
-_LONGEST_WAIT_SECONDS = 30  # that a server can ask for
-_PASSING_STATUS = (408, 425, 429)  # besides those of a server in trouble, 500 and above
+_LONGEST_WAIT_SECONDS = 30  # limit of what a server can request
+_PASSING_STATUS = (408, 425, 429)  # in addition to server errors, 500 and above
 
 
-def asked_wait(error: requests.RequestException) -> int:
-    """The seconds after which the server wants to be asked again, within bounds."""
+def requested_wait(error: requests.RequestException) -> int:
+    """The seconds that the server requests to wait before the next try, within bounds."""
     headers = {} if error.response is None else error.response.headers
     try:
         seconds = urllib3.Retry().parse_retry_after(headers.get("Retry-After", "0"))
@@ -22,7 +22,7 @@ def asked_wait(error: requests.RequestException) -> int:
 
 
 def explain(error: requests.RequestException) -> tuple[str, bool]:
-    """Why a download failed, in words without the address, and whether that may pass."""
+    """The reason of a failed download, without the address, and whether the error can pass."""
     if isinstance(error, requests.TooManyRedirects):
         return "it redirects without end", False
     cause = _innermost(error)
@@ -33,13 +33,14 @@ def explain(error: requests.RequestException) -> tuple[str, bool]:
         return f"{proxy}HTTP {status}", status >= 500 or status in _PASSING_STATUS
     if isinstance(cause, ssl.SSLCertVerificationError):
         return (
-            f"{proxy}its certificate is not trusted: {cause.verify_message}; REQUESTS_CA_BUNDLE "
-            f"can name a file of certificates to trust",
+            f"{proxy}its certificate is not trusted: {cause.verify_message}; to trust others, set "
+            f"REQUESTS_CA_BUNDLE to a file of certificates",
             False,
         )
     if isinstance(error, requests.exceptions.InvalidSchema):
         is_socks = "SOCKS" in str(error)
-        return "the proxy is for SOCKS" if is_socks else "it redirects to no HTTP address", False
+        redirect = "it redirects to an address that is not HTTP"
+        return "SOCKS proxies are not supported" if is_socks else redirect, False
     if isinstance(
         cause, (requests.exceptions.InvalidProxyURL, urllib3.exceptions.URLSchemeUnknown)
     ):

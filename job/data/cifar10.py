@@ -1,4 +1,4 @@
-"""CIFAR-10 from the official Python archive: found, or downloaded, and checked before use.
+"""CIFAR-10 from the official Python archive: found or downloaded, and checked before use.
 
 The data set and its format are described at https://www.cs.toronto.edu/~kriz/cifar.html.
 """
@@ -54,15 +54,15 @@ TEST_EXAMPLES = 10_000
 
 _ROWS = 10_000
 _ROW_BYTES = 3 * 32 * 32
-_FILE_BYTES = _ROWS * (_ROW_BYTES + 1)  # at least: the images, and their labels
+_FILE_BYTES = _ROWS * (_ROW_BYTES + 1)  # minimum size: the images and their labels
 
-# The archive under a name that a browser, a copy, wget or an unpacking program gave it.
+# Names that a browser, a copy, wget or an unpacking program gives to the archive.
 _ARCHIVE = re.compile(
     r"([^.].*)?cifar[-_]?10[-_](python|batches-py).*\.(tar|t?gz|tbz2?|bz2|txz|xz)(\.\d+)?", re.I
 )
 _PACKED = r"(\.(tar|t?gz|tbz2?|bz2|txz|xz|zst|zip|7z|rar))+"
 # The versions for other languages, Kaggle's files, other packages, and parts of them or of the
-# data, by their path in the data folder. CIFAR-100 is another data set.
+# data, as paths in the data folder. CIFAR-100 is another data set.
 _LOOK_ALIKE = re.compile(
     r"(.*[/ ])?cifar[-_]?10([-_](py|bin|mat|batches|images).*)?( ?\(\d+\))?"
     rf"{_PACKED}(\.(\w*part\w*|\w*download|tmp|aria2|\d+))?"
@@ -84,7 +84,7 @@ def load(config: TrainConfig) -> Dataset:
     """Load the 50,000 training and 10,000 test images in the official order.
 
     Raises:
-        UserError: If the data cannot be found, or is damaged.
+        UserError: If the data cannot be found or is damaged.
     """
     try:
         path = locate(config.data_dir)
@@ -94,11 +94,11 @@ def load(config: TrainConfig) -> Dataset:
 
 
 def find(config: TrainConfig) -> Location:
-    """Say where `load` would take CIFAR-10 from.
+    """Find the location from which `load` would read CIFAR-10.
 
     Raises:
-        UserError: If the folder cannot be looked into, holds only something that looks like
-            CIFAR-10, or the address is none to download from.
+        UserError: If the folder cannot be read, if it contains only something that looks like
+            CIFAR-10, or if the download address is not an HTTP address.
     """
     try:
         path = locate(config.data_dir)
@@ -110,19 +110,19 @@ def find(config: TrainConfig) -> Location:
     if not address.lower().startswith(("https://", "http://")):
         raise UserError(
             f"no CIFAR-10 in --data-dir {config.data_dir}, and --cifar10-url received {address!r}, "
-            f"expected an address that begins with https:// or http://; put a file that is already "
-            f"here into --data-dir"
+            f"expected an address that begins with https:// or http://; if the file is already on "
+            f"this machine, put it into --data-dir"
         )
     description = f"not in {config.data_dir}/; would be downloaded from {address}"
     return Location(description, (TRAIN_EXAMPLES, TEST_EXAMPLES))
 
 
 def locate(data_dir: Path) -> Path:
-    """The folder or archive with the data; an archive that is not there yet is to be downloaded.
+    """Return the folder or archive with the data. Without data, return the path of the download.
 
     Raises:
-        UserError: If there is only what looks like it, or it is there several times.
-        OSError: If the folder cannot be looked into.
+        UserError: If there is only something that looks like the data, or the data several times.
+        OSError: If the folder cannot be read.
     """
     if data_dir.is_file():
         return data_dir
@@ -133,14 +133,14 @@ def locate(data_dir: Path) -> Path:
         raise UserError(
             f"--data-dir {data_dir} received {', '.join(map(_describe, found[:3]))}, expected one "
             f"{FOLDER_NAME}/ with {TRAIN_FILES[0]} to {TRAIN_FILES[-1]} and {TEST_FILE}, or "
-            f"{ARCHIVE_NAME}, CIFAR-10's version for Python; name the folder that holds it, or an "
-            f"empty one for its download"
+            f"{ARCHIVE_NAME}, CIFAR-10's version for Python; pass the folder that contains it, or "
+            f"an empty folder to download it"
         )
     return data_dir / ARCHIVE_NAME
 
 
 def _places(data_dir: Path) -> Iterator[list[Path]]:
-    """Where the data can be: under an official name, then under another, then a folder deeper."""
+    """The possible locations: official names first, then other names, then one folder deeper."""
     yield from ([data_dir / FOLDER_NAME], [data_dir / ARCHIVE_NAME], [data_dir])
     for entries in ("*", "*/*"):
         yield [path.parent for path in data_dir.glob(f"{entries}/{TEST_FILE}")]
@@ -148,12 +148,12 @@ def _places(data_dir: Path) -> Iterator[list[Path]]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether this is a file that is not empty, or a folder with all of every batch file."""
+    """Whether this is a file that is not empty, or a folder with all batch files in full size."""
     return path.stat().st_size > 0 if path.is_file() else _incomplete(path) is None
 
 
 def _incomplete(folder: Path) -> str | None:
-    """The first batch file that a folder does not have, or has only the beginning of."""
+    """The first batch file that is missing or truncated in a folder; None if there is none."""
     for name in _FILES:
         path = folder / name
         if not path.is_file() or path.stat().st_size < _FILE_BYTES:
@@ -162,7 +162,7 @@ def _incomplete(folder: Path) -> str | None:
 
 
 def _look_alikes(data_dir: Path) -> set[Path]:
-    """What may be meant as the data and is not: files, folders of batch files, broken links."""
+    """Paths that look like the data but are not: files, folders of batch files, broken links."""
     if not data_dir.exists():
         is_no_folder = data_dir.is_symlink() or re.search(f"{_PACKED}$", data_dir.name, re.I)
         return {data_dir} if is_no_folder else set()
@@ -177,38 +177,39 @@ def _look_alikes(data_dir: Path) -> set[Path]:
 def _describe(path: Path) -> str:
     if not path.exists():
         link = f"a link to {path.readlink()}, " if path.is_symlink() else ""
-        return f"{path}, {link}which is not there"
+        return f"{path}, {link}which does not exist"
     if path.is_file():
         return str(path) if path.stat().st_size else f"{path}, an empty file"
     incomplete = _incomplete(path)
-    return f"{path}/ without all of {incomplete}" if incomplete else f"{path}/"
+    return f"{path}/ without a complete {incomplete}" if incomplete else f"{path}/"
 
 
 def _unreadable(data_dir: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot read {error.filename or data_dir}: {error.strerror or error}; "
-        f"expected {FOLDER_NAME}/ or {ARCHIVE_NAME} readable in --data-dir {data_dir}"
+        f"expected a readable {FOLDER_NAME}/ or {ARCHIVE_NAME} in --data-dir {data_dir}"
     )
 
 
 def download(config: TrainConfig, bar: ProgressBar | None) -> None:
-    """Download the official archive; it appears under its name only whole and verified.
+    """Download the official archive; it gets its name only once it is complete and verified.
 
-    What may pass is tried again, after growing waits of a minute together, or as long as the server
-    asks for within bounds. A signal ends the process in such a wait, too.
+    After an error that can pass, the download is tried again. The waits between the tries become
+    longer and add up to a minute, or to more if the server requests it, within bounds. A signal
+    also ends the process during a wait.
 
     Args:
-        config: Names the address, and the folder, which is made if it is not there.
+        config: Contains the address and the folder, which is created if it is missing.
         bar: Shows the progress.
 
     Raises:
-        UserError: If the folder cannot be written, the address does not give the file, or the file
-            that it gave is not the official archive.
-        DownloadError: If a passing error has not passed.
+        UserError: If the folder cannot be written, the address does not provide the file, or the
+            downloaded file is not the official archive.
+        DownloadError: If an error that can pass has not passed after all tries.
     """
     import requests
 
-    from job.data._http import asked_wait, explain
+    from job.data._http import explain, requested_wait
 
     data_dir, address = config.data_dir, redact_url(config.cifar10_url)
     log.event("download", url=address, message=f"downloading {address} to {data_dir}")
@@ -219,19 +220,19 @@ def download(config: TrainConfig, bar: ProgressBar | None) -> None:
         except requests.RequestException as error:
             reason, passes = explain(error)
             problem = (
-                f"no CIFAR-10 in --data-dir {data_dir}, and its download from {address} failed"
+                f"no CIFAR-10 in --data-dir {data_dir}, and the download from {address} failed"
             )
             if not passes:
                 raise UserError(
-                    f"{problem} ({reason}); put {ARCHIVE_NAME} there, or train with --dataset "
+                    f"{problem} ({reason}); put {ARCHIVE_NAME} into that folder, or use --dataset "
                     f"synthetic"
                 ) from error
             if wait is None:
                 raise DownloadError(
                     f"{problem} ({reason}, {len(_WAITS_SECONDS) + 1} tries); run the same command "
-                    f"again later, or put {ARCHIVE_NAME} there"
+                    f"again later, or put {ARCHIVE_NAME} into that folder"
                 ) from error
-            seconds = max(wait, asked_wait(error))
+            seconds = max(wait, requested_wait(error))
             log.event(
                 "download_failed",
                 logging.WARNING,
@@ -248,7 +249,7 @@ def _retrieve(config: TrainConfig, bar: ProgressBar | None) -> None:
 
     Raises:
         UserError: If the folder cannot be written, or the file is not the official archive.
-        requests.RequestException: If the address does not give the file.
+        requests.RequestException: If the address does not provide the file.
     """
     import pooch
     import requests
@@ -269,8 +270,8 @@ def _retrieve(config: TrainConfig, bar: ProgressBar | None) -> None:
             path=data_dir,
             downloader=fetch,
         )
-        # pooch's temporary file is for its owner alone; a data folder may be shared. On volumes
-        # without modes of their own the mount decides.
+        # Only its owner can read pooch's temporary file, but a data folder can be shared. On
+        # volumes without file modes, the mount determines them.
         with contextlib.suppress(OSError):
             (data_dir / ARCHIVE_NAME).chmod(0o644)
     except requests.RequestException:
@@ -278,26 +279,26 @@ def _retrieve(config: TrainConfig, bar: ProgressBar | None) -> None:
     except ValueError as error:
         raise UserError(
             f"the file downloaded from {address} is not the official archive: received {received}, "
-            f"expected SHA-256 {ARCHIVE_SHA256}; nothing was kept, check the address and whether "
-            f"the network asks for a login, or put {ARCHIVE_NAME} into --data-dir {data_dir} "
-            f"yourself"
+            f"expected SHA-256 {ARCHIVE_SHA256}; the file was deleted; check the address and "
+            f"whether the network requires a login, or put {ARCHIVE_NAME} into --data-dir "
+            f"{data_dir} yourself"
         ) from error
     except OSError as error:
-        # pooch puts its own words into the error's.
+        # pooch adds its own text to the error message.
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(
-            f"--data-dir {data_dir} has neither {FOLDER_NAME}/ nor {ARCHIVE_NAME}, and the "
-            f"download cannot be written there: {reason}; name the folder that holds the data, or "
-            f"one that user {os.getuid()} can write with 200 MB free"
+            f"--data-dir {data_dir} contains neither {FOLDER_NAME}/ nor {ARCHIVE_NAME}, and the "
+            f"download cannot be written there: {reason}; pass the folder that contains the data, "
+            f"or one with 200 MB free that user {os.getuid()} can write"
         ) from error
 
 
 def _fetch(url: str, path: Path, bar: ProgressBar | None) -> str:
-    """Write what an address gives into a file, and describe it.
+    """Write the response of an address into a file, and return a description of it.
 
-    Some servers label the archive ``Content-Encoding: gzip``, as if its compression were for the
-    way only, and others compress it once more. So it is taken as it comes, and decompressed if it
-    is not the archive yet.
+    Some servers label the archive ``Content-Encoding: gzip``, as if it were compressed only for the
+    transfer, and others compress it a second time. So the received bytes are written unchanged, and
+    then decompressed if they are not the archive yet.
     """
     import pooch
     import requests
@@ -310,7 +311,7 @@ def _fetch(url: str, path: Path, bar: ProgressBar | None) -> str:
     except requests.RequestException:
         raise
     except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
-        # Of a file with certificates that is not there, or an address that cannot be parsed.
+        # Raised for a certificate file that does not exist, or an address that cannot be parsed.
         raise requests.RequestException(error) from error
     with response, path.open("wb") as file:
         response.raise_for_status()
@@ -335,7 +336,7 @@ def _unwrap(path: Path, response: "requests.Response") -> None:
     """Decompress a file that is not the archive yet.
 
     Raises:
-        requests.ConnectionError: If it ends early, and the server did not announce its end.
+        requests.ConnectionError: If the file is truncated and the server did not announce its size.
     """
     import requests
 
@@ -357,20 +358,20 @@ def _archive_reader(archive: Path) -> ReadFile:
     try:
         unpacked = _decompressed(content)
         tar = tarfile.open(fileobj=unpacked, mode="r:")  # noqa: SIM115 (`read` reads it)
-        # Whoever packed the files again may have done so from another folder.
+        # If somebody packed the files again, they can be in another folder of the archive.
         members = {Path(member.name).name: member for member in tar if member.isfile()}
     except (tarfile.TarError, *_DAMAGES) as error:
         raise UserError(
-            f"{archive} is truncated, damaged or no archive ({error}); {_replacement(archive)}"
+            f"{archive} is truncated, damaged or not an archive ({error}); {_replacement(archive)}"
         ) from error
 
     def read(name: str) -> tuple[str, bytes]:
         file = tar.extractfile(members[name]) if name in members else None
         if file is None:
-            first = next((member.name for member in members.values()), "no file")
+            first = next((member.name for member in members.values()), "none")
             raise UserError(
-                f"{archive} holds no {FOLDER_NAME}/{name} but {first}; expected the official "
-                f"CIFAR-10 archive for Python; {_replacement(archive)}"
+                f"{archive} contains no {FOLDER_NAME}/{name} (its first file: {first}), expected "
+                f"the official CIFAR-10 archive for Python; {_replacement(archive)}"
             )
         return f"{archive}:{name}", file.read()
 
@@ -378,9 +379,9 @@ def _archive_reader(archive: Path) -> ReadFile:
 
 
 def _decompressed(content: bytes) -> BinaryIO:
-    """The archive in memory without its compression, of which a download may have added a layer.
+    """Decompress the archive in memory. A download can have added a second compression.
 
-    All of it at once: the checksum is at the end, behind the last file.
+    Everything is decompressed at once, because the checksum is at the end, behind the last file.
     """
     for magic, packer in _PACKERS.items():
         if content.startswith(magic):
@@ -389,10 +390,10 @@ def _decompressed(content: bytes) -> BinaryIO:
 
 
 def _replacement(archive: Path) -> str:
-    """What to do about it; a file of another name may be the user's for something else."""
+    """The advice for a bad archive. A file of another name can have another purpose: keep it."""
     if archive.name != ARCHIVE_NAME:
-        return f"name a folder with {FOLDER_NAME}/ or the official {ARCHIVE_NAME} by --data-dir"
-    return f"put the official {ARCHIVE_NAME} in its place, or delete it to have that downloaded"
+        return f"pass a folder with {FOLDER_NAME}/ or the official {ARCHIVE_NAME} with --data-dir"
+    return f"replace it with the official {ARCHIVE_NAME}, or delete it to download that archive"
 
 
 def _assemble(read: ReadFile) -> Dataset:
@@ -404,12 +405,12 @@ def _assemble(read: ReadFile) -> Dataset:
 def _read_batches(
     read: ReadFile, names: Sequence[str]
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
-    """Images, channels last, and labels of batch files, one after the other."""
+    """Read the images, with channels last, and the labels of several batch files."""
     images = np.empty((len(names), _ROWS, 32, 32, 3), np.uint8)
     labels = np.empty((len(names), _ROWS), np.int32)
     for number, name in enumerate(names):
         data, labels[number] = _parse_batch(*read(name))
-        # A channel at a time takes half as long as a transposed copy.
+        # Copying one channel at a time takes half as long as a transposed copy.
         planes = data.reshape(_ROWS, 3, 32, 32)
         for channel in range(3):
             images[number, ..., channel] = planes[:, channel]
@@ -419,19 +420,19 @@ def _read_batches(
 def _parse_batch(
     source: str, content: bytes
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
-    """Check one batch file and return its rows of pixels, a channel after the other, and labels."""
+    """Check one batch file; return its rows of pixels, one channel after the other, and labels."""
 
     def fail(received: str, expected: str) -> UserError:
         return UserError(
             f"{source}: received {received}, expected {expected}; "
-            f"replace it with the file of the official CIFAR-10 archive"
+            f"replace it with the file from the official CIFAR-10 archive"
         )
 
     try:
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
         data, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
     except Exception as error:  # a damaged pickle raises nearly anything
-        received = f"what cannot be read ({type(error).__name__}: {error})"
+        received = f"unreadable content ({type(error).__name__}: {error})"
         raise fail(received, "a pickled dictionary with 'data' and 'labels'") from error
     if data.dtype != np.uint8 or data.shape != (_ROWS, _ROW_BYTES):
         raise fail(f"data {data.dtype} {data.shape}", f"uint8 {(_ROWS, _ROW_BYTES)}")
@@ -448,7 +449,7 @@ def _dtype(code: str, _align: object, _copy: object) -> "np.dtype[Any]":
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Builds NumPy arrays and plain containers; a pickle that names anything else is refused."""
+    """Builds NumPy arrays and plain containers, and refuses a pickle with anything else."""
 
     _ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy", "dtype"): _dtype,
@@ -462,7 +463,7 @@ class _ArrayUnpickler(pickle.Unpickler):
             return self._ALLOWED[module, name]
         except KeyError:
             raise pickle.UnpicklingError(
-                f"it names {module}.{name}, and only NumPy arrays are allowed"
+                f"it contains {module}.{name}, but only NumPy arrays are allowed"
             ) from None
 
 

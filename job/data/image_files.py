@@ -1,4 +1,4 @@
-"""Image files: found by names, decoded, and brought to what a network takes."""
+"""Finding image files, decoding them, and adapting them to the input of a network."""
 
 import contextlib
 import functools
@@ -24,35 +24,35 @@ from PIL import ImageFile as PillowFile
 from job.config import UserError
 
 STDIN = "-"
-"""In place of a path: standard input."""
+"""Stands for standard input instead of a path."""
 
 UNREAD_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
-"""Formats whose pixels Pillow cannot read, or only on Windows."""
+"""Formats whose pixels Pillow cannot read at all, or only on Windows."""
 
 ImageShape = tuple[int, int, int]
 """Height, width and channels of a network's images: 1 for grey ones, 3 for RGB."""
 
 BACKGROUND = "white"
-"""What shows through transparent pixels."""
+"""The colour behind transparent pixels."""
 
 MODES = {1: "L", 3: "RGB"}
 """Pillow's mode for each number of channels."""
 
-# Formats that an external program draws, or that may have such a one inside.
+# Formats that an external program draws, or that can contain an image in such a format.
 _REFUSED_FORMATS = {*UNREAD_FORMATS, "EPS", "IPTC"}
 _POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 _PNG = b"\x89PNG\r\n\x1a\n"
-# Suffixes of photographs and drawings in formats that Pillow does not read, those of cameras last.
+# Suffixes of photographs and drawings in formats that Pillow does not read; raw formats last.
 _FOREIGN_SUFFIX = re.compile(
     r"\.(bpg|djvu?|dpx|emf|exr|flif|hei[cf]s?|hif|jls|jp[hm]|jx[lrs]|kra|pam|psb|svgz?|wbmp|wdp|wmf|xcf"
     r"|3fr|arw|bay|cap|cr[23w]|dc[rs]|dng|eip|erf|fff|gpr|iiq|k25|kdc|mef|mos|mrw|nef|nrw|orf|pef|raf"
     r"|raw|rw[2lz]|sr[2fw]|x3f)"
 )
-# JPEGs are decoded at an eighth, a quarter or half of their size where that leaves this many times
-# the pixels asked for in each direction: a photograph is decoded three times as fast.
+# JPEGs are decoded at an eighth, a quarter or half of their size if that leaves at least this many
+# times the requested pixels in each direction. This makes photographs three times as fast.
 _DRAFT_FACTOR = 4
-# Above these pixels an image is converted in strips of about so many, and takes little more memory
-# than its decoded pixels.
+# An image with more pixels than the first number is converted in strips of about the second number
+# of pixels. It then needs little more memory than its decoded pixels.
 _LARGE_PIXELS = 2**24
 _STRIP_PIXELS = 2**20
 _IMAGES_A_TASK = 25
@@ -61,11 +61,11 @@ _BATCHES_AHEAD = 2
 
 @dataclass(frozen=True)
 class ImageFile:
-    """Something that was named on the command line, or found in a folder that was.
+    """A path from the command line, or a file found in a folder from the command line.
 
     Attributes:
-        name: Its path, as `os.fsdecode` gives it, or `STDIN`.
-        problem: Why there is no image to read; None as far as that is not known.
+        name: Its path, as `os.fsdecode` returns it, or `STDIN`.
+        problem: Why no image can be read; None if no problem is known.
         pixels: [height, width, channels] uint8; None until it is decoded.
     """
 
@@ -75,11 +75,11 @@ class ImageFile:
 
 
 def find_images(names: Sequence[str]) -> list[ImageFile]:
-    """List files as given, and in place of each folder the images in it and in its subfolders.
+    """List files as given, and replace each folder with the images in it and in its subfolders.
 
-    In folders an image is what has the suffix of an image format, also of one that cannot be read:
-    no photograph is left out without a word. Hidden files and folders are passed over, links to
-    folders are not followed, and names go up.
+    In folders, every file with the suffix of an image format counts as an image, even if the format
+    cannot be read. So no photograph is skipped silently. Hidden files and folders are skipped,
+    links to folders are not followed, and the files are sorted by name.
 
     Args:
         names: Paths of files and folders, and `STDIN`.
@@ -95,18 +95,18 @@ def find_images(names: Sequence[str]) -> list[ImageFile]:
 
 
 def require_no_image(target: Path, files: Sequence[ImageFile]) -> None:
-    """Make sure that writing a file replaces none of the images, however the paths are spelt.
+    """Make sure that writing a file does not overwrite an image, even under another spelling.
 
     Raises:
-        UserError: If it is one of them.
+        UserError: If the target is one of the images.
     """
-    # The functions of `os.path` also take a descriptor, and a name that no file can have.
+    # The functions of `os.path` also accept a descriptor, and a name that no file can have.
     for file in files if os.path.exists(target) else ():  # noqa: PTH110
-        with contextlib.suppress(OSError, ValueError):  # reading it says why
+        with contextlib.suppress(OSError, ValueError):  # reading the file reports the problem
             if os.path.samefile(0 if file.name == STDIN else file.name, target):  # noqa: PTH121
                 raise UserError(
-                    f"received --png {target}, which is one of the images to be predicted and "
-                    f"would be overwritten; name the picture to be drawn otherwise"
+                    f"received --png {target}, which is one of the images to predict and would be "
+                    f"overwritten; pass another file with --png"
                 )
 
 
@@ -122,7 +122,8 @@ def _walk(folder: str) -> Iterator[ImageFile]:
             continue
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(entry.path)
-        # A pipe in a folder would be waited for; a broken link is a broken image.
+        # Reading a pipe would wait for its writer, so pipes are skipped. A broken link counts as a
+        # broken image.
         elif (entry.is_file() or entry.is_symlink()) and _has_suffix(entry.name):
             yield ImageFile(entry.path)
 
@@ -142,15 +143,15 @@ def _suffix(name: str) -> str:
 def decode_batches(
     files: Sequence[ImageFile], batch_size: int, shape: ImageShape
 ) -> Iterator[list[ImageFile]]:
-    """Decode images in threads, a few batches ahead of whoever takes them.
+    """Decode images in threads, a few batches ahead of the caller.
 
     Args:
-        files: What to decode.
-        batch_size: Sources in each batch but the last.
-        shape: Of the pixels.
+        files: The files to decode.
+        batch_size: Files in each batch; the last one can be smaller.
+        shape: Shape of the pixels.
 
     Yields:
-        The batches, in the order of the files, each with its pixels or its problem.
+        The batches in the order of the files, each file with its pixels or its problem.
     """
 
     def decode_all(part: Sequence[ImageFile]) -> list[ImageFile]:
@@ -158,7 +159,7 @@ def decode_batches(
 
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "decode")
     ahead: deque[Iterator[list[ImageFile]]] = deque()
-    # Damaged metadata makes Pillow warn, and then the pixels come or an error does.
+    # Pillow warns about damaged metadata, and then still returns the pixels or raises an error.
     with warnings.catch_warnings(action="ignore"):
         try:
             for batch in _parts(files, batch_size):
@@ -185,21 +186,21 @@ def _decode(file: ImageFile, shape: ImageShape) -> ImageFile:
 
 
 def read_image(name: str, shape: ImageShape) -> npt.NDArray[np.uint8]:
-    """Read one image, upright, and bring it to a shape.
+    """Read one image, turn it upright, and resize it to a shape.
 
     The largest centred part with the proportions of the shape is resized with a bicubic filter that
-    takes in every pixel of it. Pixels of an image that has the shape stay as they are. No other
-    program is ever started for it.
+    uses every pixel of it. If an image already has the shape, its pixels stay unchanged. No other
+    program is started.
 
     Args:
         name: Path of the file, or `STDIN`.
-        shape: What to bring it to.
+        shape: The shape to resize to.
 
     Returns:
         [height, width, channels] uint8, grey or RGB.
 
     Raises:
-        UserError: If there is none, or it is damaged, too large or of an unknown kind.
+        UserError: If there is no image, or it is damaged, too large or of an unknown format.
     """
     is_stdin = name == STDIN
     try:
@@ -208,17 +209,17 @@ def read_image(name: str, shape: ImageShape) -> npt.NDArray[np.uint8]:
             if not start:
                 raise UserError("the file is empty")
             if start.startswith(_POSTSCRIPT):
-                raise UserError("PostScript, which this program does not draw; convert it to PNG")
+                raise UserError("PostScript is not supported; convert it to PNG")
             content: IO[bytes] = file if file.seekable() else io.BytesIO(file.read())
             if content.read(len(_PNG)) == _PNG:
                 with contextlib.suppress(Exception):
                     image = Image.open(content, formats=_formats())
-                    # Pillow takes the first bytes of a transparent value that is too long.
+                    # If a transparent value is too long, Pillow uses its first bytes.
                     if "transparency" not in image.info:
                         return _pixels(image, shape)
                 content = _bare_png(content)
             image = Image.open(content, formats=_formats())
-            # Cameras' files look like TIFF, with anything from a small preview to bare sensor data.
+            # Raw files of cameras look like TIFF, with anything from a preview to sensor data.
             if image.format == "TIFF" and _FOREIGN_SUFFIX.fullmatch(_suffix(name)):
                 raise UnidentifiedImageError
             return _pixels(image, shape)
@@ -227,8 +228,8 @@ def read_image(name: str, shape: ImageShape) -> npt.NDArray[np.uint8]:
     except UnidentifiedImageError as error:
         is_foreign = _FOREIGN_SUFFIX.fullmatch(_suffix(name))
         advice = "; convert it to JPEG or PNG" if is_foreign else ""
-        raise UserError(f"no image of a known format{advice}") from error
-    # Pillow's readers meet damaged files with exceptions of every kind.
+        raise UserError(f"unknown image format{advice}") from error
+    # Pillow's readers raise all kinds of exceptions for damaged files.
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(reason) from error
@@ -236,17 +237,18 @@ def read_image(name: str, shape: ImageShape) -> npt.NDArray[np.uint8]:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """The formats that Pillow reads by itself, the common ones first."""
+    """The formats that Pillow reads without other programs, the common ones first."""
     Image.preinit()
     Image.init()
     return tuple(name for name in Image.ID if name not in _REFUSED_FORMATS)
 
 
 def _bare_png(file: IO[bytes]) -> IO[bytes]:
-    """What decides the pixels of a PNG file, and which of its sides is up.
+    """Copy only the chunks of a PNG file that determine its pixels and its orientation.
 
-    Pillow refuses a file for a damaged or large text, colour profile or animation, which browsers
-    pass over. They also pass over a damaged optional chunk, and transparency of a wrong length.
+    If a text, colour profile or animation is damaged or large, Pillow refuses the file, while
+    browsers ignore it. Browsers also ignore a damaged optional chunk, and transparency of a wrong
+    length.
     """
     lengths = {b"\0": range(2, 3), b"\2": range(6, 7)}  # of transparency: grey, RGB
     colours = b""
@@ -265,7 +267,7 @@ def _bare_png(file: IO[bytes]) -> IO[bytes]:
                 lengths[b"\3"] = range(1, length // 3 + 1)
             case b"tRNS":
                 is_whole &= length in lengths.get(colours, ())
-        # The names of optional chunks begin with a small letter.
+        # The names of optional chunks begin with a lower-case letter.
         if kind[:1].isupper() or (kind in (b"tRNS", b"eXIf") and is_whole):
             bare.write(head[:4] + body + checksum)
     bare.seek(0)
@@ -280,11 +282,12 @@ def _pixels(image: PillowFile.ImageFile, shape: ImageShape) -> npt.NDArray[np.ui
     if image.format == "PNG":
         _adapt_transparent_value(image)
     image.load()
-    # Looking for an orientation takes a sixth of a small image's time. Broken metadata has none.
+    # Reading the orientation takes a sixth of the time for a small image. Broken metadata counts as
+    # no orientation.
     if image.info:
         with contextlib.suppress(Exception):
             orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
-            # Turned as it is, a large image would take its memory twice.
+            # A large image is resized first: turning it in full size takes its memory twice.
             if orientation in range(2, 9) and _is_large(image):
                 upright = _fit(image, mode, (height, width) if orientation > 4 else (width, height))
                 upright.getexif()[ExifTags.Base.Orientation] = orientation
@@ -293,7 +296,7 @@ def _pixels(image: PillowFile.ImageFile, shape: ImageShape) -> npt.NDArray[np.ui
 
 
 def _adapt_transparent_value(image: PillowFile.ImageFile) -> None:
-    """Bring the transparent value of a PNG file to the 8 bits that Pillow makes of its samples."""
+    """Convert the transparent value of a PNG file to 8 bits, as Pillow converts the pixels."""
     value: Any = image.info.get("transparency")
     match image.tile[0].args if value is not None else None:
         case "L;2":
@@ -301,11 +304,11 @@ def _adapt_transparent_value(image: PillowFile.ImageFile) -> None:
         case "L;4":
             image.info["transparency"] = value * 17
         case "RGB;16B":
-            del image.info["transparency"]  # other colours may have the same upper 8 bits
+            del image.info["transparency"]  # other colours can have the same upper 8 bits
 
 
 def _fit(image: Image.Image, mode: str, size: tuple[int, int]) -> Image.Image:
-    """Bring an image to a mode, and its largest centred part of these proportions to a size."""
+    """Convert an image to a mode, and resize its largest centred part of these proportions."""
     if not _is_in_mode(image, mode) and _is_large(image):
         return _fit_in_strips(image, mode, size)
     image = _in_mode(image, mode)
@@ -313,7 +316,7 @@ def _fit(image: Image.Image, mode: str, size: tuple[int, int]) -> Image.Image:
 
 
 def _fit_in_strips(image: Image.Image, mode: str, size: tuple[int, int]) -> Image.Image:
-    """The same within rounding, without ever having the whole image in the mode."""
+    """The same as `_fit` up to rounding, without converting the whole image at once."""
     (columns, rows), (width, height) = image.size, size
     part_columns = min(columns, rows * width / height)
     part_rows = min(rows, columns * height / width)
@@ -349,12 +352,12 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """From grey values of 16 bits, or floating-point ones from 0 to 1; Pillow would clip them."""
+    """Convert grey values of 16 bits, or floating-point ones from 0 to 1; Pillow clips them."""
     values = np.asarray(image)
     white = 1 if image.mode == "F" else 65_535
     low, high = values.min(), values.max()
     if not 0 <= low <= high <= white:
-        raise UserError(f"its grey values go from {low:g} to {high:g}, expected 0 to {white}")
+        raise UserError(f"received grey values from {low:g} to {high:g}, expected 0 to {white}")
     grey = Image.fromarray(np.rint(values * np.float32(255 / white)).astype(np.uint8))
     if "transparency" in image.info:
         grey.putalpha(Image.fromarray(values != image.info["transparency"]).convert("L"))

@@ -1,8 +1,8 @@
 """A data set that needs no files: ten classes of shapes, drawn from a seed.
 
-It stands in for CIFAR-10 where there is no network: same shapes, dtypes and counts. Every image
-has its own position, size, tilt, colours and noise. The classes stay themselves under the flips,
-shifts and small rotations of the training augmentation.
+It replaces CIFAR-10 where there is no network, with the same shapes, dtypes and counts. Every image
+has its own position, size, tilt, colours and noise. The flips, shifts and small rotations of the
+training augmentation do not change the class of an image.
 """
 
 from pathlib import Path
@@ -31,9 +31,9 @@ TRAIN_EXAMPLES = 50_000
 TEST_EXAMPLES = 10_000
 
 _SIZE = 32
-_CHUNK = 1_000  # images drawn at once: their intermediate arrays stay in the cache
-_LEAST_CONTRAST = 40
-# Small: augmentation smooths the noise of training images away, and test images keep theirs.
+_CHUNK = 1_000  # images drawn at once; few enough for their intermediate arrays to fit the cache
+_MIN_CONTRAST = 40
+# Small, because augmentation smooths away the noise of training images, but not of test images.
 _NOISE = 10
 
 Array = npt.NDArray[Any]  # float32
@@ -44,10 +44,10 @@ def make_dataset(seed: int, limit: int | None = None) -> Dataset:
 
     Args:
         seed: Any non-negative integer; equal seeds draw equal bytes.
-        limit: How many of the first training images to draw; None is all of them.
+        limit: Number of training images to draw, from the first; None means all.
 
     Returns:
-        50,000 training images, or the first `limit`, and 10,000 test images, all of 32x32x3; in the
+        50,000 training images, or the first `limit`, and 10,000 test images, all of 32x32x3. In the
         whole set the ten classes are equally frequent.
     """
     train_images, train_labels = draw(TRAIN_EXAMPLES, seed, stream=0, limit=limit)
@@ -56,10 +56,12 @@ def make_dataset(seed: int, limit: int | None = None) -> Dataset:
 
 
 def save_examples(folder: str) -> None:
-    """Save an image of each class, which no training has seen, under the class's name.
+    """Save one image of each class under the name of the class; no training set contains it.
+
+    The images are drawn from the default seed.
 
     Args:
-        folder: Where to; it is made where there is none. The seed is the default one.
+        folder: The folder to save to; created if it is missing.
     """
     images, labels = draw(len(CLASS_NAMES), TrainConfig().seed, stream=2)
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -74,17 +76,18 @@ def draw(
     """Draw labelled images.
 
     Args:
-        examples: How many.
+        examples: Number of images.
         seed: Seed of the data set.
-        stream: Separates draws of one seed, such as training and test images.
-        limit: How many of the first ones to draw, the same as without a limit; None is all of them.
+        stream: Separates draws from the same seed, such as training and test images.
+        limit: Number of images to draw, from the first; the same images as without a limit. None
+            means all.
 
     Returns:
         Images [examples or limit, 32, 32, 3] uint8 and as many labels, int32, in random order.
     """
     rng = np.random.default_rng([seed, stream])
     labels = rng.permutation(np.arange(examples, dtype=np.int32) % len(CLASS_NAMES))
-    # Whole chunks, because a shorter one would draw other images.
+    # Whole chunks, because a shorter chunk would contain other images.
     needed = examples if limit is None else min(examples, -(-limit // _CHUNK) * _CHUNK)
     images = np.empty((needed, _SIZE, _SIZE, 3), np.uint8)
     for start in range(0, needed, _CHUNK):
@@ -94,7 +97,7 @@ def draw(
 
 
 def _cover(labels: npt.NDArray[np.int32], rng: np.random.Generator) -> Array:
-    """Draw how much of each pixel the shape covers, [examples, 32, 32], 0 to 1."""
+    """Compute how much of each pixel the shape covers, [examples, 32, 32], 0 to 1."""
     shape = (len(labels), 1, 1)
 
     def uniform(low: float, high: float) -> Array:
@@ -110,13 +113,13 @@ def _cover(labels: npt.NDArray[np.int32], rng: np.random.Generator) -> Array:
     cover = np.empty(np.broadcast_shapes(u.shape, v.shape), np.float32)
     for label in range(len(CLASS_NAMES)):
         rows = labels == label
-        # A shape is given by its signed distance in pixels; its edge is a pixel wide.
+        # A shape is defined by its signed distance in pixels. Its edge is one pixel wide.
         cover[rows] = np.clip(0.5 - _distance(label, u[rows], v[rows], radius[rows]), 0, 1)
     return cover
 
 
 def _distance(label: int, u: Array, v: Array, radius: Array) -> Array:
-    """Signed distance in pixels to a class's outline: negative inside.
+    """Signed distance in pixels to the outline of a class's shape; negative inside.
 
     Args:
         label: The class.
@@ -165,8 +168,8 @@ def _paint(cover: Array, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Colour the shape and its background and add noise: [examples, 32, 32, 3] uint8."""
     examples = len(cover)
     background = rng.integers(0, 256, (examples, 1, 1, 3)).astype(np.float32)
-    # One of two directions a channel, whichever leaves room for it, so that no shape is invisible.
-    contrast = rng.integers(_LEAST_CONTRAST, 129, background.shape)
+    # Each channel becomes brighter or darker, whichever has more room, so every shape is visible.
+    contrast = rng.integers(_MIN_CONTRAST, 129, background.shape)
     contrast = np.where(background < 128, contrast, -contrast).astype(np.float32)
     noise = rng.integers(-_NOISE, _NOISE + 1, (*cover.shape, 3), np.int8)
     painted: Array = np.clip(background + cover[..., None] * contrast + noise, 0, 255)

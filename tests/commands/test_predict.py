@@ -261,7 +261,7 @@ def test_text_lines_are_aligned_and_broken_images_reported_on_stderr(
     assert len({line.index("%  (kind ") for line in lines}) == 1
     assert all(line.endswith("%)") and line.count("kind ") == 3 for line in lines)
     broken, summary = errors.splitlines()
-    assert broken == "cifar10-job: photos/2a.png: no image of a known format"
+    assert broken == "cifar10-job: photos/2a.png: unknown image format"
     assert summary.startswith("cifar10-job: 5 images in ")
 
 
@@ -276,7 +276,7 @@ def test_json_lines_contain_every_image_in_order(
         run(top=99, as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [Path(line["path"]).stem for line in lines] == [*STEMS[:3], "2a", *STEMS[3:]]
-    assert lines.pop(3) == {"path": "photos/2a.png", "error": "no image of a known format"}
+    assert lines.pop(3) == {"path": "photos/2a.png", "error": "unknown image format"}
     expected = model.predict(small_dataset.test_images[:5] / np.float32(255), verbose=0)
     for line, probabilities in zip(lines, expected, strict=True):
         assert line.keys() == {"path", "predictions"}
@@ -313,8 +313,7 @@ def test_a_single_unreadable_image_causes_one_error_line(
     with pytest.raises(UserError) as error:
         run(names=["photos/2a.png"])
     assert str(error.value) == (
-        "cannot read photos/2a.png: no image of a known format; pass an image, or a folder with "
-        "images"
+        "cannot read photos/2a.png: unknown image format; pass an image, or a folder with images"
     )
     assert capsys.readouterr() == ("", "")
 
@@ -342,7 +341,7 @@ def test_invalid_arguments_are_rejected_before_anything_is_computed(
         ("photos --png grid.jpg", "expected a name that ends in .png"),
         ("photos --png no/grid.png", "create no, or use another folder"),
         ("photos --png photos/0.png", "received --png photos/0.png, which is one of the images"),
-        ("photos/0.png --png ./photos/0.png", "which is one of the images to be predicted"),
+        ("photos/0.png --png ./photos/0.png", "which is one of the images to predict"),
     ):
         command = ["predict", *arguments.split(), "--output-dir", "output"]
         result = CliRunner().invoke(cli, command, obj=StopRequest(), standalone_mode=False)

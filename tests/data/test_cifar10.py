@@ -58,7 +58,7 @@ def good_archive(good_batch: bytes, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def write_archive(path: Path, good: bytes, names: tuple[str, ...]) -> None:
-    # Noise cannot be compressed; it would only take its time.
+    # Noise cannot be compressed; trying would only take time.
     with tarfile.open(path, "w:gz", compresslevel=0) as tar:
         for name in names:
             member = tarfile.TarInfo(f"{cifar10.FOLDER_NAME}/{name}")
@@ -67,13 +67,13 @@ def write_archive(path: Path, good: bytes, names: tuple[str, ...]) -> None:
 
 
 def load(data_dir: Path, url: str = NOWHERE) -> Dataset:
-    """Load CIFAR-10 as a run does, which downloads it from an address if it is not there."""
+    """Load CIFAR-10 as a run does, and download it from an address if it is missing."""
     return load_dataset(TrainConfig(data_dir=data_dir, cifar10_url=url))
 
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits between two tries of a download, which take no time."""
+    """Record the waits between two tries of a download, and do not wait."""
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
     return waits
@@ -84,7 +84,7 @@ Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
 
 @contextlib.contextmanager
 def answering(*answers: Answer) -> Iterator[str]:
-    """Give the address of a server that answers so, one request after the other."""
+    """Yield the address of a server that sends these answers, one per request."""
     left = list(answers)
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -116,7 +116,7 @@ def status(code: int, **headers: str) -> Answer:
 
 
 def content(sent: bytes, length: int | None = None, **headers: str) -> Answer:
-    """Send so many bytes, and promise that many."""
+    """Send these bytes, and announce them or another length."""
 
     def answer(request: http.server.BaseHTTPRequestHandler) -> None:
         length_header = {"Content_Length": str(len(sent) if length is None else length)}
@@ -127,7 +127,7 @@ def content(sent: bytes, length: int | None = None, **headers: str) -> Answer:
 
 
 def reset(request: http.server.BaseHTTPRequestHandler) -> None:
-    """Drop the connection, as a server that is started anew does."""
+    """Drop the connection, like a server that restarts."""
     linger = struct.pack("ii", 1, 0)
     request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     request.connection.close()
@@ -135,7 +135,7 @@ def reset(request: http.server.BaseHTTPRequestHandler) -> None:
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[str]:
-    """Serve the folder ``served`` of the test on loopback; gives the archive's address."""
+    """Serve the folder ``served`` of the test on loopback, and yield the archive's address."""
     (tmp_path / "served").mkdir()
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -182,7 +182,7 @@ def test_reads_the_archive(good_archive: Path) -> None:
         ({"labels": ["cat"] * 10_000}, "labels <U3 .*, expected 10000 integers"),
     ],
 )
-def test_a_wrong_batch_file_is_refused_by_name(
+def test_the_error_for_a_wrong_batch_file_names_it(
     tmp_path: Path, good_batch: bytes, changes: dict[str, Any], message: str
 ) -> None:
     bad = pickle.dumps(batch(**changes), protocol=3).ljust(len(good_batch))
@@ -192,7 +192,7 @@ def test_a_wrong_batch_file_is_refused_by_name(
     assert str(folder / "data_batch_3") in str(error.value)
 
 
-def test_a_pickle_that_would_run_code_does_not(tmp_path: Path, good_batch: bytes) -> None:
+def test_code_in_a_pickle_is_not_run(tmp_path: Path, good_batch: bytes) -> None:
     class Attack:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "attacked",))
@@ -208,7 +208,7 @@ def test_a_missing_or_truncated_batch_file_is_named(tmp_path: Path, good_batch: 
     folder = write_folder(tmp_path, good_batch, test_batch=good_batch[:20_000_000])
     for name in ("test_batch", "data_batch_4"):
         for data_dir in (tmp_path, folder):
-            with pytest.raises(UserError, match=rf"received {folder}/ without all of {name}"):
+            with pytest.raises(UserError, match=rf"received {folder}/ without a complete {name}"):
                 load(data_dir)
         (folder / "data_batch_4").unlink(missing_ok=True)
 
@@ -230,19 +230,19 @@ def test_a_truncated_or_damaged_archive_is_refused(tmp_path: Path, good_archive:
     ):
         archive = tmp_path / f"cifar-10-python.tar{name}"
         archive.write_bytes(damaged)
-        with pytest.raises(UserError, match=f"{archive} is truncated, damaged or no archive"):
+        with pytest.raises(UserError, match=f"{archive} is truncated, damaged or not an archive"):
             load(tmp_path)
         archive.unlink()
 
 
 def test_an_archive_of_something_else_is_refused(tmp_path: Path, good_batch: bytes) -> None:
     write_archive(tmp_path / cifar10.ARCHIVE_NAME, good_batch, ("data_batch_1",))
-    with pytest.raises(UserError, match="holds no cifar-10-batches-py/data_batch_2"):
+    with pytest.raises(UserError, match="contains no cifar-10-batches-py/data_batch_2"):
         load(tmp_path)
 
 
 def place(path: Path, source: Path) -> None:
-    """Put a file somewhere, without copying it."""
+    """Link a file to another path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.hardlink_to(source)
 
@@ -269,7 +269,7 @@ def test_an_archive_is_found_under_another_name(
     assert cifar10.find(TrainConfig(data_dir=tmp_path / name)) == found
 
 
-def test_data_packed_and_unpacked_in_another_way_is_read(tmp_path: Path, good_batch: bytes) -> None:
+def test_data_in_other_folders_and_archives_is_found(tmp_path: Path, good_batch: bytes) -> None:
     folder = write_folder(tmp_path / "mine", good_batch)
     for name in ("mine/batches", "Cifar-10-Batches-py (1)"):
         folder = folder.rename(tmp_path / name)
@@ -299,7 +299,7 @@ def test_data_packed_and_unpacked_in_another_way_is_read(tmp_path: Path, good_ba
         "cifar-10-batches-py -> nowhere",
     ],
 )
-def test_what_looks_like_the_data_is_named_instead_of_a_download(tmp_path: Path, name: str) -> None:
+def test_files_that_only_look_like_the_data_are_an_error(tmp_path: Path, name: str) -> None:
     name, _, target = name.partition(" -> ")
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
@@ -312,12 +312,12 @@ def test_what_looks_like_the_data_is_named_instead_of_a_download(tmp_path: Path,
         load(tmp_path)
 
 
-def test_an_archive_that_is_not_there_is_no_folder_for_a_download(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"typo/c.tgz received .*/c.tgz, which is not there"):
+def test_the_name_of_a_missing_archive_is_not_used_as_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"typo/c.tgz received .*/c.tgz, which does not exist"):
         load(tmp_path / "typo" / "c.tgz")
 
 
-def test_other_files_do_not_keep_from_a_download(tmp_path: Path) -> None:
+def test_other_files_do_not_prevent_a_download(tmp_path: Path) -> None:
     for name in (
         "cifar-100-python.tar.gz",
         "cifar-100-python/train",
@@ -335,14 +335,14 @@ def test_other_files_do_not_keep_from_a_download(tmp_path: Path) -> None:
     assert cifar10.find(TrainConfig(data_dir=tmp_path)).download == (50_000, 10_000)
 
 
-def test_of_two_archives_none_is_taken(tmp_path: Path, good_archive: Path) -> None:
+def test_two_archives_are_an_error(tmp_path: Path, good_archive: Path) -> None:
     for number in (1, 2):
         place(tmp_path / f"cifar-10-python ({number}).tar.gz", good_archive)
     with pytest.raises(UserError, match=r"\(1\).tar.gz, .*\(2\).tar.gz, expected one"):
         load(tmp_path)
 
 
-def test_no_data_and_no_network_is_explained(tmp_path: Path) -> None:
+def test_without_data_and_network_the_error_names_the_reason(tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=r"failed \(Connection refused, 6 tries\)"):
         load(tmp_path / "data", NOWHERE)
     assert list((tmp_path / "data").iterdir()) == []
@@ -358,7 +358,7 @@ def official(monkeypatch: pytest.MonkeyPatch) -> bytes:
     return archive
 
 
-def test_a_passing_network_error_is_waited_for(
+def test_after_a_passing_network_error_the_download_is_tried_again(
     tmp_path: Path, official: bytes, waits: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     log.configure("json")
@@ -369,8 +369,8 @@ def test_a_passing_network_error_is_waited_for(
         status(200)(request)
         request.wfile.write(official[:1_000])
 
-    asked = status(429, Retry_After="25")
-    answers = (status(503, Retry_After="soon"), asked, cut, reset, ends_early, content(official))
+    busy = status(429, Retry_After="25")
+    answers = (status(503, Retry_After="soon"), busy, cut, reset, ends_early, content(official))
     with answering(*answers) as url:
         cifar10.download(TrainConfig(data_dir=data_dir, cifar10_url=url), None)
     assert waits == [2, 25, 8, 16, 30]
@@ -387,12 +387,12 @@ def test_a_passing_network_error_is_waited_for(
     [
         ({"REQUESTS_CA_BUNDLE": "/nowhere"}, "https://127.0.0.1:9/x", "bundle, .* path: /nowhere"),
         ({"REQUESTS_CA_BUNDLE": __file__}, "https://127.0.0.1:PORT/x", "NO_CERTIFICATE"),
-        ({"http_proxy": "socks5://127.0.0.1:9"}, "http://mirror/x", "the proxy is for SOCKS"),
+        ({"http_proxy": "socks5://127.0.0.1:9"}, "http://mirror/x", "SOCKS proxies are not"),
         ({"http_proxy": "http://"}, "http://mirror/x", "the proxy's address is not valid"),
         ({}, "http://me:hunter2@[/x?token=hunter2", "the address is not valid"),
     ],
 )
-def test_what_the_user_has_to_change_for_a_download_is_named_and_not_tried_again(
+def test_after_a_lasting_error_the_download_is_not_tried_again(
     tmp_path: Path,
     waits: list[float],
     monkeypatch: pytest.MonkeyPatch,
@@ -409,9 +409,7 @@ def test_what_the_user_has_to_change_for_a_download_is_named_and_not_tried_again
     assert waits == []
 
 
-def test_a_download_labelled_as_compressed_is_the_archive_all_the_same(
-    tmp_path: Path, official: bytes
-) -> None:
+def test_a_download_labelled_as_compressed_is_accepted(tmp_path: Path, official: bytes) -> None:
     archive = tmp_path / cifar10.ARCHIVE_NAME
     for sent in (official, gzip.compress(official, 0)):
         with answering(content(sent, Content_Encoding="gzip")) as url:
@@ -420,14 +418,14 @@ def test_a_download_labelled_as_compressed_is_the_archive_all_the_same(
         archive.unlink()
 
 
-def test_a_download_with_the_wrong_checksum_is_not_kept(tmp_path: Path, serve: str) -> None:
+def test_a_download_with_a_wrong_checksum_is_deleted(tmp_path: Path, serve: str) -> None:
     (tmp_path / "served" / cifar10.ARCHIVE_NAME).write_bytes(b"not the archive")
     with pytest.raises(UserError, match=r"not the official archive: .* expected SHA-256 6d958be0"):
         load(tmp_path / "data", serve)
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_an_address_without_the_archive_is_named_with_its_answer(
+def test_the_error_for_an_address_without_the_archive_has_the_http_status(
     tmp_path: Path, serve: str, waits: list[float]
 ) -> None:
     with pytest.raises(UserError, match=r"failed \(HTTP 404\)"):
@@ -435,15 +433,15 @@ def test_an_address_without_the_archive_is_named_with_its_answer(
     assert waits == []
 
 
-def test_no_secret_of_an_address_is_told(
+def test_no_message_contains_a_secret_of_an_address(
     tmp_path: Path, serve: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log.configure("json")
     url = serve.replace("://", "://me:hunter2@") + "?token=hunter2"
     with pytest.raises(UserError, match="REMOVED@") as error:
         load(tmp_path / "data", url)
-    said = f"{error.value} {capsys.readouterr().out}"
-    assert "hunter2" not in said
+    messages = f"{error.value} {capsys.readouterr().out}"
+    assert "hunter2" not in messages
     found = cifar10.find(TrainConfig(data_dir=tmp_path / "nothing", cifar10_url=url))
     assert "hunter2" not in found.description
 
@@ -462,7 +460,7 @@ def test_a_verified_download_is_kept_and_read(
     assert again.fingerprint == dataset.fingerprint
 
 
-def test_a_data_folder_that_cannot_be_made_is_explained(tmp_path: Path) -> None:
+def test_a_data_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--data-dir .* cannot be written there: Not a directory"):
         load(tmp_path / "file" / "data", NOWHERE)

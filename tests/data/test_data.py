@@ -31,7 +31,7 @@ def test_limit_keeps_the_first_training_images_and_every_test_image(small_datase
     assert len(limited.test_images) == len(small_dataset.test_images)
 
 
-def test_limit_above_the_data_is_refused(small_dataset: Dataset) -> None:
+def test_a_limit_above_the_number_of_images_is_refused(small_dataset: Dataset) -> None:
     with pytest.raises(UserError, match="--limit received 513, expected at most the 512"):
         small_dataset.limited_to(513)
 
@@ -52,7 +52,7 @@ def test_fingerprint_changes_with_any_byte_or_label(small_dataset: Dataset) -> N
 
 @pytest.fixture
 def downloads(small_dataset: Dataset) -> Iterator[list[ProgressBar | None]]:
-    """The bars of the downloads of a data set of our own, which has to be downloaded once."""
+    """The bars of the downloads of a custom data set, which must be downloaded once."""
     bars: list[ProgressBar | None] = []
 
     def find(config: TrainConfig) -> Location:
@@ -67,7 +67,7 @@ def downloads(small_dataset: Dataset) -> Iterator[list[ProgressBar | None]]:
         yield bars
 
 
-def test_a_data_set_is_downloaded_if_it_is_not_there_and_limited(
+def test_a_missing_data_set_is_downloaded_and_limited(
     downloads: list[ProgressBar | None], small_dataset: Dataset
 ) -> None:
     class Bar:
@@ -84,7 +84,7 @@ def test_a_data_set_is_downloaded_if_it_is_not_there_and_limited(
     assert downloads == [bar]
 
 
-def test_a_data_set_is_loaded_ahead_and_its_error_waits(
+def test_a_data_set_is_loaded_ahead_and_its_error_is_raised_later(
     monkeypatch: pytest.MonkeyPatch, small_dataset: Dataset
 ) -> None:
     loaded = threading.Event()
@@ -104,7 +104,7 @@ def test_a_data_set_is_loaded_ahead_and_its_error_waits(
         ahead(too_many)
 
 
-def test_a_module_of_the_users_own_waits(
+def test_a_module_of_the_users_own_is_not_loaded_ahead(
     monkeypatch: pytest.MonkeyPatch, small_dataset: Dataset
 ) -> None:
     threads = []
@@ -121,7 +121,7 @@ def test_a_module_of_the_users_own_waits(
     assert threads == [threading.main_thread()]
 
 
-def test_a_download_waits(
+def test_a_download_is_not_started_ahead(
     downloads: list[ProgressBar | None], monkeypatch: pytest.MonkeyPatch, small_dataset: Dataset
 ) -> None:
     monkeypatch.setattr("job.data.is_user_module", lambda path: False)
@@ -144,21 +144,21 @@ def test_a_download_waits(
     ],
     ids=["label", "count", "type", "shape", "names"],
 )
-def test_arrays_that_do_not_belong_together_are_no_data_set(
+def test_arrays_that_do_not_fit_together_are_refused(
     small_dataset: Dataset, changes: dict[str, Any], problem: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(problem)):
         replace(small_dataset, **changes)
 
 
-def test_a_data_set_without_a_search_of_its_own_is_described_by_its_module() -> None:
+def test_a_data_set_without_its_own_find_is_described_by_its_module() -> None:
     source = Source(get_source("synthetic").load)
     config = TrainConfig(dataset="synthetic", data_dir=Path("nowhere"))
     assert source.find(config) == Location("read by job/data/synthetic.py")
     assert get_source("synthetic").find(config) == Location("drawn from seed 42")
 
 
-def test_a_module_that_is_no_data_set_is_named(
+def test_the_error_for_a_module_that_is_not_a_data_set_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "broken.py").write_text("SOURCE = (")

@@ -36,7 +36,7 @@ def pixels() -> npt.NDArray[np.uint8]:
 
 
 def halves(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """Red above, blue below."""
+    """Create an image that is red above and blue below."""
     image = Image.new("RGB", (width, height), RED)
     image.paste(BLUE, (0, height // 2, width, height))
     return image.convert(mode)
@@ -46,7 +46,7 @@ def is_near(pixel: npt.NDArray[Any], colour: tuple[int, int, int], tolerance: in
     return bool((np.abs(pixel.astype(int) - colour) <= tolerance).all())
 
 
-def test_folders_are_walked_in_order_past_what_is_hidden_or_no_image(tmp_path: Path) -> None:
+def test_folders_are_searched_in_order_without_hidden_and_other_files(tmp_path: Path) -> None:
     names = ["b/2.png", "b/10.jpg", "b/c/1.webp", "a.JPEG", "c.mpo"]
     others = [".hidden.png", ".cache/1.png", "README.md", "cifar10_model.h5", "b/labels", "x.pdf"]
     for name in (*names, *others):
@@ -70,17 +70,17 @@ def test_folders_are_walked_in_order_past_what_is_hidden_or_no_image(tmp_path: P
     "suffix",
     ["heic", "HEIF", "jxl", "svg", "cr2", "dng", "raw", "iiq", "fff", "gpr", "mos", "cap", "jph"],
 )
-def test_photographs_of_other_formats_are_named(tmp_path: Path, suffix: str) -> None:
+def test_photographs_in_unsupported_formats_are_reported(tmp_path: Path, suffix: str) -> None:
     for name in ("Thumbs.db", ".DS_Store", "notes.txt"):
         (tmp_path / name).touch()
     path = tmp_path / f"a.{suffix}"
-    # Cameras' files begin as TIFF files, mostly with a small preview.
+    # Raw files of cameras begin like TIFF files, mostly with a small preview.
     halves(8, 8).save(path, "TIFF")
     (file,) = find_images([str(tmp_path)])
     assert file == ImageFile(str(path))
-    with pytest.raises(UserError, match=r"^no image of a known format; convert it to JPEG or PNG$"):
+    with pytest.raises(UserError, match=r"^unknown image format; convert it to JPEG or PNG$"):
         read_image(str(path), SHAPE)
-    # As phones and programs name what they have converted.
+    # Phones and programs sometimes keep the suffix of a file that they converted to JPEG.
     halves(32, 32).save(path, "JPEG")
     assert is_near(read_image(str(path), SHAPE)[4, 16], RED, 20)
 
@@ -103,13 +103,13 @@ def test_a_folder_that_cannot_be_read_is_a_problem(
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 
-    monkeypatch.setattr("os.scandir", refuse)  # root may read every folder
+    monkeypatch.setattr("os.scandir", refuse)  # root can read every folder
     closed, opened = find_images([str(tmp_path)])
     assert closed == ImageFile(f"{tmp_path}/closed", "Permission denied")
     assert opened.problem is None
 
 
-def test_a_picture_replaces_no_image_however_it_is_spelt(
+def test_a_picture_does_not_overwrite_an_image_under_any_spelling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -138,7 +138,7 @@ def test_a_picture_replaces_no_image_however_it_is_spelt(
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tiff", "a.webp", "a.ppm", "a.PNG"])
-def test_lossless_files_of_the_networks_size_give_their_very_pixels(
+def test_lossless_files_of_the_networks_size_keep_their_exact_pixels(
     tmp_path: Path, pixels: npt.NDArray[np.uint8], name: str
 ) -> None:
     Image.fromarray(pixels).save(tmp_path / name, lossless=True)
@@ -156,7 +156,7 @@ def test_an_opaque_alpha_channel_changes_no_pixel(
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (7, 5), (4000, 3000)])
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_any_size_becomes_the_networks(tmp_path: Path, size: tuple[int, int], suffix: str) -> None:
+def test_any_size_is_resized(tmp_path: Path, size: tuple[int, int], suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     Image.new("RGB", size, GREEN).save(path)
     read = read_image(str(path), SHAPE)
@@ -197,7 +197,7 @@ def test_a_rotated_photograph_is_turned_upright(tmp_path: Path, suffix: str) -> 
     assert is_near(read[16, 1], BLUE, 24)
 
 
-def test_what_is_transparent_shows_white(tmp_path: Path) -> None:
+def test_transparent_pixels_become_white(tmp_path: Path) -> None:
     image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
     image.paste((*GREEN, 255), (0, 0, 16, 32))
     image.save(tmp_path / "rgba.png")
@@ -228,7 +228,7 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
 
 def test_grey_values_of_an_unknown_range_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 200.0, np.float32)).save(tmp_path / "a.tiff")
-    with pytest.raises(UserError, match="grey values go from 200 to 200, expected 0 to 1"):
+    with pytest.raises(UserError, match="received grey values from 200 to 200, expected 0 to 1"):
         read_image(str(tmp_path / "a.tiff"), SHAPE)
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "a.tiff")
     with pytest.raises(UserError, match="from nan to nan"):
@@ -247,7 +247,7 @@ def test_other_colour_modes_become_rgb(tmp_path: Path, mode: str) -> None:
         assert is_near(read[28, 16], BLUE, 20)
 
 
-def test_the_first_frame_of_an_animation_counts(tmp_path: Path) -> None:
+def test_the_first_frame_of_an_animation_is_used(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (32, 32), colour) for colour in (RED, BLUE)]
     for name in ("a.gif", "a.webp", "a.png", "a.tiff"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
@@ -260,14 +260,14 @@ def chunk(kind: bytes, content: bytes, *, damage: int = 0) -> bytes:
 
 
 def png(size: tuple[int, int], bits: int, colours: int, rows: bytes, *chunks: bytes) -> bytes:
-    """A PNG file, whose rows begin with their filter's number."""
+    """Create a PNG file; each of the rows begins with the number of its filter."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colours, 0, 0, 0))
     end = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + end
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG file of which nothing but the size is there."""
+    """Create a PNG file that contains only a size and no pixels."""
     return png((width, height), 8, 2, b"")
 
 
@@ -285,7 +285,7 @@ METADATA = {
 }
 
 
-def test_no_metadata_costs_a_readable_image(tmp_path: Path) -> None:
+def test_images_with_unusual_or_broken_metadata_are_read(tmp_path: Path) -> None:
     for name, chunks in METADATA.items():
         rows = b"\0" + bytes((9, 9, 9) * 2)
         (tmp_path / name).write_bytes(png((2, 2), 8, 2, rows * 2, chunks))
@@ -293,7 +293,7 @@ def test_no_metadata_costs_a_readable_image(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read, np.full(SHAPE, 9), name)
     halves(64, 64).save(tmp_path / "a.webp", exif=b"Exif\0\0broken")
     assert is_near(read_image(str(tmp_path / "a.webp"), SHAPE)[4, 16], RED, 8)
-    # What is up is still known beside such metadata.
+    # The orientation is read even next to such metadata.
     exif = Image.Exif()
     exif[0x0112] = 3
     (tmp_path / "a.png").write_bytes(
@@ -322,10 +322,10 @@ def test_no_metadata_costs_a_readable_image(tmp_path: Path) -> None:
         (2, 3, b"\x10", b"\0", 0x66),
     ],
 )
-def test_a_transparent_value_counts_in_every_depth(
+def test_a_transparent_value_is_applied_at_every_bit_depth(
     tmp_path: Path, bits: int, colours: int, row: bytes, value: bytes, right: int
 ) -> None:
-    """Two pixels, of which the left one has the transparent value."""
+    """The left one of two pixels has the transparent value."""
     palette = chunk(b"PLTE", bytes((1, 1, 1, 0x66, 0x66, 0x66)))
     chunks = (palette,) * (colours == 3) + (chunk(b"tRNS", value),)
     (tmp_path / "a.png").write_bytes(png((2, 1), bits, colours, b"\0" + row, *chunks))
@@ -354,7 +354,7 @@ def test_a_transparent_value_counts_in_every_depth(
         "16 bits, unlike",
     ],
 )
-def test_an_unfit_transparent_value_hides_no_pixel(
+def test_an_invalid_transparent_value_hides_no_pixel(
     tmp_path: Path, bits: int, colours: int, row: bytes, value: bytes
 ) -> None:
     palette = chunk(b"PLTE", bytes((1, 1, 1, 0x33, 0x33, 0x33)))
@@ -365,7 +365,7 @@ def test_an_unfit_transparent_value_hides_no_pixel(
     )
 
 
-def test_a_large_image_is_turned_as_an_ordinary_one(
+def test_a_large_image_is_rotated_like_a_small_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, columns = np.indices((60, 90))
@@ -407,12 +407,12 @@ def test_a_large_image_takes_little_more_memory_than_its_pixels(tmp_path: Path) 
     turned, kib = map(json.loads, result.stdout.splitlines())
     pixels = np.swapaxes(turned, 0, 1)
     assert kib * 1024 < 1.5 * 4 * image.width * image.height
-    assert is_near(pixels[0], (255, 255, 255), 12)  # no red comes from what is transparent
+    assert is_near(pixels[0], (255, 255, 255), 12)  # no red from transparent pixels
     assert is_near(pixels[2:], (255, 204, 204), 12)
 
 
 def broken_files(folder: Path) -> dict[str, str]:
-    """Make broken files, and say what is to be said of each."""
+    """Create broken files, and return the expected problem of each."""
     whole = io.BytesIO()
     halves(64, 64).save(whole, "JPEG")
     (folder / "truncated.jpg").write_bytes(whole.getvalue()[:-40])
@@ -429,12 +429,12 @@ def broken_files(folder: Path) -> dict[str, str]:
         "empty.png": "the file is empty",
         "link.png": "No such file or directory",
         "noise.gif": "",
-        "text.jpg": "no image of a known format",
+        "text.jpg": "unknown image format",
         "truncated.jpg": "truncated",
     }
 
 
-def test_each_broken_file_says_what_is_wrong_and_the_others_are_read(
+def test_each_broken_file_has_a_problem_and_the_others_are_read(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     expected = broken_files(tmp_path)
@@ -452,7 +452,7 @@ def test_each_broken_file_says_what_is_wrong_and_the_others_are_read(
     assert not recwarn.list
 
 
-def test_an_image_below_the_bomb_limit_gives_no_warning(
+def test_an_image_below_the_bomb_limit_causes_no_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
@@ -463,13 +463,13 @@ def test_an_image_below_the_bomb_limit_gives_no_warning(
 
 
 @pytest.mark.parametrize("name", ["nowhere.png", "folder.png", "x" * 300])
-def test_what_is_no_file_is_told(tmp_path: Path, name: str) -> None:
+def test_a_path_that_is_not_a_file_is_an_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UserError, match=r"No such file|Is a directory|File name too long"):
         read_image(str(tmp_path / name), SHAPE)
 
 
-def test_standard_input_may_be_a_pipe(pixels: npt.NDArray[np.uint8]) -> None:
+def test_standard_input_can_be_a_pipe(pixels: npt.NDArray[np.uint8]) -> None:
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "PNG")
     reader, writer = os.pipe()
@@ -487,7 +487,7 @@ def test_standard_input_may_be_a_pipe(pixels: npt.NDArray[np.uint8]) -> None:
         os.close(reader)
 
 
-def test_a_grey_network_gets_grey_images(tmp_path: Path) -> None:
+def test_a_grey_network_receives_grey_images(tmp_path: Path) -> None:
     ramp = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "grey.png")
     Image.fromarray(ramp).convert("RGB").save(tmp_path / "rgb.png")
@@ -499,14 +499,14 @@ def test_a_grey_network_gets_grey_images(tmp_path: Path) -> None:
     halves(400, 300).save(tmp_path / "a.jpg")
     read = read_image(str(tmp_path / "a.jpg"), (24, 20, 1))
     assert read.shape == (24, 20, 1)
-    assert np.abs(read[2].astype(int) - 76).max() < 5  # red, as ITU-R 601 weighs it
+    assert np.abs(read[2].astype(int) - 76).max() < 5  # red, as weighted in ITU-R 601
 
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
 
 def iptc(content: bytes) -> bytes:
-    """An IPTC file with another file inside."""
+    """Create an IPTC file with another file inside."""
 
     def field(record: int, number: int, value: bytes) -> bytes:
         return bytes((0x1C, record, number)) + struct.pack(">H", len(value)) + value
@@ -524,10 +524,10 @@ def test_no_other_program_is_started_for_an_image(
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
-    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # looked for once a process
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # Pillow searches once per process
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(iptc(POSTSCRIPT) if suffix == "iim" else POSTSCRIPT)
-    expected = "no image of a known format" if suffix == "iim" else "PostScript, which this program"
+    expected = "unknown image format" if suffix == "iim" else "PostScript is not supported"
     assert find_images([str(tmp_path)]) == [ImageFile(str(path))]
     with pytest.raises(UserError, match=expected):
         read_image(str(path), SHAPE)

@@ -16,7 +16,7 @@ def test_draws_the_documented_arrays() -> None:
     np.testing.assert_array_equal(np.bincount(labels), [105] * 10)
 
 
-def test_depends_on_seed_and_stream_alone() -> None:
+def test_depends_only_on_seed_and_stream() -> None:
     images, labels = synthetic.draw(64, seed=1, stream=0)
     again, again_labels = synthetic.draw(64, seed=1, stream=0)
     np.testing.assert_array_equal(images, again)
@@ -60,7 +60,7 @@ def test_every_shape_stands_out_from_its_background() -> None:
         assert strongest[labels == label].min() > 20
 
 
-def test_examples_are_one_image_of_each_class_and_draw_no_more(
+def test_examples_are_exactly_one_image_of_each_class(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []

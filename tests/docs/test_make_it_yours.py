@@ -125,7 +125,7 @@ def test_a_broken_picture_is_named(copy: Path) -> None:
     finally:
         broken.unlink()
     assert result.returncode == 2
-    assert "cannot read data/leaves/test/oak/broken.png: no image of a known" in result.stderr
+    assert "cannot read data/leaves/test/oak/broken.png: unknown image format" in result.stderr
 
 
 def test_both_names_are_choices_of_the_command_line(copy: Path) -> None:
