@@ -44,6 +44,6 @@ def test_a_second_run_reuses_the_compiled_code_of_the_first(
             *("--devices", "gpu:1", "--compile-cache", "code", "--output-dir", output),
         )
         assert result.returncode == 0, result.stderr
-        assert ("reuses the compiled code" in result.stdout) == has_code
+        assert ("reusing the compiled code" in result.stdout) == has_code
     (entry,) = (tmp_path / "code").iterdir()
     assert entry.stat().st_size > 10_000

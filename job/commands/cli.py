@@ -34,7 +34,7 @@ from job.commands.terminal import DownloadBar, EpochBar, printable
 from job.config import ExitCode, JobError, TrainConfig
 from job.environment import explain, require_capable_machine, require_threads
 from job.registry import explaining_user_code
-from job.report import MATPLOTLIB_VARIABLES, spare_the_run
+from job.report import MATPLOTLIB_VARIABLES, tolerate_drawing_errors
 from job.run.stop import StopRequest, Watchdog
 
 
@@ -195,7 +195,7 @@ def evaluate(stop: StopRequest, /, log_format: log.LogFormat, **options: Any) ->
 
         devices, load = open_devices(config), partial(load_dataset, bar=download_bar)
         evaluate_output_dir(config, output, devices, load, watchdog)
-        with spare_the_run("the report"):
+        with tolerate_drawing_errors("the report"):
             write_report(output)
 
 

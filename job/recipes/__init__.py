@@ -1,4 +1,4 @@
-"""What the engine asks of a recipe, so that it need not know any."""
+"""The interface between the engine and the recipes."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,21 +10,21 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-# What other packages take from the private module.
+# Names of the private module that other packages use.
 from job.recipes._augment import Resample as Resample
 from job.recipes._augment import resample_by_gather as resample_by_gather
 from job.recipes._augment import resample_by_op as resample_by_op
 from job.registry import accepts, load_member, require_parameters
 
 Weights = Mapping[str, npt.NDArray[np.float32]]
-"""Values of a network's variables by layer and variable, such as "conv1/kernel"."""
+"""Values of a network's variables by the names of layer and variable, such as "conv1/kernel"."""
 
 Views = tuple[Callable[[tf.Tensor], tf.Tensor], ...]
 """Functions of images [batch, height, width, channels] float32, 0 to 1, that return such images."""
 
 
 def unchanged(images: tf.Tensor) -> tf.Tensor:
-    """The evaluation view of a recipe that looks at each test image once, as it is."""
+    """The only view of a recipe that evaluates each test image once, as it is."""
     return images
 
 
@@ -35,35 +35,36 @@ class Recipe:
     Attributes:
         name: Its name on the command line.
         build_model: From (seed, number of classes) to a float32 network of stock Keras layers that
-            ends in a softmax. It is what the model file holds.
-        build_optimizer: From (learning rate, total steps) to a Keras optimizer; a schedule goes in
-            as the optimizer's learning rate.
-        loss: Keras name of the loss of one-hot labels and probabilities.
-        draw_augmentation: From (seed, epoch, steps, batch size) to what augments one epoch,
-            [steps, batch size, ...] float32; nothing else may decide it. The epoch is a scalar
-            int32 from 0. A function that needs a fifth argument is also given the rows of the
-            training set, [steps, batch size] int64.
+            ends in a softmax. The model file contains this network.
+        build_optimizer: From (learning rate, total steps) to a Keras optimizer; a schedule is
+            passed as the optimizer's learning rate.
+        loss: Keras name of a loss of one-hot labels and probabilities.
+        draw_augmentation: From (seed, epoch, steps, batch size) to the random draws that augment
+            one epoch, [steps, batch size, ...] float32. They must depend on nothing else. The epoch
+            is a scalar int32 from 0. A function with a fifth parameter also receives the rows of
+            the training set, [steps, batch size] int64.
         augment: From (images, draws, resample) to augmented images, both
             [batch, height, width, channels] float32, 0 to 1. The draws are the images' rows of
-            what `draw_augmentation` gave.
-        tta_views: The saved model is evaluated by the mean probability over these views of each
-            test image, and predicts by it.
-        tta_weights: The weight of each view in that mean; they sum to 1. Empty are equal weights.
+            the result of `draw_augmentation`.
+        tta_views: The views of each image whose mean probability the saved model's evaluation and
+            predictions use.
+        tta_weights: The weight of each view in that mean; they sum to 1. Empty means equal weights.
         label_smoothing: The share of each one-hot label, 0 to 1, that a training spreads evenly
             over the classes. Evaluations use the labels as they are.
         loss_reduction: Whether a training minimizes the mean of the losses over the global batch
             or their sum.
         fixed_weights: From training images [examples, height, width, channels] uint8 to values
-            of variables. They replace what `build_model` drew and are not trained. They are part
-            of the run: other values are another run. None if none depends on images.
-        early_variables: Variables, by names as in `Weights`, that have a gradient only in this
-            share of a run's epochs, from the first and rounded up. Later it is zero, and CPUs do
-            not compute it.
-        steps_per_execution: Steps of a compiled call, in which a run cannot stop; best a divisor of
-            an epoch's. None is the engine's number, 15.
+            of variables. They replace the initial values from `build_model` and are not trained.
+            They identify the run: other values are another run. None if no weights depend on the
+            images.
+        early_variables: Variables, by names as in `Weights`, that have a gradient only in the first
+            part of a run: in this share of its epochs, rounded up. After that the gradient is zero,
+            and CPUs do not compute it.
+        steps_per_execution: Steps of a compiled call, during which a run cannot stop. It should
+            divide the number of steps of an epoch. None means the engine's number, 15.
 
-    Augmentation and views become graphs without AutoGraph: on tensors they use TensorFlow's control
-    flow.
+    Augmentation and views become graphs without AutoGraph, so on tensors they must use TensorFlow's
+    control flow.
     """
 
     name: str
@@ -81,11 +82,11 @@ class Recipe:
     steps_per_execution: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse functions with other parameters, and values out of their range.
+        """Refuse functions with other parameters, and values outside their range.
 
         Raises:
-            TypeError: If there is such a function.
-            ValueError: If there is such a value.
+            TypeError: If a function has other parameters.
+            ValueError: If a value is outside its range.
         """
         require_parameters(self.build_model, "build_model", "seed", "classes")
         require_parameters(self.build_optimizer, "build_optimizer", "learning_rate", "total_steps")
@@ -93,7 +94,7 @@ class Recipe:
             require_parameters(self.draw_augmentation, "draw_augmentation", *_DRAW_PARAMETERS)
         require_parameters(self.augment, "augment", "images", "draws", "resample")
         if not self.tta_views:
-            raise ValueError("tta_views has no view, expected at least (unchanged,)")
+            raise ValueError("tta_views is empty, expected at least (unchanged,)")
         for view in self.tta_views:
             require_parameters(view, "view", "images")
         weights = self.tta_weights
@@ -131,7 +132,7 @@ class Recipe:
         return not accepts(draw, *_DRAW_PARAMETERS) and accepts(draw, *_DRAW_PARAMETERS, "rows")
 
     def early_epochs(self, epochs: int) -> dict[str, int]:
-        """For each early variable its epochs with a gradient, of so many in all."""
+        """Map each early variable to its number of epochs with a gradient."""
         return {name: math.ceil(share * epochs) for name, share in self.early_variables.items()}
 
     def draw(self, seed: int, epoch: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
@@ -149,7 +150,10 @@ class Recipe:
         return self.draw_augmentation(seed, epoch, *rows.shape, *extra)
 
     def compile(self, model: keras.Model, learning_rate: float, total_steps: int) -> None:
-        """Compile a network with this recipe's optimizer, its variables made, loss and accuracy."""
+        """Compile a network with accuracy and this recipe's loss and optimizer.
+
+        The variables of the optimizer are created too.
+        """
         optimizer = self.build_optimizer(learning_rate, total_steps)
         optimizer.build(model.trainable_variables)
         model.compile(optimizer=optimizer, loss=self.loss, metrics=["accuracy"])
@@ -160,5 +164,5 @@ _DRAW_PARAMETERS = ("seed", "epoch", "steps", "batch_size")
 
 def get_recipe(name: str) -> Recipe:
     """Import the recipe of this name: the ``RECIPE`` of ``job.recipes.<name>``."""
-    # A copy of another recipe may still have that one's name.
+    # A recipe that was copied from another one can still contain the other's name.
     return replace(load_member("recipes", name, "RECIPE", Recipe), name=name)

@@ -58,7 +58,7 @@ def build_model(seed: int, classes: int) -> keras.Model:
 
 
 def build_optimizer(learning_rate: float, total_steps: int) -> keras.optimizers.Optimizer:
-    """Adam at a constant learning rate; the length of the run does not matter to it."""
+    """Adam at a constant learning rate, for any length of the run."""
     del total_steps
     return keras.optimizers.Adam(learning_rate=learning_rate)
 

@@ -3,11 +3,11 @@
     cifar10-job train --recipe fast
 
 Batch 2,000, 8 epochs: 90.4% on JPEG images of CIFAR-10, in 15 minutes on two CPU cores with
-bfloat16. The original pixels, for which the record holds, have not been tried.
+bfloat16. It has not been measured on the original pixels, which the record is for.
 
 The methods are those of Keller Jordan's ``airbench94_muon``: whitened patches, the optimizer Muon,
-alternating flips, fast batch statistics, and the mean over shifted and mirrored test images: of
-probabilities here, of logits there.
+alternating flips, fast batch statistics, and the mean over shifted and mirrored test images. Here
+it is the mean of probabilities, there the mean of logits.
 
 Source: github.com/KellerJordan/cifar10-airbench
 """
@@ -27,7 +27,7 @@ from job.recipes import Recipe, Resample, unchanged
 DEFAULTS = {"epochs": 8, "batch_size": 2000, "learning_rate": 0.24}
 
 IMAGE_SIZE = 32
-# Mean and standard deviation of CIFAR-10's training images, 0 to 1, by channel.
+# Mean and standard deviation of CIFAR-10's training images, 0 to 1, per channel.
 MEAN = (0.4914, 0.4822, 0.4465)
 DEVIATION = (0.2470, 0.2435, 0.2616)
 
@@ -36,17 +36,17 @@ PATCH_SIZE = 2
 WHITENED_IMAGES = 5_000
 WHITENING_EPSILON = 5e-4
 
-# At the default learning rate, which is Muon's. --learning-rate scales all three alike.
+# Relative to Muon's learning rate, which is the default one. --learning-rate scales all three.
 BIAS_RATE = 0.053 / 0.24
 HEAD_RATE = 0.67 / 0.24
 # The whitening layer's bias is trained in the first three of eight epochs.
 WHITENING_BIAS_SHARE = 3 / 8
-# The record decays biases and head by 2e-6 of their values an image, over 400,000 images.
+# The record decays biases and head by 2e-6 of their values per image, over 400,000 images.
 DECAY = 2e-6 * 400_000
 
 MAX_SHIFT = 2
 
-# Of rotations; a matrix of 12 rows is diagonal to all digits after seven or eight.
+# Sweeps of rotations. A matrix of 12 rows is diagonal to all digits after seven or eight.
 _SWEEPS = 12
 
 
@@ -60,7 +60,7 @@ def build_model(seed: int, classes: int, widths: Sequence[int] = WIDTHS) -> kera
 
     Returns:
         From images [batch, 32, 32, 3] float32, 0 to 1, to probabilities [batch, classes]. The
-        whitening filters are zeros: `whitening_weights` gives them.
+        whitening filters are zeros; their values come from `whitening_weights`.
     """
     layers = keras.layers
     # The initializers draw from Keras's global seed.
@@ -106,7 +106,7 @@ def build_model(seed: int, classes: int, widths: Sequence[int] = WIDTHS) -> kera
 
 
 def _convolution(inputs: int, filters: int, name: str) -> keras.layers.Conv2D:
-    # Uniform up to 1 / sqrt(fan in), as PyTorch draws.
+    # Uniform up to 1 / sqrt(fan in), as in PyTorch.
     initializer = keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
     return keras.layers.Conv2D(
         filters, 3, padding="same", use_bias=False, kernel_initializer=initializer, name=name
@@ -114,7 +114,7 @@ def _convolution(inputs: int, filters: int, name: str) -> keras.layers.Conv2D:
 
 
 def _partial_identity(kernel: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The kernel [3, 3, inputs, filters] whose first filters pass one input each through."""
+    """Make each of the first filters of a kernel [3, 3, inputs, filters] copy one input."""
     count = min(kernel.shape[2:])
     kernel = kernel.copy()
     kernel[..., :count] = 0.0
@@ -123,11 +123,12 @@ def _partial_identity(kernel: npt.NDArray[np.float32]) -> npt.NDArray[np.float32
 
 
 def whitening_weights(images: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
-    """Filters that make the values of a patch uncorrelated, from the first training images.
+    """Compute filters that decorrelate the values of a patch, from the first training images.
 
-    The eigenvectors of the second moments of normalized patches, each divided by the square root of
-    its eigenvalue, in both signs. They have the same bits on every processor: the moments are sums
-    of integers, which float64 holds exactly, and what follows is no library's matrix function.
+    The filters are the eigenvectors of the second moments of normalized patches, each divided by
+    the square root of its eigenvalue, with both signs. They have the same bits on every processor:
+    the moments are sums of integers, which are exact in float64, and the computation after that
+    uses no matrix function of a library.
 
     Args:
         images: [examples, 32, 32, 3] uint8.
@@ -157,24 +158,24 @@ def whitening_weights(images: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np
 def decompose(
     matrix: npt.NDArray[np.float64],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Eigenvalues and eigenvectors of a symmetric matrix, by cyclic Jacobi rotations.
+    """Compute eigenvalues and eigenvectors of a symmetric matrix by cyclic Jacobi rotations.
 
-    NumPy's own come from a library whose last digits differ between processors.
+    NumPy uses a library whose last digits differ between processors.
 
     Source: Golub and Van Loan, "Matrix computations", section 8.5.
 
     Args:
-        matrix: [size, size], of a dozen rows or so.
+        matrix: [size, size], with about a dozen rows.
 
     Returns:
-        Eigenvalues [size] and eigenvectors [size, size], a column each, in no order.
+        Eigenvalues [size] and eigenvectors [size, size], one per column, in no particular order.
     """
     values, vectors = matrix.copy(), np.eye(len(matrix))
     pairs = list(itertools.combinations(range(len(matrix)), 2))
     for p, q in pairs * _SWEEPS:
         if values[p, q] == 0.0:
             continue
-        # The angle that brings this entry to zero.
+        # The angle that makes this entry zero.
         ratio = float(values[q, q] - values[p, p]) / (2.0 * float(values[p, q]))
         tangent = math.copysign(1.0, ratio) / (abs(ratio) + math.sqrt(ratio * ratio + 1.0))
         cos = 1.0 / math.sqrt(tangent * tangent + 1.0)
@@ -188,18 +189,18 @@ def decompose(
 class Muon(keras.optimizers.Optimizer):  # type: ignore[misc]
     """Muon for convolution filters, and SGD with Nesterov momentum for biases and the head.
 
-    Muon steps along the nearest semi-orthogonal matrix to the momentum of a kernel's gradient, and
-    normalizes the filters before each step. All rates fall to zero linearly.
+    For each kernel, Muon steps along the semi-orthogonal matrix that is nearest to the momentum of
+    the gradient, and it normalizes the filters before each step. All rates fall to zero linearly.
 
     Source: Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024
     (kellerjordan.github.io/posts/muon), as `airbench94_muon` applies it. Gradients are those of the
     *sum* of the losses over the batch.
 
     Args:
-        initial_learning_rate: Of the filters in the first step.
+        initial_learning_rate: Learning rate of the filters in the first step.
         total_steps: Steps of the run, after which the learning rate is zero.
-        dtype: What the Newton-Schulz iteration computes in.
-        name: Of the optimizer.
+        dtype: Type in which the Newton-Schulz iteration computes.
+        name: Name of the optimizer.
     """
 
     MOMENTUM, SGD_MOMENTUM = 0.6, 0.85
@@ -252,13 +253,13 @@ class Muon(keras.optimizers.Optimizer):  # type: ignore[misc]
         self.assign(variable, value - learning_rate * step)
 
     def _whitening_rate(self) -> tf.Tensor:
-        """The learning rate if it fell to zero within the first epochs."""
+        """The learning rate of the whitening bias, which falls to zero within the first epochs."""
         steps = math.ceil(WHITENING_BIAS_SHARE * self._total_steps)
         done = tf.cast(tf.convert_to_tensor(self.iterations), tf.float32)
         return self._initial_learning_rate * tf.maximum(1.0 - done / steps, 0.0)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, as JSON has them."""
+        """The arguments, in types that JSON supports."""
         return {
             "initial_learning_rate": self._initial_learning_rate,
             "total_steps": self._total_steps,
@@ -268,14 +269,14 @@ class Muon(keras.optimizers.Optimizer):  # type: ignore[misc]
 
 
 def orthogonalize(matrix: tf.Tensor, dtype: str) -> tf.Tensor:
-    """Bring the singular values of a matrix near to 1 by three Newton-Schulz iterations.
+    """Bring the singular values of a matrix close to 1 by three Newton-Schulz iterations.
 
-    The coefficients are Muon's: they lift small singular values fast, and leave all of them between
-    about 0.5 and 1.5.
+    The coefficients are Muon's: they raise small singular values fast, and the final values are
+    between about 0.5 and 1.5.
 
     Args:
         matrix: [rows, columns] float32.
-        dtype: What to compute in.
+        dtype: Type in which to compute.
 
     Returns:
         [rows, columns] float32.
@@ -302,10 +303,10 @@ def draw_augmentation(
 
     Returns:
         [steps, batch_size, 3] float32: pixels to shift across and down, from -2 to 2, and 1 to
-        mirror, else 0. In which epochs an image is mirrored depends on seed and row.
+        mirror or 0. The epochs in which an image is mirrored depend on seed and row.
     """
     shape = [steps, batch_size, 2]
-    # Philox by name: what "auto" picks differs between devices and under XLA.
+    # Not "auto", which selects different algorithms on different devices and under XLA.
     shifts = tf.random.stateless_uniform(
         shape, [seed, epoch], -MAX_SHIFT, MAX_SHIFT + 1, tf.int32, alg="philox"
     )
@@ -315,13 +316,13 @@ def draw_augmentation(
 
 def _first_flips(seed: int, rows: tf.Tensor) -> tf.Tensor:
     """Whether the first epoch mirrors each row of the training set: 0 or 1, int32."""
-    # Rows that are this far apart may share a coin.
+    # Rows that are this far apart share a coin.
     coins = tf.random.stateless_uniform([2**16], [seed, -1], 0, 2, tf.int32, alg="philox")
     return tf.gather(coins, rows % 2**16)
 
 
 def augment(images: tf.Tensor, draws: tf.Tensor, resample: Resample) -> tf.Tensor:
-    """Shift images, reflecting what lies beyond the edges, and mirror some of them."""
+    """Shift images, with reflected pixels beyond the edges, and mirror some of them."""
     del resample
     shift_x, shift_y, mirrored = (column[:, None] for column in tf.unstack(draws, axis=-1))
     pixels = tf.range(IMAGE_SIZE, dtype=tf.float32)[None]
@@ -333,7 +334,7 @@ def augment(images: tf.Tensor, draws: tf.Tensor, resample: Resample) -> tf.Tenso
 
 
 def _reflect(positions: tf.Tensor) -> tf.Tensor:
-    """Pixel positions, beyond the edges those that mirror them there: -1 is 1; int32."""
+    """Reflect positions beyond the edges into the image, int32: -1 becomes 1."""
     last = IMAGE_SIZE - 1.0
     return tf.cast(last - tf.abs(last - tf.abs(positions)), tf.int32)
 
@@ -354,12 +355,12 @@ def shift_down_right(images: tf.Tensor) -> tf.Tensor:
 
 
 def mirror_shift_up_left(images: tf.Tensor) -> tf.Tensor:
-    """Both."""
+    """Shift images by a pixel up and left, and then mirror them."""
     return mirror(shift_up_left(images))
 
 
 def mirror_shift_down_right(images: tf.Tensor) -> tf.Tensor:
-    """Both."""
+    """Shift images by a pixel down and right, and then mirror them."""
     return mirror(shift_down_right(images))
 
 
@@ -379,6 +380,6 @@ RECIPE = Recipe(
     loss_reduction="sum",
     fixed_weights=whitening_weights,
     early_variables={"whitening/bias": WHITENING_BIAS_SHARE},
-    # On two processor cores a step takes four seconds, and a scheduler may give a run thirty.
+    # On two CPU cores a step takes four seconds, and a scheduler can give a run only thirty.
     steps_per_execution=5,
 )

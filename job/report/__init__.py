@@ -1,4 +1,4 @@
-"""What people look at afterwards: the page of a run, and pictures."""
+"""The report of a run: its page and pictures."""
 
 import contextlib
 import logging
@@ -14,14 +14,14 @@ MATPLOTLIB_VARIABLES = {
     "MATPLOTLIBRC": os.devnull,
     "MPL_IGNORE_SYSTEM_FONTS": "1",
 }
-"""The environment in which matplotlib loads with its own defaults and fonts."""
+"""Environment variables that make matplotlib load with its own defaults and fonts."""
 
 
 def isolate_matplotlib() -> None:
-    """Load matplotlib with its own defaults and fonts in place of the user's.
+    """Load matplotlib with its own defaults and fonts instead of the user's.
 
-    Only the run decides the bytes of its pictures. matplotlib gets no folder for a cache: a
-    container may have none, and a process that is killed would leave one behind.
+    So only the run determines the bytes of its pictures. matplotlib gets no cache folder: in a
+    container there is not always one, and a killed process would leave one behind.
     """
     if not MATPLOTLIB_VARIABLES.items() <= os.environ.items():
         os.environ |= MATPLOTLIB_VARIABLES
@@ -29,13 +29,13 @@ def isolate_matplotlib() -> None:
         import matplotlib as mpl
     for folder in ("get_cachedir", "get_configdir"):
         setattr(mpl, folder, lambda: os.devnull)
-    # It would warn that it cannot keep a list of its fonts there.
+    # Without the folder, it warns that it cannot save its list of fonts.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
 def _hidden_from_matplotlib(name: str) -> Iterator[None]:
-    """Hide a file of the current folder, which matplotlib reads before all others."""
+    """Hide a file in the current folder, which matplotlib would read before all others."""
     exists = os.path.exists
     setattr(os.path, "exists", lambda path: path != name and exists(path))  # noqa: B010
     try:
@@ -45,15 +45,15 @@ def _hidden_from_matplotlib(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def spare_the_run(what: str) -> Iterator[None]:
-    """Let no defect of the body, which draws, cost the run: a warning takes its place.
+def tolerate_drawing_errors(what: str) -> Iterator[None]:
+    """Log a warning if the body, which draws, fails because of a defect. The run continues.
 
     Args:
-        what: Names in the log what is drawn.
+        what: Name of the drawing in the log.
 
     Raises:
         UserError: If a file cannot be written.
-        LeaseLostError: If the folder is another attempt's now.
+        LeaseLostError: If another attempt has taken the folder over.
     """
     try:
         yield
@@ -66,6 +66,6 @@ def spare_the_run(what: str) -> Iterator[None]:
             logging.WARNING,
             what=what,
             trace=trace,
-            message=f"everything but {what} is there; drawing it failed, which is a defect of the "
-            f"job: please report the trace\n{trace}",
+            message=f"could not draw {what}; all other artifacts are complete. This is a defect of "
+            f"the job: please report this trace\n{trace}",
         )

@@ -1,4 +1,4 @@
-"""The report's figures: which pictures a run gives, and what they show in words."""
+"""The report's figures: the pictures of a run, with alternative texts and captions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from job.run.record import EvaluationRecord, RunRecord
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture and its words.
+    """A picture and its texts.
 
     Attributes:
-        name: Of its file, without the suffix.
+        name: Name of its file, without the suffix.
         png: Its content.
-        alt: What it shows, for those who do not see it.
-        caption: What everybody should know to read it.
-        is_chart: Whether it may be inverted on a dark page; photographs may not.
+        alt: Alternative text, for readers who cannot see it.
+        caption: What every reader needs to understand it.
+        is_chart: Whether it can be inverted on a dark page; photographs cannot.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Figure:
 
 
 def draw_figures(record: RunRecord) -> dict[str, Figure]:
-    """Draw every figure that the run has the figures for, by name."""
+    """Draw every figure for which the run has data, by name."""
     figures: list[Figure] = []
     if record.epochs:
         figures += [*_curves(record), _throughput(record)]
@@ -46,8 +46,8 @@ def _curves(record: RunRecord) -> Iterator[Figure]:
     for name, factor, unit, form, caption in (
         (
             *("accuracy", 100, "Accuracy (%)", "{:.1f}%"),
-            "Training counts augmented images, with the recipe's Dropout and label smoothing; "
-            "validation counts all test images as they are.",
+            "Training: augmented images, with the recipe's Dropout and label smoothing. "
+            "Validation: all test images as they are.",
         ),
         ("loss", 1, "Cross-entropy (nats)", "{:.3f}", "Lower is better."),
     ):
@@ -60,8 +60,8 @@ def _curves(record: RunRecord) -> Iterator[Figure]:
         yield Figure(
             name,
             pictures.curves(name.capitalize(), unit, training, validation),
-            f"Line chart of {name} over {plural(len(training), 'epoch')}: in training it goes "
-            f"{trained}, in validation {validated}.",
+            f"Line chart of {name} over {plural(len(training), 'epoch')}: training goes {trained}, "
+            f"validation {validated}.",
             caption,
         )
 
@@ -92,17 +92,18 @@ def _confusion(evaluation: EvaluationRecord) -> Figure:
     wrong = matrix - np.diag(np.diag(matrix))
     true, predicted = np.unravel_index(wrong.argmax(), wrong.shape)
     most = (
-        f"most often {names[true]} is taken for {names[predicted]}, "
+        f"the most frequent mistake is {names[true]} classified as {names[predicted]}, "
         f"{plural(int(wrong[true, predicted]), 'time')}"
         if wrong.any()
-        else "there is none"
+        else "there are no mistakes"
     )
     return Figure(
         "confusion",
         pictures.confusion(matrix, names),
         f"Confusion matrix of {len(names)} classes: {np.trace(matrix):,} of {matrix.sum():,} test "
-        f"images are on its diagonal; of the mistakes {most}.",
-        "Test images by true and predicted class. The shade is the share of the true class.",
+        f"images are on its diagonal; {most}.",
+        "Test images by true and predicted class. The shade shows the share of the images of the "
+        "true class.",
     )
 
 
@@ -121,10 +122,10 @@ def _classes(evaluation: EvaluationRecord) -> Figure:
     return Figure(
         "classes",
         pictures.classes(precision, recall, list(classes)),
-        f"Bar chart of each class: precision goes {extremes(precision)}, recall "
+        f"Bar chart of precision and recall of each class: precision {extremes(precision)}, recall "
         f"{extremes(recall)}.",
-        "Precision: how many of the images given a class belong to it. Recall: how many of the "
-        "images of a class are given it.",
+        "Precision: the share of the images predicted as a class that belong to it. Recall: the "
+        "share of the images of a class that are predicted as this class.",
     )
 
 
@@ -133,24 +134,25 @@ def _predictions(predictions: Predictions, names: list[str]) -> Iterator[Figure]
     yield _calibration(reliability(labels, probabilities))
     listed = list_mistakes(predictions, names)
     if listed:
-        _, worst, taken_for, confidence = listed[0]
+        _, worst, predicted, confidence = listed[0]
         captions = [f"{true}\nas {wrong}\n{value:.1%}" for _, true, wrong, value in listed]
         yield Figure(
             "mistakes",
             pictures.mistakes(predictions.mistake_images, captions),
             f"The {len(listed)} wrongly classified test images with the highest probabilities, "
-            f"listed below; first of all a picture of class {worst}, taken for {taken_for} at "
+            f"listed below. The first is an image of class {worst}, predicted as {predicted} with "
             f"{confidence:.1%}.",
-            "Each with its class, the class that it was taken for, and the probability of that.",
+            "Each image with its true class, the predicted class, and the probability of the "
+            "prediction.",
             is_chart=False,
         )
     classes = [names[label] for label in predictions.original_labels]
     yield Figure(
         "augmentation",
         pictures.augmentation(predictions.originals, predictions.augmented, classes),
-        f"{plural(len(classes), 'training image')} ({', '.join(classes)}), each beside "
-        f"{predictions.augmented.shape[1]} augmented forms of it.",
-        "Drawn by the recipe from the run's seed, as in its first epochs.",
+        f"{plural(len(classes), 'training image')} ({', '.join(classes)}), each next to "
+        f"{predictions.augmented.shape[1]} augmented versions of it.",
+        "Augmented by the recipe with the run's seed, as in the first epochs.",
         is_chart=False,
     )
 
@@ -163,20 +165,20 @@ def _calibration(result: Reliability) -> Figure:
     return Figure(
         "reliability",
         pictures.calibration(result),
-        f"Reliability curve, accuracy against confidence, above a histogram of the confidences: on "
-        f"the whole the model is {confidence:.1%} confident and {accuracy:.1%} accurate; the "
-        f"expected calibration error is {result.expected_error:.2%}.",
+        f"Reliability curve, accuracy against confidence, above a histogram of the confidences. "
+        f"The mean confidence is {confidence:.1%}, the accuracy {accuracy:.1%}, the expected "
+        f"calibration error {result.expected_error:.2%}.",
         f"Test images by the probability of their predicted class, in {BINS} bins of equal width. "
-        f"Below the diagonal a model is too confident, above it too little.",
+        f"Below the diagonal the model is too confident, above it not confident enough.",
     )
 
 
 def list_mistakes(predictions: Predictions, names: list[str]) -> list[tuple[int, str, str, float]]:
-    """List the mistakes that were kept, the most confident first.
+    """List the recorded mistakes, the most confident first.
 
     Returns:
-        For each the number of its test image, from 0, its class, the class that it was taken for,
-        and the probability of that, 0 to 1.
+        For each mistake the number of the test image, from 0, its true class, the predicted class,
+        and the probability of the prediction, 0 to 1.
     """
     rows = predictions.probabilities[predictions.mistakes]
     return [

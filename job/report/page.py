@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that needs nothing else, and its pictures beside it."""
+"""The report of a run: a self-contained HTML page, and its pictures as files next to it."""
 
 import base64
 import shlex
@@ -21,21 +21,21 @@ from job.run.predictions import reliability
 from job.run.record import Manifest, RunRecord
 
 _PRECISIONS = {
-    "float32": "float32, numbers of 32 bits",
-    "bfloat16": "bfloat16, numbers of 16 bits with the range of float32; weights and last layer "
+    "float32": "float32 (32-bit numbers)",
+    "bfloat16": "bfloat16 (16-bit numbers with the range of float32); weights and last layer "
     "stay float32",
 }
 
 
 def write_report(output: OutputDir) -> None:
-    """Write the report of the run in an output folder, from what the folder holds alone.
+    """Write the report of the run in an output folder, using only the files in the folder.
 
     Args:
         output: The folder, which receives the page and the pictures.
 
     Raises:
-        UserError: If the folder holds no run, one of its files cannot be used, or one cannot be
-            written.
+        UserError: If the folder contains no run, one of its files cannot be used, or a file cannot
+            be written.
     """
     record = RunRecord.load(output.path)
     figures = draw_figures(record)
@@ -43,7 +43,7 @@ def write_report(output: OutputDir) -> None:
     pictures = {f"{PICTURES}/{name}.png": figure.png for name, figure in figures.items()}
     for name, png in pictures.items():
         output.write_bytes(name, png)
-    # Of what the folder no longer has.
+    # Pictures of data that the folder no longer contains.
     output.remove([output.path / name for name in REPORT_PICTURES if name not in pictures])
     output.write_text(REPORT, render(record, figures))
     path = output.path / REPORT
@@ -51,9 +51,9 @@ def write_report(output: OutputDir) -> None:
 
 
 def render(record: RunRecord, figures: dict[str, Figure]) -> str:
-    """Write the page.
+    """Render the page.
 
-    It is a function of the run alone, the same at any time and in any place.
+    It depends only on the run, so it is the same at any time and on any machine.
 
     Args:
         record: The run.
@@ -61,7 +61,7 @@ def render(record: RunRecord, figures: dict[str, Figure]) -> str:
     """
     environment = Environment(
         loader=PackageLoader("job", "report"),
-        autoescape=True,  # paths, messages and names are anybody's
+        autoescape=True,  # paths, messages and names can contain anything
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
@@ -92,16 +92,16 @@ def render(record: RunRecord, figures: dict[str, Figure]) -> str:
 
 
 def command_line(command: str, config: TrainConfig, *names: str) -> str:
-    """A line for a shell that runs a command with a configuration.
+    """Return a shell command line that runs a command with a configuration.
 
     Args:
-        command: Of the program.
-        config: Gives the options.
-        names: The options that the command takes; none are all of them.
+        command: Command of the program.
+        config: Contains the values of the options.
+        names: The options that the command accepts; by default all of them.
 
     Returns:
-        The output folder, every option whose value is not the default, and with another recipe
-        than the default every option that it may have defaults for.
+        The command with the output folder and every option whose value is not the default. If the
+        recipe is not the default one, also every option for which a recipe can set a default.
     """
     values, usual = describe_config(config), describe_config(TrainConfig())
     always = {"output_dir"}
@@ -117,12 +117,12 @@ def command_line(command: str, config: TrainConfig, *names: str) -> str:
 
 def resume_command(config: TrainConfig) -> str:
     """The command that resumes a run in its folder."""
-    # What one attempt was told besides: --fresh would discard the run.
+    # Without the options of a single attempt: --fresh would discard the run.
     return command_line("train", replace(config, fresh=False, stop_after=None))
 
 
 def rerun_command(config: TrainConfig) -> str:
-    """The command that repeats a run in a folder of its own."""
+    """The command that repeats a run in a new folder."""
     folder = Path(f"{config.output_dir}-again")  # "." has no name to change
     again = replace(
         config, output_dir=folder, run_id=None, compile_cache=None, metrics_textfile=None
@@ -135,7 +135,7 @@ class Table:
     """A table whose first column names the rows.
 
     Attributes:
-        caption: What it shows.
+        caption: Its caption.
         head: Names of the columns.
         rows: The cells of each row.
         kind: "numbers", or a class of the style sheet.
@@ -150,7 +150,7 @@ class Table:
 def epoch_table(record: RunRecord) -> Table:
     """Training and validation of each epoch."""
     return Table(
-        "Every epoch: training and validation",
+        "Training and validation in every epoch",
         ("Epoch", "Loss", "Accuracy", "Val. loss", "Val. accuracy", "Seconds", "Images/s"),
         [
             (
@@ -168,7 +168,7 @@ def confusion_table(record: RunRecord) -> Table:
     names = record.class_names
     rows = record.evaluation.confusion_matrix if record.evaluation else []
     return Table(
-        "Test images: a row for each true class, a column for each predicted one",
+        "Number of test images: one row per true class, one column per predicted class",
         ("True class", *names),
         [(name, *map(str, row)) for name, row in zip(names, rows, strict=True)],
     )
@@ -181,7 +181,7 @@ def class_table(record: RunRecord) -> Table:
         return "undefined" if value is None else f"{value:.1%}"
 
     return Table(
-        "Precision and recall of each class, and its test images",
+        "Precision, recall and number of test images of each class",
         ("Class", "Precision", "Recall", "Images"),
         [
             (name, share(one.precision), share(one.recall), f"{one.support:,}")
@@ -191,19 +191,19 @@ def class_table(record: RunRecord) -> Table:
 
 
 def mistake_table(record: RunRecord) -> Table:
-    """The most confident mistakes; no rows where there is none or they are not known."""
+    """The most confident mistakes; no rows if there are none or they are not known."""
     listed = list_mistakes(record.predictions, record.class_names) if record.predictions else []
     return Table(
         "The most confident mistakes; test images are numbered from 0",
-        ("Test image", "Is", "Taken for", "Probability"),
+        ("Test image", "True class", "Predicted class", "Probability"),
         [(str(row), true, wrong, f"{value:.2%}") for row, true, wrong, value in listed],
     )
 
 
 def attempt_table(manifest: Manifest | None) -> Table:
-    """The attempts at the run."""
+    """The attempts of the run."""
     return Table(
-        "Every attempt at this run; times are UTC",
+        "Every attempt of this run; times are UTC",
         ("Start", "End", "Outcome", "Steps", "Host", "Reason and changes"),
         [
             (
@@ -218,7 +218,7 @@ def attempt_table(manifest: Manifest | None) -> Table:
 
 
 def facts(manifest: Manifest) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Tables of names and values: heading, caption and rows of each."""
+    """Tables of names and values: the heading, caption and rows of each."""
     options = {option_name(name): value for name, value in describe_config(manifest.config).items()}
     names = ("workers", "replicas", "threads", "precision", "xla", "deterministic")
     computed = {name: getattr(manifest, name) for name in names}
@@ -233,9 +233,9 @@ def facts(manifest: Manifest) -> list[tuple[str, str, list[tuple[str, str]]]]:
     }
     return [
         ("Configuration", "Every option of train", _rows(options)),
-        ("Devices", "What it was computed on, and what auto came to", _rows(computed)),
-        ("Data", "The data set, with SHA-256 of its content", _rows(data)),
-        ("Versions", "Of the job and of what decides its numbers", _rows(versions)),
+        ("Devices", "The devices, and the values chosen for auto", _rows(computed)),
+        ("Data", "The data set, with the SHA-256 of its content", _rows(data)),
+        ("Versions", "The job and everything that its results depend on", _rows(versions)),
     ]
 
 
@@ -250,12 +250,12 @@ def _value(value: object) -> str:
 
 
 def moment(text: str | None) -> str:
-    """From ISO 8601 as in run.json to what people read: 2026-01-31 12:00:00."""
-    return text[:19].replace("T", " ") if text else "not known"
+    """Convert a time from ISO 8601, as in run.json, to a readable form: 2026-01-31 12:00:00."""
+    return text[:19].replace("T", " ") if text else "unknown"
 
 
 def _embedded(figure: Figure) -> dict[str, object]:
-    # The size stands in the PNG's first chunk.
+    # The size is in the PNG's first chunk.
     width, height = struct.unpack(">II", figure.png[16:24])
     encoded = base64.b64encode(figure.png).decode()
     return vars(figure) | {"width": width, "height": height, "base64": encoded}
@@ -269,7 +269,7 @@ def _key_figures(record: RunRecord, calibration_error: float | None) -> list[tup
         plain = record.evaluation.accuracy_without_tta
         if plain is not None:
             figures.append(("Accuracy, one view", f"{plain:.2%}", "each image as it is"))
-        figures.append(("Test loss", f"{record.evaluation.loss:.4f}", "nats a test image"))
+        figures.append(("Test loss", f"{record.evaluation.loss:.4f}", "nats per test image"))
     if calibration_error is not None:
         figures.append(("Calibration error", f"{calibration_error:.2%}", "expected; 0% is best"))
     if record.epochs:
@@ -280,14 +280,14 @@ def _key_figures(record: RunRecord, calibration_error: float | None) -> list[tup
         figures += [_progress(record), ("Time", elapsed, "in training and validation")]
     if record.epochs:
         rate = statistics.median(line.images_per_second for line in record.epochs)
-        figures.append(("Throughput", f"{rate:,.0f}", "images a second, median"))
+        figures.append(("Throughput", f"{rate:,.0f}", "images per second, median"))
     if record.steps:
         figures.append(("Restarts", str(len(record.restarts)), "of the training"))
     return figures
 
 
 def _duration(seconds: float) -> str:
-    """A time in the two units that suit it: ``3 h 25 min``, ``2 min 47 s``, ``6.0 s``."""
+    """Format a time in one or two suitable units: ``3 h 25 min``, ``2 min 47 s``, ``6.0 s``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -296,7 +296,7 @@ def _duration(seconds: float) -> str:
 
 
 def _progress(record: RunRecord) -> tuple[str, str, str]:
-    """How far the run is: "epoch 1 of 20", "402 of 6,240 steps"."""
+    """The run's progress: "epoch 1 of 20", "402 of 6,240 steps"."""
     per_epoch, steps = record.steps_per_epoch, record.steps
     if record.manifest is None or record.is_done or per_epoch is None:
         return ("Epochs", f"{len(record.epochs):,}", plural(steps, "step"))

@@ -1,9 +1,10 @@
-"""Pictures of a run and of predictions, drawn by matplotlib.
+"""Pictures of a run and of predictions, drawn with matplotlib.
 
-Five inches wide in letters of 11 points, the report's are readable on a phone. Lines, markers and
-hatches repeat what colours show, so that they are also readable in greyscale.
+The report's pictures are five inches wide with a font size of 11 points, so they are readable on a
+phone. Line styles, markers and hatches repeat the meaning of the colours, so they are also readable
+in greyscale.
 
-No other module of the program loads matplotlib: what draws takes it from here.
+No other module of the program imports matplotlib directly; others use it through this module.
 """
 
 # ruff: noqa: E402
@@ -30,26 +31,26 @@ from matplotlib.figure import Figure as Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-mpl.rcParams["text.parse_math"] = False  # names of classes and files are no formulas
+mpl.rcParams["text.parse_math"] = False  # names of classes and files are not formulas
 
-# Okabe and Ito's, which colour-blind people can tell apart, less the pale yellow.
+# Okabe and Ito's colours, which colour-blind people can distinguish, without the pale yellow.
 BLUE, VERMILION = "#0072b2", "#d55e00"
 GREY = "#5f6770"
 PALETTE = (BLUE, VERMILION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
 def lay_out_epochs(axes: Axes, epochs: int) -> None:
-    """Let the horizontal axis be that of so many epochs, from 1; there is none between two."""
+    """Set up the horizontal axis for this many epochs, from 1, with whole numbers only."""
     axes.set_xlabel("Epoch")
     axes.set_xlim(0.5, epochs + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def save_png(figure: Figure, target: Path | io.BytesIO, dpi: int) -> None:
-    """Save a figure whatever letters it has.
+    """Save a figure, without warnings about characters that the font does not contain.
 
-    The font that comes with matplotlib has no Chinese ones, for one: boxes stand in for them, and
-    a warning for each in the middle of a training's log would help nobody.
+    The font that comes with matplotlib has no Chinese characters, for example, and draws boxes
+    instead. A warning for each of them in the log of a training would not help.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
@@ -79,7 +80,7 @@ _in_style = mpl.rc_context(_STYLE)
 
 
 def _figure(height: float, **options: Any) -> tuple[Figure, Any]:
-    """A figure of the report's width and its axes; `height` in inches."""
+    """Create a figure of the report's width and its axes; `height` in inches."""
     figure = Figure(figsize=(_WIDTH, height))
     return figure, figure.subplots(**options)
 
@@ -92,11 +93,11 @@ def _png(figure: Figure) -> bytes:
 
 @_in_style
 def curves(title: str, unit: str, training: Sequence[float], validation: Sequence[float]) -> bytes:
-    """Draw a quantity of training and validation over the epochs, a value an epoch.
+    """Draw a quantity of training and validation over the epochs, one value per epoch.
 
     Args:
-        title: Names the quantity.
-        unit: Its label with its unit.
+        title: Name of the quantity.
+        unit: Label of the axis, with the unit.
         training: [epochs].
         validation: [epochs].
     """
@@ -118,13 +119,13 @@ def curves(title: str, unit: str, training: Sequence[float], validation: Sequenc
 def throughput(
     elapsed: Sequence[float], rates: Sequence[float], unit: str, restarts: Sequence[float]
 ) -> bytes:
-    """Draw the training images a second over the time.
+    """Draw the training images per second over time.
 
     Args:
         elapsed: Time at the end of each epoch since the start of the run.
-        rates: Images a second in each epoch.
-        unit: Of the times: "s", "min" or "h".
-        restarts: Times at which the run went on after an interruption.
+        rates: Images per second in each epoch.
+        unit: Unit of the times: "s", "min" or "h".
+        restarts: Times at which the run resumed after an interruption.
     """
     figure, axes = _figure(3.8)
     axes.plot(elapsed, rates, "-", color=BLUE, marker="o", ms=4, label="mean over an epoch")
@@ -145,7 +146,7 @@ def throughput(
 
 @_in_style
 def confusion(matrix: npt.NDArray[np.int64], class_names: Sequence[str]) -> bytes:
-    """Draw a confusion matrix, each entry as a number on a shade.
+    """Draw a confusion matrix, each entry as a number on a shaded square.
 
     Args:
         matrix: [classes, classes]: entry (true, predicted) counts images.
@@ -203,7 +204,7 @@ def classes(
 
 @_in_style
 def calibration(result: Reliability) -> bytes:
-    """Draw how often predictions are right against their confidence, and how many there are."""
+    """Draw the accuracy of predictions against their confidence, and their number."""
     figure, (top, bottom) = _figure(5.0, nrows=2, sharex=True, height_ratios=(2.6, 1))
     used = result.counts > 0
     confidence, accuracy = 100 * result.confidence[used], 100 * result.accuracy[used]
@@ -227,7 +228,7 @@ def mistakes(images: npt.NDArray[np.uint8], captions: Sequence[str]) -> bytes:
 
     Args:
         images: [mistakes, height, width, channels] uint8.
-        captions: What each is, what it was taken for and how confidently.
+        captions: True class, predicted class and confidence of each image.
     """
     columns, pitch = 4, (1.12, 1.6)  # in widths of an image; the rest is for captions
     rows = -(-len(images) // columns)
@@ -247,7 +248,7 @@ def mistakes(images: npt.NDArray[np.uint8], captions: Sequence[str]) -> bytes:
 def augmentation(
     originals: npt.NDArray[np.uint8], augmented: npt.NDArray[np.uint8], class_names: Sequence[str]
 ) -> bytes:
-    """Draw training images, each in a row with its augmented forms.
+    """Draw training images, each in a row with its augmented versions.
 
     Args:
         originals: [images, height, width, channels] uint8.
@@ -257,7 +258,7 @@ def augmentation(
     images, epochs = augmented.shape[:2]
     pitch = 1.08  # in widths of an image
     figure, axes = _figure(0.75 + 0.66 * images)
-    # Fewer epochs leave room on the right, and not between the images.
+    # With fewer epochs, the free space is on the right, not between the images.
     _lay_out_images(axes, (1 + max(epochs, 5)) * pitch, images * pitch)
     for row, forms in enumerate(augmented):
         for column, image in enumerate([originals[row], *forms]):
@@ -271,7 +272,7 @@ def augmentation(
 
 
 def _lay_out_images(axes: Axes, width: float, height: float) -> None:
-    """Prepare axes for many images; ones for each would take twenty times as long."""
+    """Prepare one pair of axes for many images; one pair per image takes twenty times as long."""
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
     axes.tick_params(length=0)
     axes.grid(visible=False)
@@ -300,7 +301,7 @@ def save_prediction(
     class_names: tuple[str, ...],
     true_label: int,
 ) -> None:
-    """Draw an image beside the probabilities that a model gives it.
+    """Draw an image next to the probabilities that a model predicts for it.
 
     Args:
         target: PNG file to write.
@@ -320,7 +321,7 @@ def save_prediction(
         f"Predicted: {class_names[predicted]}   True: {class_names[true_label]}   ({verdict})",
         fontsize=14,
     )
-    # The last two are for grey images alone.
+    # The last three options apply only to grey images.
     left.imshow(image.squeeze(), interpolation="nearest", cmap="gray", vmin=0, vmax=255)
     left.set_axis_off()
     rows = bars.barh(class_names, probabilities, color=colours)
@@ -335,13 +336,13 @@ def save_prediction(
 
 @dataclass(frozen=True)
 class Captioned:
-    """An image of the grid that `save_predictions` draws.
+    """An image in the grid that `save_predictions` draws.
 
     Attributes:
         pixels: [height, width, 3] uint8.
-        name: Of its file.
+        name: Name of its file.
         predicted: Name of its most probable class.
-        probability: Of this class, 0 to 1.
+        probability: Probability of this class, 0 to 1.
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -356,11 +357,11 @@ def save_predictions(path: Path, pictures: Sequence[Captioned], images: int) -> 
     Args:
         path: PNG file to write.
         pictures: The images, at least one.
-        images: How many there are in all.
+        images: Total number of images, including those that are not drawn.
     """
     columns = math.ceil(math.sqrt(len(pictures)))
     rows = -(-len(pictures) // columns)
-    # A name is to be nearer to its image than to the next one's class.
+    # Each name must be nearer to its image than to the class of the image below.
     layout = ConstrainedLayoutEngine(h_pad=0.12)
     figure = Figure(figsize=(1.7 * columns, 2.3 * rows), layout=layout)
     axes = figure.subplots(rows, columns, squeeze=False)

@@ -1,1 +1,1 @@
-"""Computes a run."""
+"""The training and evaluation of a run."""

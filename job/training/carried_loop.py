@@ -1,7 +1,7 @@
-"""A loop over steps that carries variables as tensors: read before it, assigned after it.
+"""A loop over steps that carries variables as tensors: read before the loop, assigned after it.
 
-XLA updates a variable in a kernel of its own. Of tensors it joins what it can: those of few values
-travel as one vector, which a single kernel computes. The engine's step is the same in either loop.
+XLA updates each variable in a separate kernel, but it can fuse tensors: small variables are packed
+into one vector, which a single kernel computes. The engine's step is the same in either loop.
 """
 
 import math
@@ -11,16 +11,16 @@ import keras
 import tensorflow as tf
 
 _FEW_VALUES = 4096
-"""Values of a float32 variable, at most, that travels with others. The vector is copied once a
-step, as larger variables need not be."""
+"""Largest float32 variable, in values, that is packed into the vector. The vector is copied once
+per step, which larger variables do not need."""
 
 
 def can_carry(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether `run_steps` can carry what an optimizer assigns.
+    """Whether `run_steps` can carry the variables that an optimizer assigns.
 
-    Keras's own assign through Keras alone. Within `tf.cond`, whose tensors end with it, they assign
-    only with options that no loop of the engine can run. Another class declares the same by a true
-    attribute ``assigns_through_keras``.
+    Keras's own optimizers assign only through Keras. They assign inside `tf.cond`, whose tensors
+    are not valid outside it, only with options that no loop of the engine can run. Any other class
+    declares the same with a true attribute ``assigns_through_keras``.
     """
     is_stock = type(optimizer).__module__.startswith("keras.")
     return is_stock or getattr(optimizer, "assigns_through_keras", False)
@@ -32,11 +32,11 @@ def run_steps(
     """Run steps one after the other, with variables as tensors of the loop.
 
     Args:
-        variables: What a step reads and assigns, one of few float32 values at least among them.
-            Another variable that it assigns through Keras has that value until the end of the step,
-            and its own one again afterwards.
-        steps: How many.
-        run_step: Runs the step of this number from 0, a scalar int32.
+        variables: The variables that a step reads and assigns. At least one must be small enough
+            for the vector. Any other variable that a step assigns through Keras keeps that value
+            until the end of the step, and then has its previous value again.
+        steps: Number of steps.
+        run_step: Runs the step with this number, a scalar int32 from 0.
     """
     joined = [
         variable

@@ -1,15 +1,16 @@
-"""XLA's compiled GPU code, kept between attempts: a requeued one does not compile again.
+"""XLA's compiled GPU code, kept between attempts: a requeued attempt does not compile again.
 
-XLA has caches in files: of compiled kernels, and of the algorithms that were fastest. It fails the
-call that meets a damaged file or cannot write one, and runs whatever code it reads. So it is given
-files in this process's memory, which nothing else can damage or fill. From the folder they come
-only after everything about the entry there was verified.
+XLA keeps two cache files: one of compiled kernels, and one of the fastest algorithms. If a file is
+damaged or cannot be written, the call that uses it fails. And XLA runs any code that it reads from
+a file. So it receives files in this process's memory, which nothing else can damage or fill. They
+are loaded from the folder only after the entry there was verified completely.
 
-XLA also fails one of two compilations at the same time. So there is a cache where a whole loop is
-one program, on a single GPU; with several replicas they compile side by side. For CPUs XLA's only
-cache is a folder of its own, on whose damaged entries it fails as well.
+If two compilations run at the same time, one of them also fails. So there is a cache only where a
+whole loop is one program, which is the case on a single GPU; several replicas compile in parallel.
+For CPUs, XLA's only cache is a folder that XLA manages, and calls also fail on damaged entries in
+it.
 
-The training sees it as an observer.
+The training uses the cache as an observer.
 """
 
 import contextlib
@@ -36,10 +37,10 @@ from job.run.record import EpochRecord
 from job.training.observer import Observer
 
 FOLDER = "compile-cache"
-"""Name of the folder in the output folder, unless the user names another."""
+"""Name of the folder in the output folder, unless the user passes another folder."""
 
 MAX_BYTES = 256 * 2**20
-"""All entries of a folder together have at most this size; the oldest make room."""
+"""Largest total size of all entries of a folder; the oldest entries are removed first."""
 
 _SUFFIX = ".xla-cache"
 _MAGIC = b"cifar10-job compile cache 1\n"
@@ -47,12 +48,12 @@ _HEAD_BYTES = len(_MAGIC) + hashlib.sha256().digest_size
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """What XLA has in its caches.
+    """The contents of XLA's caches.
 
     Attributes:
-        key: Under which the entry is kept.
-        kernels: A serialized `CompilationCacheProto` of XLA; empty if it has compiled nothing.
-        autotuning: A serialized `AutotuneResults` of XLA; empty as the kernels.
+        key: The key of the entry.
+        kernels: A serialized `CompilationCacheProto` of XLA; empty if XLA has compiled nothing.
+        autotuning: A serialized `AutotuneResults` of XLA; empty if XLA has compiled nothing.
     """
 
     key: str
@@ -61,22 +62,22 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class UntrustedError(Exception):
-    """A folder or file from which no code may be taken."""
+    """The folder or file is not safe to load code from."""
 
 
 class Store:
-    """A folder of entries, of which others can write none.
+    """A folder of entries that only this user can write.
 
     Args:
-        folder: Is made, if it is not there.
-        key: The entry that is read and written.
+        folder: The folder; created if it is missing.
+        key: The entry to read and write.
 
     Attributes:
         path: The entry's file.
 
     Raises:
-        OSError: If it cannot be made.
-        UntrustedError: If it is a link or a file, or others can write into it.
+        OSError: If the folder cannot be created.
+        UntrustedError: If the path is a link or a file, or if others can write into the folder.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -87,12 +88,12 @@ class Store:
         self._key, self.path = key, folder / f"{key}{_SUFFIX}"
 
     def read(self) -> Entry:
-        """Read the entry; an empty one if there is none.
+        """Read the entry. Without an entry, return an empty one.
 
         Raises:
-            UntrustedError: If it is not as `write` has left it, or others can write it.
+            UntrustedError: If it is not as `write` left it, or others can write it.
         """
-        # Neither through a link nor waiting for the writer of a pipe.
+        # Do not follow a link, and do not wait for the writer of a pipe.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
             with os.fdopen(os.open(self.path, flags), "rb") as file:
@@ -107,22 +108,24 @@ class Store:
         try:
             entry = msgspec.msgpack.decode(payload, type=Entry)
         except msgspec.DecodeError as error:
-            raise UntrustedError(f"{self.path} is of another version") from error
-        _require(entry.key == self._key, f"{self.path} is of another machine or version")
+            raise UntrustedError(f"{self.path} was written by another version") from error
+        _require(entry.key == self._key, f"{self.path} belongs to another machine or version")
         return entry
 
     def write(self, entry: Entry) -> None:
-        """Replace the entry, or remove it if the new one is too large; the oldest others make room.
+        """Replace the entry, or remove it if the new one is too large.
+
+        If the folder becomes too large, the oldest entries are removed.
 
         Raises:
-            OSError: If it cannot be written; the one before is still there then.
+            OSError: If the entry cannot be written; the previous one is kept.
         """
         payload = msgspec.msgpack.encode(entry)
         content = _head(payload) + payload
         if len(content) > MAX_BYTES:
-            self.remove()  # XLA only adds to what it is given, so that no later one would fit
+            self.remove()  # XLA only adds to the entry it starts with, so no later one can fit
             return
-        # Nothing waits for the disk: what a crash leaves of it is found to be damaged.
+        # No fsync: if a crash truncates the file, the checksum detects that.
         descriptor, name = tempfile.mkstemp(_SUFFIX, ".", self.path.parent)
         temporary = Path(name)
         try:
@@ -132,11 +135,11 @@ class Store:
         except OSError:
             temporary.unlink()
             raise
-        with contextlib.suppress(OSError):  # another process makes room, too
+        with contextlib.suppress(OSError):  # another process can remove the same entries
             self._make_room()
 
     def _make_room(self) -> None:
-        """Remove the oldest entries, also those that killed processes left half-written."""
+        """Remove the oldest entries, including files that killed processes left half-written."""
         files = [(path.lstat(), path) for path in self.path.parent.glob(f"*{_SUFFIX}")]
         total = sum(status.st_size for status, _ in files)
         for status, path in sorted(files, key=lambda file: file[0].st_mtime_ns):
@@ -154,7 +157,7 @@ class Store:
 
 
 def _head(payload: bytes) -> bytes:
-    """What a payload has before it in its file."""
+    """The bytes before a payload in its file."""
     return _MAGIC + hashlib.sha256(payload).digest()
 
 
@@ -174,16 +177,16 @@ def _require_private(status: os.stat_result, path: Path) -> None:
 
 
 class CompileCache(Observer):
-    """XLA's caches in this process, from where it has compiled nothing yet.
+    """XLA's caches in this process; to be created before XLA compiles anything.
 
     Args:
-        store: Where they are kept.
-        entry: What they begin with.
+        store: The store that keeps them.
+        entry: Their initial contents.
     """
 
     def __init__(self, store: Store, entry: Entry) -> None:
         self._store, self._entry, self._has_kept = store, entry, False
-        # Never closed: XLA writes them at each compilation, to the end of the process.
+        # Never closed: XLA writes them at each compilation until the process ends.
         self._kernels, self._autotuning = (
             Path(f"/proc/self/fd/{os.memfd_create(name)}") for name in ("kernels", "autotuning")
         )
@@ -192,28 +195,32 @@ class CompileCache(Observer):
 
     @property
     def flags(self) -> str:
-        """The flags by which XLA uses them."""
+        """The flags that make XLA use these caches."""
         flags = [
             f"--xla_gpu_kernel_cache_file={self._kernels}",
-            # XLA uses the file only so: a kernel that is compiled by itself can be used by itself.
+            # XLA uses the file only with this flag: a kernel must be compiled separately to be
+            # reused separately.
             "--xla_gpu_enable_llvm_module_compilation_parallelism=true",
             f"--xla_gpu_dump_autotune_results_to={self._autotuning}",
         ]
-        if self._entry.autotuning:  # an empty file is a damaged one
+        if self._entry.autotuning:  # XLA treats an empty file as damaged
             flags.append(f"--xla_gpu_load_autotune_results_from={self._autotuning}")
         return " ".join(flags)
 
     def finish_epoch(self, line: EpochRecord) -> None:
-        """Keep what the first epoch has compiled, in case that the process is killed."""
+        """Save the code compiled in the first epoch, in case the process is killed."""
         self.keep_once()
 
     def keep_once(self) -> None:
-        """Keep what XLA has compiled by the end of the first epoch; later it may be compiling."""
+        """Save the caches, unless they are saved already.
+
+        For use while the run trains: after the first epoch XLA can be compiling in another thread.
+        """
         if not self._has_kept:
             self.keep()
 
     def keep(self) -> None:
-        """Keep what XLA has compiled, if there is something new; a failure is a warning."""
+        """Save the caches if their contents are new. A failure is only a warning."""
         self._has_kept = True
         kernels, autotuning = self._kernels.read_bytes(), self._autotuning.read_bytes()
         entry = Entry(self._entry.key, kernels, autotuning)
@@ -226,27 +233,27 @@ class CompileCache(Observer):
             _warn(f"cannot write {self._store.path}: {error.strerror}; {remedy(error)}")
 
     def discard(self) -> None:
-        """Remove what is kept, as far as that is possible."""
+        """Remove the saved entry if possible."""
         with contextlib.suppress(OSError):
             self._store.remove()
 
 
 @contextlib.contextmanager
 def open_compile_cache(config: TrainConfig, devices: Devices) -> Iterator[Sequence[Observer]]:
-    """Let XLA use and fill the cache for the time of the body; before the first compilation.
+    """Let XLA use and fill the cache during the body. Call it before the first compilation.
 
-    Any problem with the folder is one warning and costs a compilation. An attempt that fails for an
-    unknown reason removes the entry, which may be the cause.
+    After any problem with the folder there is one warning, and XLA compiles without the cache. An
+    attempt that fails for an unknown reason removes the entry, because the entry can be the cause.
 
     Args:
-        config: The folder's name, if the user names one.
-        devices: What is compiled for.
+        config: Contains the folder, if the user passes one.
+        devices: The devices to compile for.
 
     Yields:
-        An observer that keeps what is compiled, or none where there is no cache.
+        An observer that saves the compiled code; empty where there is no cache.
     """
     users_flags = os.environ.get("XLA_FLAGS", "")
-    # XLA takes any other text for the name of a file with flags.
+    # XLA reads any other text as the name of a file with flags.
     can_add_flags = users_flags.lstrip()[:1] in ("", "-")
     cache = None
     if devices.compilation.loops and can_add_flags:
@@ -254,15 +261,15 @@ def open_compile_cache(config: TrainConfig, devices: Devices) -> Iterator[Sequen
     if cache is None:
         yield []
         return
-    # Native code reads the process's environment. Python's copy stays the user's: the fingerprint
-    # of the run is taken of that one. Of one flag given twice the later counts, the user's.
+    # Native code reads the process's environment. Python's copy keeps the user's value, because
+    # the run's fingerprint includes it. If a flag occurs twice, the later one counts: the user's.
     os.putenv("XLA_FLAGS", f"{cache.flags} {users_flags}")
     try:
         yield [cache]
     except StoppedError:
         cache.keep_once()
         raise
-    except (UserError, LeaseLostError):  # no fault of what was compiled
+    except (UserError, LeaseLostError):  # not caused by the compiled code
         raise
     except BaseException:
         cache.discard()
@@ -280,22 +287,22 @@ def _open(folder: Path, key: str) -> CompileCache | None:
             entry = store.read()
         except UntrustedError as error:
             store.remove()
-            _warn(f"{error}; it was removed, and the run compiles anew")
+            _warn(f"{error}; it was removed, and the run compiles again")
             entry = Entry(key)
         cache = CompileCache(store, entry)
     except UntrustedError as error:
-        _warn(f"{error}; correct that, or name another folder with --compile-cache")
+        _warn(f"{error}; fix that, or pass another folder with --compile-cache")
         return None
     except OSError as error:
         _warn(f"cannot use {folder}: {error.strerror}; {remedy(error)}")
         return None
     if entry.kernels:
-        log.event("compile_cache", message=f"reuses the compiled code in {store.path}")
+        log.event("compile_cache", message=f"reusing the compiled code in {store.path}")
     return cache
 
 
 def _key(devices: Devices) -> str:
-    """Hash of everything that decides whether compiled code may be used again."""
+    """Hash of everything that determines whether compiled code can be reused."""
     gpus = sorted({(str(one.model), *one.compute_capability) for one in devices.descriptions})
     tools = [(path, Path(path).stat().st_size) for path in xla_tools().values() if path]
     identity = {
@@ -304,7 +311,7 @@ def _key(devices: Devices) -> str:
         "tools": tools,
         "versions": versions(),
         "variables": computing_variables(),
-        # An algorithm that was fastest may not be one that gives the same bits each time.
+        # The fastest algorithm is not always one that returns the same bits each time.
         "deterministic": devices.deterministic,
     }
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""The compiled training loop: many steps a call, on every replica, with all data on the device.
+"""The compiled training loop: many steps per call, on every replica, with all data on the device.
 
-Keras builds the network and the optimizer; the loop is this module's. Each replica owns its
-variables and updates them by itself from the summed gradients, so that nothing but the gradients
-crosses between replicas, on whatever worker, and one compiled function does a whole update.
+Keras builds the network and the optimizer; this module provides the loop. Each replica owns its
+variables and updates them itself from the summed gradients. So replicas exchange only gradients,
+on one worker or across several, and one compiled function does a whole update.
 """
 
 import hashlib
@@ -33,11 +33,12 @@ from job.training.network import (
 class ResidentImages:
     """Images and labels, one copy on each of this process's devices.
 
-    They are variables because a captured constant would be copied to the device at every call. The
-    strategy would make one of all copies and have the first worker send the others theirs.
+    They are variables because a captured constant is copied to the device at every call. They are
+    created outside the strategy, which would create one variable with all copies and let the first
+    worker send the contents to the others.
 
     Args:
-        devices: Where the replicas are.
+        devices: The devices of the replicas.
         images: [examples, height, width, channels] uint8.
         labels: [examples] integers.
     """
@@ -58,7 +59,7 @@ class ResidentImages:
                 self._copies.append((pixels, tf.Variable(labels.astype(np.int64), trainable=False)))
 
     def gather(self, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Gather rows of this replica's copy; only inside of `strategy.run`.
+        """Gather rows of this replica's copy; only inside `strategy.run`.
 
         Args:
             rows: [batch] int64, 0 to examples - 1.
@@ -73,14 +74,14 @@ class ResidentImages:
         return _gather(pixels, rows), _gather(labels, rows)
 
     def decode(self, pixels: tf.Tensor) -> tf.Tensor:
-        """From gathered pixels to images [batch, height, width, channels] float32, 0 to 1."""
+        """Turn gathered pixels into images [batch, height, width, channels] float32, 0 to 1."""
         images = tf.reshape(pixels, [pixels.shape[0], *self._image_shape])
         return tf.cast(images, tf.float32) * (1.0 / 255.0)
 
 
 def _gather(variable: tf.Variable, rows: tf.Tensor) -> tf.Tensor:
-    # `tf.gather` of a variable reads the whole of it, and then has no GPU kernel for uint8; the op
-    # on the variable has one.
+    # `tf.gather` of a variable first reads the whole variable, and then has no GPU kernel for
+    # uint8. The op on the variable has one.
     gathered = tf.raw_ops.ResourceGather(
         resource=variable.handle, indices=rows, dtype=variable.dtype
     )
@@ -88,8 +89,8 @@ def _gather(variable: tf.Variable, rows: tf.Tensor) -> tf.Tensor:
 
 
 STEPS_PER_EXECUTION = 15
-"""Steps of an execution, which is one compiled call, unless the recipe has its own number. Fixed:
-what happens between two calls is part of a run's result."""
+"""Steps of an execution, which is one compiled call, unless the recipe sets its own number. It is
+fixed because the work between two calls is part of a run's result."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,9 @@ class Plan:
     """The arithmetic of one run.
 
     Attributes:
-        global_batch_size: Images a step over all replicas.
-        steps_per_epoch: Whole batches in the training set; the rest of an epoch's images is left
-            out, other images each time.
+        global_batch_size: Images per step over all replicas.
+        steps_per_epoch: Whole batches in the training set. The remaining images of an epoch are
+            left out; they are different images in each epoch.
         epochs: Passes over the training set.
         seed: The run's seed.
     """
@@ -119,19 +120,19 @@ class Engine:
     """A recipe's training on a set of devices.
 
     Args:
-        recipe: What to train.
-        devices: Where to train it.
-        dataset: The training images go to every device.
-        plan: How long, in which batches and from which seed.
-        learning_rate: The optimizer's.
+        recipe: The recipe to train.
+        devices: The devices to train on.
+        dataset: The data set; its training images are copied to every device.
+        plan: Epochs, batches and seed of the run.
+        learning_rate: The optimizer's learning rate.
 
     Attributes:
-        original: The recipe's stock network in float32, for files; `export` brings it up to date.
-        fixed_weights: What the recipe has taken from the training images.
-        model: The network in training, one set of variables a replica.
+        original: The recipe's stock network in float32, for files; `export` updates it.
+        fixed_weights: The weights that the recipe computed from the training images.
+        model: The network in training, with one set of variables per replica.
         workers: The processes that train it.
-        asked_to_stop: Ranks of the workers that were told to stop before the last execution. All
-            workers know the same ones, and so can end after the same step.
+        stopping_ranks: Ranks of the workers at which a stop was requested before the last
+            execution. They are the same on all workers, so all can end after the same step.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class Engine:
         self._strategy = devices.strategy
         self._replicas = devices.replicas
         self.workers = devices.workers
-        self.asked_to_stop: tuple[int, ...] = ()
+        self.stopping_ranks: tuple[int, ...] = ()
         self._rows = devices.rows_per_replica(plan.global_batch_size)
         self._classes = len(dataset.class_names)
         self._data = ResidentImages(devices, dataset.train_images, dataset.train_labels)
@@ -156,7 +157,8 @@ class Engine:
         self._gradients, self._update = self._compute_gradients, self._apply_gradients
         self._compiled_steps = None
         if compilation.loops:
-            # All in one: a function within it would keep the tensors that it assigns to variables.
+            # One function for everything: a nested one would keep the tensors that it assigns to
+            # variables.
             self._compiled_steps = graph_function(self._replica_steps, jit_compile=True)
         else:
             self._gradients = graph_function(self._gradients, jit_compile=compilation.network)
@@ -177,7 +179,7 @@ class Engine:
             self._carries = compilation.loops and can_carry(self._optimizer)
             _use_plain_methods(self._optimizer, self._carries)
             self._optimizer.build(self.model.trainable_variables)
-            # Loss and correct predictions, and for each worker whether it was told to stop.
+            # Loss and correct predictions, then one value per worker: whether a stop was requested.
             zeros = np.zeros(2 + self.workers.count, np.float32)
             self._sums = keras.Variable(zeros, trainable=False, name="sums")
         self._skips_late_gradients = not compilation.network
@@ -196,7 +198,10 @@ class Engine:
         self._random_keys = random_keys(plan.seed, len(self._random_states), self._replicas)
 
     def _number_early_variables(self) -> dict[int, int]:
-        """The recipe's early epochs by the numbers of trainable variables; fixed ones are none."""
+        """Map the number of each early trainable variable to its epochs with a gradient.
+
+        Fixed variables are not trainable, so they are left out.
+        """
         named = named_variables(self.model)
         early = self.recipe.early_epochs(self.plan.epochs)
         epochs = {id(named[name]): epochs for name, epochs in early.items()}
@@ -215,15 +220,15 @@ class Engine:
         self,
         epoch: int,
         done: Progress | None = None,
-        is_told_to_stop: Callable[[], bool] = lambda: False,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> Iterator[Progress]:
         """Train one epoch, handing control back after each execution.
 
         Args:
-            epoch: From 0.
-            done: What of the epoch is done already; None is nothing.
-            is_told_to_stop: Whether this worker is; asked before each execution, for
-                `asked_to_stop`.
+            epoch: Number of the epoch, from 0.
+            done: Progress in the epoch so far; None if it has not started.
+            stop_requested: Whether a stop of this worker was requested; called before each
+                execution, for `stopping_ranks`.
 
         Yields:
             The epoch's progress so far.
@@ -235,29 +240,29 @@ class Engine:
         draws = self._draw(tf.constant(epoch), batches)
         first_step = epoch * plan.steps_per_epoch
         late: tuple[int, ...] = ()
-        if self._skips_late_gradients:  # to compile a second form of the step would take longer
+        if self._skips_late_gradients:  # compiling a second form of the step would take longer
             late = tuple(one for one, epochs in self._early.items() if epoch >= epochs)
         done = done or Progress()
         steps = self.recipe.steps_per_execution or STEPS_PER_EXECUTION
         for start in range(done.steps, plan.steps_per_epoch, steps):
             end = min(start + steps, plan.steps_per_epoch)
-            told = tf.constant(float(is_told_to_stop()))
+            stop = tf.constant(float(stop_requested()))
             step = tf.constant(first_step + start)
-            sums = self._execute(batches[start:end], draws[start:end], step, told, late)
-            # Reading the sums waits for the devices: the execution is over.
-            loss, correct, *asked = sums.numpy()
-            self.asked_to_stop = tuple(int(rank) for rank in np.flatnonzero(asked))
+            sums = self._execute(batches[start:end], draws[start:end], step, stop, late)
+            # Reading the sums waits for the devices, so after it the execution is complete.
+            loss, correct, *stops = sums.numpy()
+            self.stopping_ranks = tuple(int(rank) for rank in np.flatnonzero(stops))
             done = Progress(end, done.loss + float(loss), done.correct + int(correct))
             yield done
 
     def state(self) -> Arrays:
-        """Every variable of network and optimizer; the same on all replicas between executions."""
+        """Every variable of network and optimizer, the same on all replicas between executions."""
         return {name: keras.ops.convert_to_numpy(variable) for name, variable in self._variables()}
 
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of all variables that replicas have in common.
+        """SHA-256, in hexadecimal, of all variables that are the same on all replicas.
 
-        Those are all but the random states of Dropout and the like.
+        These are all variables except the random states of Dropout and similar layers.
         """
         own = {id(state) for state in self._random_states}
         digest = hashlib.sha256()
@@ -270,7 +275,7 @@ class Engine:
         """Set every variable to what `state` returned.
 
         Raises:
-            ValueError: If these are not the variables of this network and optimizer.
+            ValueError: If they are not the variables of this network and optimizer.
         """
         variables = dict(self._variables())
         if variables.keys() != arrays.keys():
@@ -281,13 +286,13 @@ class Engine:
             variable.assign(arrays[name])
 
     def _variables(self) -> Iterator[tuple[str, keras.Variable]]:
-        # Numbers alone: Keras's names depend on what else the process has built before.
+        # Numbers only: Keras's names depend on what the process has built before.
         for owner, kind in ((self.model, "network"), (self._optimizer, "optimizer")):
             for index, variable in enumerate(owner.variables):
                 yield f"{kind}/{index:04d}", variable
 
     def export(self) -> keras.Model:
-        """Bring `original` up to date with the network in training, optimizer state included."""
+        """Copy the weights and the optimizer state of the network in training to `original`."""
         self.original.set_weights(self.model.get_weights())
         for target, source in zip(
             self.original.optimizer.variables, self._optimizer.variables, strict=True
@@ -305,23 +310,23 @@ class Engine:
         batches: tf.Tensor,
         draws: tf.Tensor,
         first_step: tf.Tensor,
-        told: tf.Tensor,
+        stop: tf.Tensor,
         late: tuple[int, ...] = (),
     ) -> tf.Tensor:
         """Run the steps of an execution.
 
         Args:
             batches: [steps, global_batch_size] int64 rows of the training set.
-            draws: [steps, global_batch_size, ...] what augments them.
-            first_step: Scalar int32, step of the run that the execution begins with.
-            told: Scalar float32, 1 if this worker is told to stop, else 0.
+            draws: [steps, global_batch_size, ...] random draws for the augmentation.
+            first_step: Scalar int32, the first step of the execution in the run.
+            stop: Scalar float32, 1 if a stop of this worker was requested, 0 otherwise.
             late: Numbers of the trainable variables whose gradients are not computed.
 
         Returns:
-            [2 + workers] float32: the sum of the losses and the correct predictions, exact up to
-            2**24; then for each worker a number above 0 if it is told to stop.
+            [2 + workers] float32: the sum of the losses; the correct predictions, exact up to
+            2**24; then for each worker a number above 0 if a stop of it was requested.
         """
-        self._strategy.run(self._reset_sums, (told,))
+        self._strategy.run(self._reset_sums, (stop,))
         if self._compiled_steps:
             self._strategy.run(self._compiled_steps, (batches, draws, first_step))
         else:
@@ -343,8 +348,8 @@ class Engine:
             return images, labels
 
         def run(step: tf.Tensor, *batch: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            # Processors that the network leaves idle augment the next images meanwhile. The last
-            # step's are augmented once more, for nothing.
+            # In the meantime, processors that the network leaves idle augment the images of the
+            # next step. The last step has no next one and augments its own images again, unused.
             following = prepare(tf.minimum(step + 1, steps - 1))
             self._strategy.run(self._replica_step, (*batch, first_step + step, late))
             return step + 1, *following
@@ -352,7 +357,7 @@ class Engine:
         tf.while_loop(lambda step, *_: step < steps, run, [0, *prepare(tf.constant(0))])
 
     def _replica_steps(self, batches: tf.Tensor, draws: tf.Tensor, first_step: tf.Tensor) -> None:
-        """The steps of an execution on the only replica."""
+        """Run the steps of an execution on the only replica."""
         steps = batches.shape[0]
 
         def run(step: tf.Tensor) -> tf.Tensor:
@@ -361,20 +366,20 @@ class Engine:
             return step + 1
 
         if self._carries:
-            # Not the random states, which each step begins by setting.
+            # Without the random states, which each step sets at its start.
             own = {id(state) for state in self._random_states}
             variables = [variable for _, variable in self._variables() if id(variable) not in own]
             run_steps([*variables, self._sums], steps, run)
         else:
             tf.while_loop(lambda step: step < steps, run, [0])
 
-    def _reset_sums(self, told: tf.Tensor) -> None:
-        self._sums.assign(tf.one_hot(2 + self.workers.spec.index, 2 + self.workers.count) * told)
+    def _reset_sums(self, stop: tf.Tensor) -> None:
+        self._sums.assign(tf.one_hot(2 + self.workers.spec.index, 2 + self.workers.count) * stop)
 
     def _replica_step(
         self, images: tf.Tensor, labels: tf.Tensor, step: tf.Tensor, late: tuple[int, ...] = ()
     ) -> None:
-        """One replica's part of a step.
+        """Run one replica's part of a step.
 
         Args:
             images: [rows, height, width, channels] float32, augmented.
@@ -384,7 +389,7 @@ class Engine:
         """
         context = tf.distribute.get_replica_context()
         replica = context.replica_id_in_sync_group
-        # Each replica drops units of its own, as a function of nothing but seed, replica and step.
+        # Each replica drops other units, determined only by seed, replica and step.
         for keys, state in zip(self._random_keys, self._random_states, strict=True):
             state.assign(tf.stack([keys[replica], tf.cast(step, keys.dtype)]))
         gradients, loss, correct = self._gradients(images, labels, late)
@@ -395,24 +400,27 @@ class Engine:
         if self._replicas > 1:
             gradients = context.all_reduce("SUM", gradients)
         self._update(gradients)
-        # Summed over the replicas once an execution, not once a step.
+        # The replicas are added up once per execution, not once per step.
         self._sums.assign_add(tf.pad(tf.stack([loss, correct]), [[0, self.workers.count]]))
 
     def _replica_batch(self, batch: tf.Tensor, draws: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """This replica's rows of a global batch: augmented images and labels."""
+        """Return this replica's rows of a global batch: augmented images and labels."""
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         first = replica * self._rows
         pixels, labels = self._data.gather(batch[first : first + self._rows])
         return self._prepare(pixels, draws[first : first + self._rows]), labels
 
     def _prepare_rows(self, pixels: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
-        """From gathered pixels to augmented images [rows, height, width, channels] float32."""
+        """Turn gathered pixels into augmented images [rows, height, width, channels] float32."""
         return self.recipe.augment(self._data.decode(pixels), draws, self._resample)
 
     def _compute_gradients(
         self, images: tf.Tensor, labels: tf.Tensor, late: tuple[int, ...]
     ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
-        """Gradients of this replica's part of the objective: they sum over the replicas."""
+        """Compute the gradients of this replica's part of the objective.
+
+        Their sum over the replicas is the gradient of the whole objective.
+        """
         variables = [variable.value for variable in self.model.trainable_variables]
         watched = [one for number, one in enumerate(variables) if number not in late]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -443,10 +451,10 @@ class Engine:
         self._optimizer.apply(gradients)
 
     def _average_statistics(self) -> None:
-        """Give every replica the mean of the replicas' BatchNormalization statistics.
+        """Set the BatchNormalization statistics of every replica to their mean over the replicas.
 
-        They are exponential averages that training never reads, so the mean of the averages is the
-        average of the means, whenever it is taken.
+        They are exponential averages that training never reads. So the mean of the averages equals
+        the average of the means, no matter how often it is computed.
         """
         values = [variable.value.read_value() for variable in self._statistics]
         means = tf.distribute.get_replica_context().all_reduce("MEAN", values)
@@ -455,12 +463,12 @@ class Engine:
 
 
 def epoch_order(seed: int, epoch: int, examples: int) -> npt.NDArray[np.int64]:
-    """The order in which an epoch visits the training set: a permutation [examples] int64."""
+    """Return the order of the training set in an epoch: a permutation [examples] int64."""
     return np.random.default_rng([seed, epoch]).permutation(examples)
 
 
 def random_keys(seed: int, states: int, replicas: int) -> list[tf.Tensor]:
-    """For each Dropout-like layer one random stream a replica: a list of [replicas] int64."""
+    """Return a random key per Dropout-like layer and replica: for each layer [replicas] int64."""
     sequences = np.random.SeedSequence(seed).spawn(states)
     # Keras casts its random states to int32, so keys stay below 2**31.
     keys = [sequence.generate_state(replicas) >> 1 for sequence in sequences]
@@ -468,11 +476,11 @@ def random_keys(seed: int, states: int, replicas: int) -> list[tf.Tensor]:
 
 
 def _use_plain_methods(optimizer: keras.optimizers.Optimizer, carried: bool) -> None:
-    """Replace methods of Keras's TensorFlow optimizers by those of its other optimizers.
+    """Replace methods of Keras's TensorFlow optimizers with those of its base optimizer.
 
-    Theirs reduce gradients and leave the replica's context to assign. Here gradients come summed
-    and each replica assigns its own variables. And they assign to `tf.Variable` alone, which a
-    carried variable is not.
+    The TensorFlow methods reduce gradients and leave the replica's context to assign. Here the
+    gradients are already summed, and each replica assigns its own variables. In addition, they can
+    assign only to a `tf.Variable`, and a carried variable is a tensor.
     """
     methods = ["_backend_update_step", "_apply_weight_decay"]
     if carried:
@@ -483,7 +491,7 @@ def _use_plain_methods(optimizer: keras.optimizers.Optimizer, carried: bool) -> 
 
 
 def _replica_local(next_creator: Any, **options: Any) -> tf.Variable:
-    """Create a variable that each replica reads and writes without the others."""
+    """Create a variable that each replica reads and writes independently of the others."""
     options["synchronization"] = tf.VariableSynchronization.ON_READ
     options["aggregation"] = tf.VariableAggregation.ONLY_FIRST_REPLICA
     return next_creator(**options)

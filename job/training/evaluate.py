@@ -1,4 +1,4 @@
-"""Exact evaluation: every example counts once, whatever the number of replicas."""
+"""Exact evaluation: every example counts exactly once, for any number of replicas."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ ROWS_PER_REPLICA = 500
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network does on a set of examples.
+    """The results of a network on a set of examples.
 
     Attributes:
         loss: Mean loss over the examples.
         confusion: [classes, classes] int64: entry (true, predicted) counts examples.
         accuracy_without_tta: Fraction of examples predicted correctly from the unchanged image
-            alone, 0 to 1; None where that is what the other figures count.
+            alone, 0 to 1; None if the other figures are already those of the unchanged images.
     """
 
     loss: float
@@ -44,9 +44,9 @@ class Evaluation:
         return float(np.trace(self.confusion)) / self.examples
 
     def record(self, class_names: tuple[str, ...], model: str, sha256: str) -> EvaluationRecord:
-        """The evaluation, of a model file with this checksum, as ``evaluation.json`` has it.
+        """Return the contents of ``evaluation.json`` for a model file with this checksum.
 
-        A class that is never predicted has no precision, and one without examples no recall.
+        A class that is never predicted has no precision. A class without examples has no recall.
         """
         hits = np.diag(self.confusion).tolist()
         predicted, support = (self.confusion.sum(axis=axis).tolist() for axis in (0, 1))
@@ -73,16 +73,16 @@ class Evaluation:
 def mean_over_views(
     model: keras.Model, views: Views, weights: Sequence[float], images: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The probabilities that a network gives images, averaged over several views of each.
+    """Compute a network's probabilities for images, averaged over several views of each image.
 
     Args:
         model: The network.
-        views: A recipe's, at least one.
-        weights: The weight of each view; they sum to 1. Empty are equal weights.
+        views: Views of a recipe, at least one.
+        weights: The weight of each view; they sum to 1. Empty means equal weights.
         images: [rows, height, width, channels] float32, 0 to 1.
 
     Returns:
-        The mean, [rows, classes] float32, and the same of the unchanged images alone.
+        The mean probabilities, [rows, classes] float32, and those of the unchanged images alone.
     """
     if views == (unchanged,):
         probabilities = _probabilities(model, images)
@@ -95,21 +95,21 @@ def mean_over_views(
 
 
 def _probabilities(model: keras.Model, images: tf.Tensor) -> tf.Tensor:
-    # A model file may compute in another type.
+    # A model file can compute in another type.
     return tf.cast(model(images, training=False), tf.float32)
 
 
 class Evaluator:
-    """Evaluates one network on one set of examples, as often as asked.
+    """Evaluates one network on one set of examples, any number of times.
 
     Args:
-        model: From images to probabilities; its current variables count at each call.
-        recipe: Gives the loss and the views.
-        devices: Where to evaluate.
+        model: From images to probabilities; each call uses its current variables.
+        recipe: Provides the loss and the views.
+        devices: The devices to evaluate on.
         images: [examples, height, width, channels] uint8.
         labels: [examples] integers.
-        with_tta: Whether to average over the recipe's views instead of evaluating the images as
-            they are.
+        with_tta: Whether to average over the recipe's views. If not, only the unchanged images are
+            evaluated.
 
     Attributes:
         model: The network.
@@ -140,9 +140,9 @@ class Evaluator:
             self._loop = graph_function(self._loop, jit_compile=True)
 
     def compile(self) -> None:
-        """Trace and compile now, so that the first evaluation takes no longer than later ones."""
+        """Trace and compile now, so that the first evaluation is as fast as later ones."""
         if self._is_compiled:
-            self._evaluate()  # XLA compiles when it is called; on a GPU that takes no time
+            self._evaluate()  # XLA compiles at the first call; an evaluation on a GPU is short
         else:
             self._evaluate.get_concrete_function()
 
@@ -151,10 +151,10 @@ class Evaluator:
         return self.predict()[0]
 
     def predict(self) -> tuple[Evaluation, npt.NDArray[np.float32]]:
-        """Evaluate all examples, and return what the network makes of each.
+        """Evaluate all examples, and return the probabilities too.
 
         Returns:
-            The evaluation, and the probabilities that it counts, [examples, classes] float32.
+            The evaluation, and the probabilities that it is based on, [examples, classes] float32.
         """
         sums, probabilities = (tensor.numpy() for tensor in self._evaluate())
         loss, plain = (float(one) / self._data.examples for one in sums)
@@ -164,18 +164,27 @@ class Evaluator:
 
     @graph_function
     def _evaluate(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """The sums of `_score_rows`, and [examples, classes] probabilities; on every worker all."""
+        """Evaluate all examples on all replicas.
+
+        Returns:
+            The sums of `_score_rows` over all examples, and the probabilities [examples, classes];
+            complete on every worker.
+        """
         sums, rows = self._strategy.run(self._replica_share)
         if self._replicas > 1:
             sums, rows = self._strategy.experimental_local_results((sums, rows))[0]
         classes = self.model.output_shape[-1]
         rows = tf.reshape(rows, [self._replicas, -1, self._rows, classes])
-        # A part's rows are in the order of the replicas.
+        # The rows of each part are in the order of the replicas.
         rows = tf.reshape(tf.transpose(rows, [1, 0, 2, 3]), [-1, classes])
         return sums, rows[: self._data.examples]
 
     def _replica_share(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """What all replicas together come to: the sums, and [replicas * parts, rows, classes]."""
+        """Evaluate this replica's share, and exchange the results with the other replicas.
+
+        Returns:
+            The sums, and probabilities [replicas * parts, rows, classes], of all replicas.
+        """
         sums, rows = self._loop()
         if self._replicas > 1:
             context = tf.distribute.get_replica_context()
@@ -184,7 +193,7 @@ class Evaluator:
         return sums, rows
 
     def _replica_loop(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """Evaluate this replica's examples: the sums, and probabilities [parts, rows, classes]."""
+        """Return the sums and the probabilities [parts, rows, classes] of this replica's share."""
         together = self._rows * self._replicas
         shape = [self._rows, self.model.output_shape[-1]]
         parts = tf.TensorArray(tf.float32, -(-self._data.examples // together), element_shape=shape)
@@ -204,7 +213,7 @@ class Evaluator:
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         rows = start + tf.range(self._rows, dtype=tf.int64)
         rows += tf.cast(replica * self._rows, tf.int64)
-        # Rows beyond the last example repeat it and then count for nothing.
+        # Rows beyond the last example repeat it, and do not count.
         counts = tf.cast(rows < self._data.examples, tf.float32)
         rows = tf.minimum(rows, self._data.examples - 1)
         pixels, labels = self._data.gather(rows)
@@ -217,8 +226,8 @@ class Evaluator:
         """Evaluate rows.
 
         Returns:
-            The sum of the losses and the images whose class the network predicts without views, [2]
-            float32; the probabilities, [rows, classes] float32.
+            The sum of the losses and the number of images that the network classifies correctly
+            without views, [2] float32; the probabilities, [rows, classes] float32.
         """
         images = self._data.decode(pixels)
         probabilities, plain = mean_over_views(self.model, self._views, self._weights, images)

@@ -1,4 +1,4 @@
-"""Keras's layers in the forms that train fastest: same variables, same results to rounding."""
+"""Keras's layers in the forms that train fastest: same variables, same results up to rounding."""
 
 import functools
 import itertools
@@ -11,15 +11,15 @@ import tensorflow as tf
 from job.cluster.devices import graph_function
 
 _PATCH_VALUES = 2**16
-"""Most values in the patches of one image that a convolution multiplies: 64 MiB for 256 images in
-float32. Keras's convolution needs no copies of larger ones."""
+"""Largest number of values in the patches of one image; 256 images then take 64 MiB in float32.
+For larger patches, Keras's convolution is used, which needs no copies."""
 
 
 class PatchConvolution(keras.layers.Conv2D):  # type: ignore[misc]
-    """Convolution as a product of matrices: what an output sees is a row of one of them.
+    """Convolution as a matrix product, with the input patch of each output as a row.
 
-    XLA puts all kernels but those of convolutions into CUDA graphs. Each convolution cuts a step in
-    two, and the host launches the parts one after the other.
+    XLA puts all kernels except convolutions into CUDA graphs. So each convolution splits a step
+    into two graphs, and the host launches them one after the other.
     """
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
@@ -43,7 +43,7 @@ class PatchConvolution(keras.layers.Conv2D):  # type: ignore[misc]
 
 
 class MatrixDense(keras.layers.Dense):  # type: ignore[misc]
-    """A dense layer that adds its bias by `product_with_bias`."""
+    """A dense layer that adds its bias with `product_with_bias`."""
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         if len(inputs.shape) != 2:
@@ -53,10 +53,10 @@ class MatrixDense(keras.layers.Dense):  # type: ignore[misc]
 
 
 def product_with_bias(rows: tf.Tensor, kernel: tf.Tensor, bias: keras.Variable | None) -> tf.Tensor:
-    """The product of two matrices and the bias, as a single product.
+    """Multiply two matrices and add the bias, as a single product.
 
-    The bias is a row of the kernel that meets a column of ones. So its gradient comes with the
-    kernel's, without a kernel or two that add up rows.
+    The bias becomes a row of the kernel, multiplied by a column of ones. So its gradient is part of
+    the kernel's gradient, and no separate GPU kernels must add up rows.
 
     Args:
         rows: [rows, values].
@@ -68,7 +68,7 @@ def product_with_bias(rows: tf.Tensor, kernel: tf.Tensor, bias: keras.Variable |
     """
     if bias is None:
         return tf.matmul(rows, kernel)
-    # With zeros up to a multiple of what a GPU's tensor cores read at once.
+    # Padded with zeros to a multiple of 16, which a GPU's tensor cores read at once.
     zeros = -(rows.shape[1] + 1) % 16
     ones = tf.pad(tf.ones_like(rows[:, :1]), [[0, 0], [0, zeros]])
     biases = tf.pad(tf.convert_to_tensor(bias)[None], [[0, zeros], [0, 0]])
@@ -82,15 +82,15 @@ def extract_patches(
     strides: tuple[int, int],
     dilation: tuple[int, int],
 ) -> tf.Tensor:
-    """`tf.image.extract_patches` in slices: to XLA it is a convolution.
+    """`tf.image.extract_patches` built from slices, because XLA compiles that op as a convolution.
 
     Args:
         images: [batch, height, width, channels].
-        outputs: Rows and columns of windows. Those that reach over the edge see zeros there, as
+        outputs: Rows and columns of windows. Beyond the edges of the image there are zeros, equally
             many on both sides, or one more below and on the right.
-        window: Pixels that a window sees, down and across.
+        window: Pixels in a window, down and across.
         strides: Pixels from one window to the next.
-        dilation: Pixels from one that a window sees to the next.
+        dilation: Pixels from one pixel of a window to the next.
 
     Returns:
         [batch, *outputs, window height * window width * channels].
@@ -108,16 +108,16 @@ def extract_patches(
 
 
 class TrainingMaxPooling(keras.layers.MaxPooling2D):  # type: ignore[misc]
-    """Max pooling, with the ReLU of the convolution before it if that is moved behind it.
+    """Max pooling, followed by the preceding convolution's ReLU if that is moved behind it.
 
-    ReLU is monotonic, so the largest of the rectified values is the rectified largest value, and
-    where that is zero no gradient passes in either order. Behind the pooling ReLU and its gradient
-    have a quarter of the values to go over.
+    ReLU is monotonic, so the largest of the rectified values is the rectified largest value. Where
+    that is zero, no gradient passes in either order. Behind the pooling, ReLU and its gradient
+    process a quarter of the values.
 
     Args:
         relu: Whether to rectify the pooled values.
-        elementwise: Whether to pool by `max_pool_2x2` where the layer's settings are its.
-        options: Those of Keras's layer.
+        elementwise: Whether to pool with `max_pool_2x2` if the layer's settings allow it.
+        options: Options of Keras's layer.
     """
 
     def __init__(self, relu: bool, elementwise: bool, **options: Any) -> None:
@@ -138,9 +138,9 @@ class TrainingMaxPooling(keras.layers.MaxPooling2D):  # type: ignore[misc]
 def max_pool_2x2(inputs: tf.Tensor) -> Any:
     """`tf.nn.max_pool2d` with windows and strides of 2, in elementwise ops that XLA fuses.
 
-    XLA has no kernel of its own for the gradient of max pooling: it scatters with atomic additions,
-    which is slow, and on GPUs refused where determinism is asked for. Windows that do not overlap
-    need none of it. The gradient goes to the first of equal largest values, as TensorFlow's does.
+    XLA has no dedicated kernel for the gradient of max pooling. It scatters with atomic additions,
+    which is slow, and which GPUs refuse when determinism is requested. Windows that do not overlap
+    do not need this. The gradient goes to the first of equal largest values, as in TensorFlow.
 
     Args:
         inputs: [batch, height, width, channels]; an odd last row or column is left out.
@@ -170,8 +170,8 @@ def max_pool_2x2(inputs: tf.Tensor) -> Any:
 class FusedGelu(keras.layers.Activation):  # type: ignore[misc]
     """GELU in two kernels that XLA compiles: one forward, one backward.
 
-    TensorFlow computes it by a chain of operations, each of which reads and writes all values. On
-    CPUs that takes eight times as long.
+    TensorFlow computes it with a chain of operations that each read and write all values. On CPUs
+    that takes eight times as long.
     """
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
@@ -185,10 +185,10 @@ def gelu(inputs: tf.Tensor) -> Any:
     Source: Hendrycks and Gimpel, "Gaussian error linear units", 2016.
 
     Args:
-        inputs: Of any shape and floating-point dtype.
+        inputs: A tensor of any shape and floating-point dtype.
 
     Returns:
-        The same shape and dtype; computed in float32.
+        A tensor of the same shape and dtype; computed in float32.
     """
 
     def gradient(upstream: tf.Tensor) -> tf.Tensor:
@@ -216,15 +216,15 @@ def _gelu_gradient(inputs: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
 
 
 class FusedBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
-    """Keras's BatchNormalization, trained by a function of few kernels.
+    """Keras's BatchNormalization, trained with a function of few kernels.
 
-    Keras 3 spells the layer out in some thirty elementwise ops, a quarter of the whole training
-    step on a CPU. TensorFlow's fused op computes the same: statistics in float32 whatever the
-    input's dtype.
+    Keras 3 builds the layer from about thirty elementwise ops, which take a quarter of the whole
+    training step on a CPU. TensorFlow's fused op computes the same, with statistics in float32 for
+    every input dtype.
 
     Args:
-        elementwise: Whether to normalize by `normalize_batch` instead.
-        options: Those of Keras's layer.
+        elementwise: Whether to normalize with `normalize_batch` instead of the fused op.
+        options: Options of Keras's layer.
     """
 
     def __init__(self, elementwise: bool = False, **options: Any) -> None:
@@ -233,7 +233,7 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[
 
     @staticmethod
     def can_replace(layer: keras.layers.BatchNormalization) -> bool:
-        """Whether the fused kernel covers what this layer is set to do."""
+        """Whether the fused kernel supports the settings of this layer."""
         return (
             layer.axis in (-1, 3)
             and layer.center
@@ -256,7 +256,7 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[
 def _normalize_by_op(
     inputs: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    # `tf.nn` would raise the epsilon to 1e-5, which only cuDNN before 7.5 needed.
+    # `tf.nn` raises the epsilon to 1e-5, which only cuDNN before 7.5 needed.
     outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=inputs, scale=scale, offset=offset, mean=[], variance=[], epsilon=epsilon
     )
@@ -268,10 +268,10 @@ def _normalize_by_op(
 def normalize_batch(
     inputs: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """`fused_batch_norm`, in ops that XLA fuses with what comes before and after.
+    """`fused_batch_norm`, in ops that XLA fuses with the ops before and after.
 
-    XLA makes a kernel or two of each sum over the batch. Here two sums are the parts of a complex
-    one, forward and backward.
+    XLA compiles each sum over the batch to one or two kernels. Here two sums are the real and
+    imaginary parts of one complex sum, both forward and backward.
 
     Args:
         inputs: [batch, height, width, channels].
@@ -280,7 +280,8 @@ def normalize_batch(
         epsilon: Added to the variance.
 
     Returns:
-        Outputs as the inputs; mean and biased variance, both [channels] float32 without a gradient.
+        Outputs with the shape and dtype of the inputs; mean and biased variance, both [channels]
+        float32 without a gradient.
     """
     rows = tf.cast(tf.size(inputs) // inputs.shape[-1], tf.float32)
 

@@ -1,4 +1,4 @@
-"""Builds a recipe's network, tries all that the recipe has, and puts it into its training form."""
+"""Building a recipe's network, trying out the recipe, and rebuilding the network for training."""
 
 import contextlib
 import itertools
@@ -36,23 +36,23 @@ def build_network(
 ) -> tuple[keras.Model, Weights]:
     """Build and compile a recipe's network.
 
-    What would fail in the middle or at the end of a training with a recipe of the user's own fails
-    here. The tests do the same for those that come with the program.
+    A recipe of the user's own is tried out here, so that it does not fail in the middle or at the
+    end of a training. For the recipes of this program, the tests do that.
 
     Args:
         recipe: The recipe.
-        seed: Of its initial weights.
-        classes: Units of its output.
-        learning_rate: Of its optimizer.
+        seed: Seed of the initial weights.
+        classes: Units of the output.
+        learning_rate: The optimizer's learning rate.
         total_steps: Steps of the run.
-        dataset: Its training images; None where they are not at hand.
+        dataset: The data set with the training images; None if they are not available.
 
     Returns:
-        The network, and what the recipe has taken from the training images.
+        The network, and the weights that the recipe computed from the training images.
 
     Raises:
-        UserError: If such a recipe gives something that cannot be trained, or the network does not
-            take the images.
+        UserError: If a user's recipe returns something that cannot be trained, or the network does
+            not accept the images.
     """
     path = module_path("recipes", recipe.name)
     with explaining_user_code(path):
@@ -69,8 +69,8 @@ def build_network(
                 fixed_weights = recipe.fixed_weights(dataset.train_images)
                 _require_weights(model, fixed_weights)
         _require_names(model, "early_variables", recipe.early_variables.keys() - fixed_weights)
-        # Frozen only while the optimizer looks: a file lists frozen variables last, and Keras would
-        # not load it, as it does not know of them.
+        # Frozen only while the optimizer is built: a file lists frozen variables last, and Keras
+        # could not load it, because the freezing is not part of the file.
         with _frozen(model, fixed_weights):
             recipe.compile(model, learning_rate, total_steps)
         if is_user_module(path):
@@ -79,7 +79,7 @@ def build_network(
 
 
 def _require_fitting(model: keras.Model, dataset: Dataset, recipe: Recipe) -> None:
-    """Refuse to train a network on images that it does not take.
+    """Refuse to train a network on images that it does not accept.
 
     Raises:
         UserError: If the shapes differ.
@@ -87,8 +87,8 @@ def _require_fitting(model: keras.Model, dataset: Dataset, recipe: Recipe) -> No
     received, expected = dataset.train_images.shape[1:], tuple(model.input_shape[1:])
     if received != expected:
         raise UserError(
-            f"--dataset {dataset.name} has images of shape {received}, expected {expected}, which "
-            f"--recipe {recipe.name} takes; name another --dataset or --recipe"
+            f"--dataset {dataset.name} has images of shape {received}, expected {expected} for "
+            f"--recipe {recipe.name}; use another --dataset or --recipe"
         )
 
 
@@ -114,7 +114,7 @@ def _require_names(model: keras.Model, what: str, names: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def _frozen(model: keras.Model, weights: Weights) -> Iterator[None]:
-    """Set trainable variables to these values, and freeze them during the body."""
+    """Set trainable variables to these values and freeze them during the body."""
     variables = named_variables(model)
     for name, values in weights.items():
         variables[name].assign(values)
@@ -125,7 +125,7 @@ def _frozen(model: keras.Model, weights: Weights) -> Iterator[None]:
 
 
 def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
-    """A network's variables by layer and variable, such as "conv1/kernel"."""
+    """A network's variables by the names of layer and variable, such as "conv1/kernel"."""
     return {
         f"{layer.name}/{variable.name}": variable
         for layer in model.layers
@@ -134,7 +134,7 @@ def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
 
 
 def frozen_variables(model: keras.Model, fixed_weights: Iterable[str]) -> set[int]:
-    """Identities of the variables that nothing assigns: fixed ones, and those of frozen layers."""
+    """Identities of variables that are never assigned: fixed ones and those of frozen layers."""
     named = named_variables(model)
     layers = [layer for layer in model.layers if not layer.trainable]
     variables = [named[name] for name in fixed_weights]
@@ -144,17 +144,17 @@ def frozen_variables(model: keras.Model, fixed_weights: Iterable[str]) -> set[in
 
 def _require_kind(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
-        raise TypeError(f"{name} gives {value!r}, expected a keras {kind.__name__}")
+        raise TypeError(f"{name} returns {value!r}, expected a keras {kind.__name__}")
 
 
 def _try_recipe(recipe: Recipe, model: keras.Model, seed: int, classes: int) -> None:
-    """Do everything that a recipe is for with a few images."""
+    """Use every part of a recipe once, on a few images."""
     for compiled in (False, True):
         training_network(model, "bfloat16", compiled)
     images = _try_augmentation(recipe, seed, (_TRIED_IMAGES, *model.input_shape[1:]))
     probabilities = model(images, training=False)
     _require_shape(recipe, "the network", probabilities, (_TRIED_IMAGES, classes))
-    # As close as float32 allows: two sigmoids that are not trained yet almost sum to 1.
+    # As close as float32 allows: two untrained sigmoids almost sum to 1.
     require_probabilities(probabilities.numpy(), f"the network of {recipe.name}.py", tolerance=1e-4)
     truth = tf.one_hot(np.arange(_TRIED_IMAGES) % classes, classes)
     losses = keras.losses.get(recipe.loss)(truth, probabilities)
@@ -162,7 +162,7 @@ def _try_recipe(recipe: Recipe, model: keras.Model, seed: int, classes: int) -> 
 
 
 def _try_augmentation(recipe: Recipe, seed: int, shape: tuple[int, ...]) -> tf.Tensor:
-    """Augment noise of this shape as a training does, and look at it as an evaluation does."""
+    """Augment noise of this shape as a training does, and compute the views of an evaluation."""
     noise = tf.constant(np.random.default_rng(seed).random(shape, np.float32))
     draw, augment = graph_function(recipe.draw), graph_function(recipe.augment)
     draws = draw(seed, tf.constant(0), tf.range(_TRIED_IMAGES, dtype=tf.int64)[None])
@@ -180,20 +180,20 @@ def _require_shape(recipe: Recipe, what: str, values: Any, shape: tuple[int, ...
         received = f"{values.dtype.name} {list(values.shape)}"
     if received != f"float32 {list(shape)}":
         raise UserError(
-            f"{what} of job/recipes/{recipe.name}.py gives {received} for {_TRIED_IMAGES} images, "
-            f"expected float32 {list(shape)}; mend it there"
+            f"{what} of job/recipes/{recipe.name}.py returns {received} for {_TRIED_IMAGES} "
+            f"images, expected float32 {list(shape)}; fix that file"
         )
 
 
 def require_classifier(model: keras.Model, what: str) -> None:
-    """Refuse what is no network from images to a value for each class.
+    """Refuse a model that is not a network from images to one value per class.
 
     Args:
-        model: The network.
-        what: Names it in the message.
+        model: The model.
+        what: Its name in the message.
 
     Raises:
-        UserError: If it is something else.
+        UserError: If it is not such a network.
     """
     received = getattr(model, "input_shape", None)
     match received:
@@ -201,15 +201,15 @@ def require_classifier(model: keras.Model, what: str) -> None:
             pass
         case _:
             raise UserError(
-                f"{what} takes inputs of shape {received}, expected (None, height, width, "
-                f"channels); begin it with keras.Input((height, width, channels)), or name another "
-                f"one"
+                f"{what} has inputs of shape {received}, expected (None, height, width, "
+                f"channels); begin it with keras.Input((height, width, channels)), or use another "
+                f"network"
             )
     kind = model.inputs[0].dtype
     if not kind.startswith(("float", "bfloat")):
         raise UserError(
-            f"{what} takes {kind}, expected floating-point pixels from 0 to 1; let it scale those, "
-            f"or name another one"
+            f"{what} has inputs of type {kind}, expected floating-point pixels from 0 to 1; change "
+            f"it to scale such pixels, or use another network"
         )
     received = getattr(model, "output_shape", None)
     match received:
@@ -217,8 +217,8 @@ def require_classifier(model: keras.Model, what: str) -> None:
             pass
         case _:
             raise UserError(
-                f"{what} gives outputs of shape {received}, expected (None, classes) of at least "
-                f"2 classes; let it end in a softmax over the classes, or name another one"
+                f"{what} has outputs of shape {received}, expected (None, classes) with at least "
+                f"2 classes; end it with a softmax over the classes, or use another network"
             )
 
 
@@ -234,15 +234,15 @@ def training_network(
 
     Args:
         model: A Sequential or Functional network of float32 layers.
-        precision: "float32", or "bfloat16" to compute all but the last layer in bfloat16; the
-            variables are float32 in both.
-        compiled: Whether XLA is to compile it.
-        elementwise: Whether XLA is to compile chains of small operations where it does not compile
-            the network.
+        precision: "float32", or "bfloat16" to compute all layers except the last in bfloat16; the
+            variables are float32 in both cases.
+        compiled: Whether XLA compiles the network.
+        elementwise: Whether XLA compiles chains of small operations if it does not compile the
+            network.
         fixed_weights: Names of the variables that are not trained.
 
     Returns:
-        A network with variables of its own, one for each of the model's and with their values.
+        A network with its own copy of each of the model's variables.
     """
     last = model.layers[-1].name
     poolings = _pooled_relu_convolutions(model)
@@ -279,13 +279,14 @@ def training_network(
 def clone_network(
     model: keras.Model, rebuild: Callable[[keras.Layer], keras.Layer] | None = None
 ) -> keras.Model:
-    """Build a network's layers anew, without an optimizer.
+    """Build new layers for a network, without an optimizer.
 
     Args:
         model: A Sequential or Functional network.
-        rebuild: From a layer to the new one; by default of the same class and settings.
+        rebuild: From a layer to the new one; by default one of the same class and settings.
     """
-    # Keras compiles the clone of a compiled one, for which it must know the optimizer's class.
+    # Keras also compiles the clone of a compiled network, and can do so only with Keras's own
+    # optimizer classes.
     if isinstance(model, keras.Sequential):
         images = model.inputs[0]
         first = keras.Input(batch_shape=images.shape, dtype=images.dtype, name=images.name)
@@ -296,9 +297,9 @@ def clone_network(
 
 
 def _pooled_relu_convolutions(model: keras.Model) -> dict[str, str]:
-    """For each ReLU convolution that nothing but a max pooling reads the name of that pooling.
+    """Map each ReLU convolution that only a max pooling reads to the name of that pooling.
 
-    Only in a Sequential network is the next layer certain to be the only reader.
+    Only in a Sequential network is the next layer always the only reader.
     """
     layers = model.layers if isinstance(model, keras.Sequential) else []
     return {

@@ -1,4 +1,4 @@
-"""Where a training is and how fast it goes, for whoever watches it."""
+"""The progress and speed of a training, for its observers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:  # the command line answers before NumPy is imported
+if TYPE_CHECKING:  # the command line must not import NumPy at its start
     from job.run.checkpoint import History
     from job.run.record import EpochRecord
 
@@ -17,20 +17,20 @@ _RECENT_EXECUTIONS = 20
 
 @dataclass(frozen=True)
 class Status:
-    """Where a training is.
+    """The current state of a training.
 
     Attributes:
-        phase: What it is doing; "compiling" until a process's first execution is over.
+        phase: Current phase; "compiling" until the process's first execution is complete.
         epoch: Number of the epoch, from 1.
         epochs: Epochs of the whole run.
-        steps: Steps of the epoch that are done.
+        steps: Finished steps of the epoch.
         steps_per_epoch: Steps of an epoch.
-        loss: Mean training loss of the epoch so far; None before the first of its steps.
-        accuracy: Training accuracy of the epoch so far, 0 to 1; None as the loss.
-        images_per_second: Over the last executions; None until one was measured.
-        seconds_left: Time left to the end of the run; None until it can be told.
-        seconds_left_is_least: Whether the time left is only that of the steps, because no
-            validation was measured yet.
+        loss: Mean training loss of the epoch so far; None before its first step.
+        accuracy: Training accuracy of the epoch so far, 0 to 1; None before its first step.
+        images_per_second: Rate over the last executions; None until one was measured.
+        seconds_left: Estimated time to the end of the run; None until it can be estimated.
+        seconds_left_is_least: Whether the time left contains only the steps, because no validation
+            was measured yet.
     """
 
     phase: Phase
@@ -52,13 +52,13 @@ class Status:
 
 @dataclass(frozen=True)
 class Start:
-    """What a training begins or resumes with.
+    """The data with which a training begins or resumes.
 
     Attributes:
-        precision: Such as "bfloat16".
-        devices: Such as "2 x NVIDIA H200".
+        precision: For example "bfloat16".
+        devices: For example "2 x NVIDIA H200".
         steps_per_epoch: Steps of an epoch.
-        history: What the run has been through in earlier attempts.
+        history: The run's history in earlier attempts.
     """
 
     precision: str
@@ -68,23 +68,23 @@ class Start:
 
 
 class Observer:
-    """Watches a run while it trains. Does nothing by itself."""
+    """An observer of a run while it trains. The methods of this class do nothing."""
 
     def begin(self, start: Start) -> None:
-        """The training begins or resumes."""
+        """Called when the training begins or resumes."""
 
     def show(self, status: Status) -> None:
-        """An execution is over, or another phase begins."""
+        """Called after each execution, and when the phase changes."""
 
     def finish_epoch(self, line: EpochRecord) -> None:
-        """An epoch is over."""
+        """Called at the end of each epoch."""
 
     def evaluate(self) -> None:
-        """The training is over, and the saved model is being evaluated."""
+        """Called after the training, before the model is saved and evaluated."""
 
 
 class Pace:
-    """How fast this process trains and validates, by what it has measured."""
+    """The speed of this process in training and validation, as measured."""
 
     def __init__(self) -> None:
         self._executions: deque[tuple[int, float]] = deque(maxlen=_RECENT_EXECUTIONS)
@@ -92,18 +92,18 @@ class Pace:
         self._validation_seconds: float | None = None
 
     def add_execution(self, steps: int, seconds: float) -> None:
-        """Count an execution, unless it is the first of its length: that one was compiled."""
+        """Count an execution, unless it is the first of its length, which includes compiling."""
         if steps in self._compiled:
             self._executions.append((steps, seconds))
         self._compiled.add(steps)
 
     def add_validation(self, seconds: float) -> None:
-        """Count a validation. The first includes compilation and counts until the second."""
+        """Count a validation. The first includes compilation and is used until the second."""
         self._validation_seconds = seconds
 
     @property
     def steps_per_second(self) -> float | None:
-        """Over the last executions; None until one was measured."""
+        """The rate over the last executions; None until one was measured."""
         seconds = sum(seconds for _, seconds in self._executions)
         return sum(steps for steps, _ in self._executions) / seconds if seconds else None
 
@@ -113,7 +113,7 @@ class Pace:
         return self._validation_seconds is not None
 
     def seconds_left(self, steps: int, validations: int) -> float | None:
-        """Time that so much takes; without the validations if none was measured yet."""
+        """The time for this much work; without the validations until one was measured."""
         rate = self.steps_per_second
         if rate is None:
             return None

@@ -1,4 +1,4 @@
-"""The run's figures in a textfile for Prometheus' node exporter."""
+"""The run's metrics in a textfile for Prometheus' node exporter."""
 
 import contextlib
 import logging
@@ -16,7 +16,7 @@ from job.run.record import EpochRecord
 from job.training.observer import Observer, Phase, Start, Status
 
 UPDATE_SECONDS = 5.0
-"""Least time between two updates while an epoch is trained."""
+"""Minimum time between two updates while an epoch is trained."""
 
 STATES = ("running", "done", "stopped", "failed")
 
@@ -32,27 +32,27 @@ GAUGES = {
     "training_accuracy_ratio": "Training accuracy of the epoch so far, 0 to 1",
     "validation_loss": "Mean loss over all test images after the last epoch",
     "validation_accuracy_ratio": "Accuracy over all test images after the last epoch, 0 to 1",
-    "learning_rate": "The optimizer's, after the last epoch",
-    "images_per_second": "Training images a second over the last executions",
+    "learning_rate": "Learning rate after the last epoch",
+    "images_per_second": "Training images per second over the last executions",
     "remaining_seconds": "Estimate of the time to the end of the run",
     "last_update_timestamp_seconds": "Unix time of this file's last update",
 }
-"""What each gauge is; their names begin with ``cifar10_job_``."""
+"""The help text of each gauge. The names begin with ``cifar10_job_``."""
 
 _PREFIX = "cifar10_job_"
 
 
 class MetricsTextfile(Observer):
-    """Keeps a textfile up to date with a run; each state of it whole or not at all.
+    """Keeps a textfile up to date with a run, replacing it atomically.
 
-    Figures that are not known yet have no sample. A write that fails while the run trains is one
-    warning and no more: the figures are not worth the run.
+    Metrics without a value yet are omitted. If a write fails while the run trains, there is a
+    single warning: the run is worth more than its metrics.
 
     Args:
         path: The file, in the folder that the node exporter reads.
         config: The run's configuration.
-        run_id: The run's name, empty where nothing tells; a label of every sample.
-        check: Raises if the run is somebody else's by now; asked before each write.
+        run_id: The run's name, empty if unknown; a label of every sample.
+        check: Raises an error if another attempt has taken the run over; called before each write.
 
     Raises:
         UserError: If the file cannot be written.
@@ -123,7 +123,7 @@ class MetricsTextfile(Observer):
         self._update()
 
     def _set(self, **figures: float | None) -> None:
-        """Take figures over; one that is not known keeps its last value."""
+        """Set metrics; one that is None keeps its last value."""
         self._figures |= {name: value for name, value in figures.items() if value is not None}
 
     def _set_validation(self, line: EpochRecord) -> None:
@@ -146,20 +146,20 @@ class MetricsTextfile(Observer):
                     logging.WARNING,
                     path=str(self._path),
                     message=f"cannot write --metrics-textfile {self._path}: "
-                    f"{error.strerror or error}; training goes on, and so do the attempts to write",
+                    f"{error.strerror or error}; training continues, and each update tries again",
                 )
 
     def _write(self) -> None:
         self._set(last_update_timestamp_seconds=time.time())
         content = self._render()
-        # One name, so that a killed process leaves one file at most, which the next write takes
-        # away; not ending in .prom, so that the node exporter passes it over.
+        # Always the same name: a killed process leaves at most one file, which the next write
+        # removes. It does not end in .prom, so the node exporter ignores it.
         temporary = self._path.with_name(f".{self._path.name}.partial")
         temporary.unlink(missing_ok=True)
         try:
             with temporary.open("xb") as file:
-                # The node exporter is another user, whatever this one's umask. On volumes without
-                # modes of their own the mount decides.
+                # Readable for the node exporter, which runs as another user, whatever the umask.
+                # On volumes without file modes, the mount determines them.
                 with contextlib.suppress(OSError):
                     os.fchmod(file.fileno(), 0o644)
                 file.write(content)
@@ -170,7 +170,7 @@ class MetricsTextfile(Observer):
             raise
 
     def _render(self) -> bytes:
-        # Not at the top: a run without a textfile needs no library for it.
+        # Not at the top: a run without a textfile does not need the library.
         from prometheus_client import CollectorRegistry, Enum, Gauge, generate_latest
 
         registry, run = CollectorRegistry(), self._run
@@ -179,7 +179,8 @@ class MetricsTextfile(Observer):
             gauge.labels(**run).set(value)
         if self._info:
             info = {**run, **self._info}
-            gauge = Gauge(f"{_PREFIX}info", "What runs; always 1", info, registry=registry)
+            text = "The run's properties as labels; always 1"
+            gauge = Gauge(f"{_PREFIX}info", text, info, registry=registry)
             gauge.labels(**info).set(1)
         text = "Whether the attempt is in this state, 1 or 0"
         state = Enum(f"{_PREFIX}state", text, tuple(run), states=STATES, registry=registry)
@@ -194,7 +195,7 @@ def require_folder(path: Path) -> None:
     """Refuse a textfile whose folder cannot be written, without writing to it.
 
     Raises:
-        UserError: If it is missing or may not be written.
+        UserError: If the folder is missing or not writable.
     """
     if not path.parent.is_dir():
         raise _cannot_write(path, "No such folder")
@@ -204,14 +205,14 @@ def require_folder(path: Path) -> None:
 
 def _cannot_write(path: Path, reason: str) -> UserError:
     return UserError(
-        f"cannot write --metrics-textfile {path}: {reason}; name a file in an existing folder that "
+        f"cannot write --metrics-textfile {path}: {reason}; use a file in an existing folder that "
         f"user {os.getuid()} can write"
     )
 
 
 @contextlib.contextmanager
 def open_textfile(path: Path, config: TrainConfig, attempt: Attempt) -> Iterator[MetricsTextfile]:
-    """Keep a textfile for the time of the body, and report how the body ends.
+    """Keep a textfile during the body, and write in it how the body ends.
 
     Raises:
         UserError: If the file cannot be written.
@@ -223,12 +224,12 @@ def open_textfile(path: Path, config: TrainConfig, attempt: Attempt) -> Iterator
 
 
 def write_finished(config: TrainConfig, attempt: Attempt) -> None:
-    """Bring the textfile of a run up to date that has nothing left to do.
+    """Update the textfile of a run that is already finished.
 
-    It may still have what the attempt before was doing when it was killed.
+    If the previous attempt was killed, the file still contains its last state.
 
     Raises:
-        UserError: If it cannot be written.
+        UserError: If the file cannot be written.
     """
     manifest, checkpoint = attempt.manifest.document, attempt.checkpoint
     if config.metrics_textfile is None:

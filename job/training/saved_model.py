@@ -25,7 +25,7 @@ from job.config import JobError, TrainConfig, UserError, list_recipes
 from job.data import Dataset
 from job.recipes import Recipe, get_recipe, resample_by_op
 from job.registry import explaining_user_code, is_user_module, module_path
-from job.report import spare_the_run
+from job.report import tolerate_drawing_errors
 from job.run.folder import (
     EVALUATION,
     MODEL,
@@ -45,7 +45,7 @@ from job.training.network import clone_network, require_classifier
 def save_model(model: keras.Model, output: OutputDir, name: str) -> None:
     """Save architecture, weights, loss, metrics and optimizer state as HDF5.
 
-    In place of an optimizer that is not Keras's own the file has a plain SGD, without a state.
+    If the optimizer is not one of Keras's own, the file contains a plain SGD without state instead.
 
     Raises:
         UserError: If the file cannot be written.
@@ -54,10 +54,10 @@ def save_model(model: keras.Model, output: OutputDir, name: str) -> None:
 
 
 def require_savable(model: keras.Model, recipe: Recipe) -> None:
-    """Refuse to train a network of the user's own that could not be saved and loaded afterwards.
+    """Refuse to train a network of the user's own that cannot be saved and loaded afterwards.
 
     Raises:
-        UserError: If it is such a one.
+        UserError: If saving or loading fails.
     """
     path = module_path("recipes", recipe.name)
     if is_user_module(path):
@@ -66,7 +66,7 @@ def require_savable(model: keras.Model, recipe: Recipe) -> None:
 
 
 def _encode(model: keras.Model) -> io.BytesIO:
-    """The model file in memory: HDF5 does not survive a disk that fills while it writes."""
+    """Write the model file in memory: HDF5 cannot handle a disk that fills up while it writes."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         save_model_to_hdf5(model, file)
@@ -74,7 +74,7 @@ def _encode(model: keras.Model) -> io.BytesIO:
         file.attrs["model_config"] = json.dumps(network)
         if type(model.optimizer).__module__.startswith("keras."):
             return buffer
-        # Keras could not load this optimizer, and so not the network either.
+        # Keras cannot load this optimizer, and would then not load the network either.
         training = json.loads(file.attrs["training_config"])
         training["optimizer_config"] = {"class_name": "SGD", "config": {}}
         file.attrs["training_config"] = json.dumps(training)
@@ -82,7 +82,7 @@ def _encode(model: keras.Model) -> io.BytesIO:
 
 
 def _without_optimizer_weights(file: h5py.File) -> io.BytesIO:
-    """Copy the rest: what is removed from an HDF5 file still takes its space."""
+    """Copy everything else: data removed from an HDF5 file still takes up space in it."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as copied:
         copied.attrs.update(file.attrs)
@@ -93,15 +93,16 @@ def _without_optimizer_weights(file: h5py.File) -> io.BytesIO:
 
 
 def _without_defaults(entry: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what one of Keras's layers, initializers and the like has by default.
+    """Remove the options of a Keras object that have their default values.
 
-    Each version of Keras has options that earlier ones refuse. A network that does not use them
-    loads there too. The defaults themselves have been the same since Keras 3.3.
+    Each version of Keras adds options that earlier versions refuse. Without them, a network that
+    does not use them also loads in earlier versions. The defaults themselves have not changed since
+    Keras 3.3.
 
     Args:
-        entry: An object of a network's JSON. Other ones than Keras's stay as they are.
+        entry: An object in a network's JSON. Objects that are not Keras's own stay unchanged.
     """
-    # Layers come without their module.
+    # The entries of layers do not contain their module.
     module, options = entry.get("module", "keras.layers"), entry.get("config")
     kind: Any = getattr(sys.modules.get(module), entry.get("class_name", ""), None)
     if not (
@@ -116,27 +117,27 @@ def _without_defaults(entry: dict[str, Any]) -> dict[str, Any]:
     }
     try:
         kind.from_config(copy.deepcopy(shorter))
-    except Exception:  # a few classes ask for some of their options
+    except Exception:  # a few classes require some of their options
         return entry
     return {**entry, "config": shorter}
 
 
 def load_model(path: Path) -> keras.Model:
-    """Load a model that `save_model` wrote, ready to go on training.
+    """Load a model that `save_model` wrote, ready for further training.
 
-    Keras's own `load_model` restores the weights and drops the optimizer's moments.
+    Keras's own `load_model` restores the weights, but not the optimizer's moments.
 
     Raises:
-        UserError: If the file is missing, cannot be read or is no such model.
+        UserError: If the file is missing, cannot be read or is not such a model.
     """
     with _open_model(path) as file:
         model = load_model_from_hdf5(file)
         if "optimizer_weights" not in file:
             raise UserError(
-                f"{path} has no optimizer state, because its optimizer is not a class of Keras; "
+                f"{path} has no optimizer state, because its optimizer is not a Keras class; "
                 f"load it with keras.models.load_model"
             )
-        # The optimizer that Keras loads was built before the network had variables.
+        # Keras builds the loaded optimizer before the network has variables.
         model.compile_from_config(model.get_compile_config())
         group = file["optimizer_weights"]
         names = [str(name) for name in group.attrs["weight_names"]]
@@ -146,10 +147,10 @@ def load_model(path: Path) -> keras.Model:
 
 
 def load_classifier(path: Path) -> keras.Model:
-    """Load a network from images to a value for each class, whoever compiled and saved it.
+    """Load a network from images to one value per class, compiled or not, from any Keras program.
 
     Raises:
-        UserError: If the file is missing, cannot be read or holds no such network.
+        UserError: If the file is missing, cannot be read or does not contain such a network.
     """
     with _open_model(path) as file:
         model = load_model_from_hdf5(file, compile=False)
@@ -158,16 +159,16 @@ def load_classifier(path: Path) -> keras.Model:
 
 
 def _as_classifier(model: keras.Model) -> keras.Model:
-    # A single output may come in a dictionary.
+    # A single output can be inside a dictionary.
     return keras.Model(model.inputs, model.outputs)
 
 
 @contextlib.contextmanager
 def _open_model(path: Path) -> Iterator[h5py.File]:
-    """Open a model file in memory: HDF5 locks files, which some volumes refuse.
+    """Open a model file in memory, because HDF5 locks files, which some volumes refuse.
 
     Raises:
-        UserError: If the file is missing or cannot be read, or the body finds it damaged.
+        UserError: If the file is missing or cannot be read, or the body cannot use it as a model.
     """
     require_model(path)
     content = io.BytesIO(read_file(path) or b"")
@@ -177,15 +178,16 @@ def _open_model(path: Path) -> Iterator[h5py.File]:
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
         raise UserError(
             f"received {path}, which cannot be used as a model ({shorten(str(error), 150)}), "
-            f"expected an HDF5 file as train leaves it ({MODEL}); name such a one, or its "
-            f"--output-dir; if that of a run is damaged, its train command writes it anew"
+            f"expected an HDF5 file that train wrote ({MODEL}); use such a file, or the "
+            f"--output-dir that contains one; if the model file of a run is damaged, run its train "
+            f"command again to rewrite it"
         ) from error
 
 
 EVALUATING = "the evaluation of the saved model"
-"""What a watchdog calls it."""
+"""The name of the evaluation in the messages of a watchdog."""
 
-# What the report has room for.
+# As many as fit into the report.
 _MISTAKES = 16
 _SAMPLES = 6
 _SAMPLE_EPOCHS = 5
@@ -201,27 +203,27 @@ def evaluate_output_dir(
     """Evaluate the model of an output folder again.
 
     Raises:
-        UserError: If there is no model that fits the data, or a folder must be changed first.
+        UserError: If there is no model that fits the data, or the user must change a folder first.
     """
     run = unless_damaged(read_manifest, output.path)
     trained_on = run.data if run else None
     if trained_on and trained_on.name != config.dataset:
         raise UserError(
             f"--dataset received {config.dataset}, expected {trained_on.name}, which the "
-            f"run in {output.path} was trained on; add --dataset {trained_on.name}"
+            f"run in {output.path} was trained on; pass --dataset {trained_on.name}"
         )
     if run and run.config.recipe in list_recipes() and run.config.recipe != config.recipe:
         trained_by = run.config.recipe
         raise UserError(
             f"--recipe received {config.recipe}, expected {trained_by}, which the run in "
-            f"{output.path} was trained with; add --recipe {trained_by}"
+            f"{output.path} was trained with; pass --recipe {trained_by}"
         )
     with watchdog.watch("the data", seconds=math.inf):
         dataset = load(config)
     if trained_on and trained_on.test_fingerprint != dataset.test_fingerprint:
         raise UserError(
-            f"received the test images of {dataset.name}, expected those that the run in "
-            f"{output.path} was validated on ({trained_on.name}); give that run's --dataset, "
+            f"received other test images of {dataset.name}, expected the same images that the run "
+            f"in {output.path} was validated on ({trained_on.name}); pass that run's --dataset, "
             f"--data-dir and --seed"
         )
     with watchdog.watch(EVALUATING, compiling=True):
@@ -231,13 +233,13 @@ def evaluate_output_dir(
 def prepare_evaluation(
     model: keras.Model, recipe: Recipe, devices: Devices, dataset: Dataset
 ) -> Evaluator:
-    """Compile the evaluation of a model that is to be saved, before it is.
+    """Compile the evaluation of a model before the model is saved.
 
     Args:
-        model: Has the layers of the one that `save_model` will be given.
+        model: A model with the layers of the one that will be saved.
         recipe: The recipe that trains it.
-        devices: Where to evaluate.
-        dataset: Its test images are evaluated.
+        devices: The devices to evaluate on.
+        dataset: The data set with the test images.
     """
     with devices.strategy.scope():
         network = _as_classifier(clone_network(model))
@@ -254,23 +256,23 @@ def evaluate_saved(
     seed: int,
     prepared: Evaluator | None = None,
 ) -> None:
-    """Load the saved model back, evaluate it, and write what is found and a picture.
+    """Load the saved model back, evaluate it, and write the results and a picture.
 
     Args:
-        output: Holds the model and receives evaluation, predictions and prediction picture.
-        recipe: The recipe that trained it.
-        devices: Where to evaluate.
-        dataset: Its test images are evaluated.
-        seed: Picks the test image of the picture.
-        prepared: By `prepare_evaluation`. It evaluates the weights that the file has, if the file
-            has the layers that it was compiled for.
+        output: The folder with the model; receives evaluation, predictions and prediction picture.
+        recipe: The recipe that trained the model.
+        devices: The devices to evaluate on.
+        dataset: The data set with the test images.
+        seed: Determines the test image of the picture.
+        prepared: Result of `prepare_evaluation`. It is used with the weights of the file if the
+            file has the layers that it was compiled for.
 
     Raises:
         UserError: If there is no model that fits the data, or a file cannot be written.
-        JobError: If the loss is no finite number.
+        JobError: If the loss is not a finite number.
     """
     path = output.path / MODEL
-    # The file is float32 and so are its figures, also where GPUs round float32 to TF32 by default.
+    # The file is float32, so it is evaluated in float32, even on GPUs that use TF32 by default.
     tf.config.experimental.enable_tensor_float_32_execution(False)
     with devices.strategy.scope():
         model = load_classifier(path)
@@ -281,7 +283,7 @@ def evaluate_saved(
     else:
         evaluator = Evaluator(model, recipe, devices, dataset.test_images, dataset.test_labels)
     if (views := len(recipe.tta_views)) > 1:
-        # It may take minutes, in which nothing else is logged.
+        # This can take minutes, in which nothing else is logged.
         log.event(
             "evaluating",
             message=f"evaluating the saved model: {views} views of each of "
@@ -296,7 +298,7 @@ def evaluate_saved(
     require_probabilities(probabilities, str(path))
     _save_prediction(output, dataset, probabilities, seed)
     _keep_for_report(output, recipe, dataset, probabilities, seed)
-    # Last, because it tells which model file everything belongs to.
+    # Last, because it names the model file that all other files belong to.
     record = evaluation.record(dataset.class_names, MODEL, sha256_of(path))
     output.write_bytes(EVALUATION, encode(record, indent=True))
     plain = evaluation.accuracy_without_tta
@@ -318,19 +320,19 @@ def _check_fits(model: keras.Model, dataset: Dataset, path: Path) -> None:
     expected = (*dataset.test_images.shape[1:], len(dataset.class_names))
     if received != expected:
         raise UserError(
-            f"{path} maps images and classes of shape {received}, expected {expected} for "
-            f"{dataset.name}; name the --dataset that it was trained on"
+            f"{path} has image shape and classes {received}, expected {expected} for "
+            f"{dataset.name}; pass the --dataset that it was trained on"
         )
 
 
 def _save_prediction(
     output: OutputDir, dataset: Dataset, probabilities: npt.NDArray[np.float32], seed: int
 ) -> None:
-    """Draw what the model makes of one test image, picked from the seed."""
+    """Draw the model's prediction for one test image, picked from the seed."""
     index = int(np.random.default_rng(seed).integers(len(dataset.test_images)))
     image, label = dataset.test_images[index], int(dataset.test_labels[index])
     png = b""
-    with spare_the_run("the prediction picture"):
+    with tolerate_drawing_errors("the prediction picture"):
         from job.report import pictures
 
         buffer = io.BytesIO()
@@ -339,7 +341,7 @@ def _save_prediction(
     if png:
         output.write_bytes(PREDICTION, png)
     else:
-        output.remove([output.path / PREDICTION])  # one that is there may be of another model
+        output.remove([output.path / PREDICTION])  # an existing one can belong to another model
 
 
 def _keep_for_report(
@@ -376,14 +378,14 @@ def augmented_sample(
     epochs: int,
     rows: npt.NDArray[np.intp] | None = None,
 ) -> npt.NDArray[np.uint8]:
-    """Augment images as a training from this seed augments those at the start of each epoch.
+    """Augment images as a training from this seed does in the first step of each epoch.
 
     Args:
-        recipe: Augments.
+        recipe: The recipe that augments.
         images: [images, height, width, channels] uint8.
         seed: The run's seed.
-        epochs: How many of the first epochs.
-        rows: Their rows in the training set, [images] integers; by default the first ones.
+        epochs: Number of epochs, from the first.
+        rows: The images' rows in the training set, [images] integers; by default the first ones.
 
     Returns:
         [images, epochs, height, width, channels] uint8.

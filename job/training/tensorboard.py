@@ -1,9 +1,9 @@
-"""The event file that TensorBoard draws a run's curves from: one file format, one module.
+"""The event file from which TensorBoard draws a run's curves.
 
-TensorBoard itself is not needed to write it: TensorFlow has the records and their messages. The
-file is written anew from the run's history when an attempt begins, so that epochs which a killed
-attempt had reported and this one trains again are in it once, and then it grows by an epoch at a
-time. Records are read up to the last whole one, whenever the process is killed.
+TensorBoard itself is not needed to write it: TensorFlow provides the records and their messages.
+When an attempt begins, it writes a new file from the run's history, and then adds one epoch at a
+time. So epochs that a killed attempt reported, and that this attempt trains again, occur only once.
+Readers stop at the last complete record, so the process can be killed at any time.
 """
 
 import time
@@ -22,7 +22,7 @@ TAGS = {
     "learning_rate": "learning_rate",
     "images_per_second": "images_per_second",
 }
-"""The curves, each by its key in ``metrics.jsonl``."""
+"""The curves, each with its key in ``metrics.jsonl``."""
 
 _NAME = "events.out.tfevents."
 _IN_MEMORY = "ram://events"
@@ -32,10 +32,10 @@ class EventFile(Observer):
     """The event file of a run.
 
     Args:
-        output: The folder that has it in ``tensorboard/``.
+        output: The output folder; the file is in its ``tensorboard/``.
 
     Raises:
-        UserError: By all methods, if the file cannot be written.
+        UserError: From all methods, if the file cannot be written.
     """
 
     def __init__(self, output: OutputDir) -> None:
@@ -46,23 +46,23 @@ class EventFile(Observer):
     def begin(self, start: Start) -> None:
         """Write the epochs so far."""
         output, history = self._output, start.history
-        # Times between two points are times of training: the pauses between attempts are left out.
+        # The times on the curves are training time, without the pauses between attempts.
         self._start = time.time() - history.elapsed_seconds
         output.make_folder(TENSORBOARD)
         earlier = sorted(output.path.glob(EVENT_FILES))
         number = 1 + max((int(path.suffix[1:]) for path in earlier), default=0)
-        # A TensorBoard that is looking on goes to the file of the next name when one is over.
+        # A running TensorBoard moves to the file with the next name when it has read one.
         self._name = f"{TENSORBOARD}/{_NAME}{number:06d}"
         events = [
             tf.compat.v1.Event(file_version="brain.Event:2"),
-            # What it has read of earlier files no longer counts.
+            # Tells it to discard what it has read from earlier files.
             tf.compat.v1.Event(step=0, session_log=tf.compat.v1.SessionLog(status="START")),
             *(self._event(line) for line in history.epochs),
         ]
         output.write_bytes(self._name, _records(events))
         output.remove(earlier[:-1])
         for path in earlier[-1:]:
-            # Emptied and not removed: from a file that is gone some readers never go on.
+            # Emptied, not removed: some readers never move on from a file that is gone.
             output.write_bytes(f"{TENSORBOARD}/{path.name}", b"")
 
     def finish_epoch(self, line: EpochRecord) -> None:
@@ -80,7 +80,7 @@ class EventFile(Observer):
 
 
 def _records(events: list[tf.compat.v1.Event]) -> bytes:
-    """Events in TensorFlow's record format, each with its length and checksums."""
+    """Encode events in TensorFlow's record format, each with its length and checksums."""
     with tf.io.TFRecordWriter(_IN_MEMORY) as writer:
         for event in events:
             writer.write(event.SerializeToString())

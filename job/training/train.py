@@ -27,7 +27,7 @@ from job.config import (
 )
 from job.data import Dataset
 from job.recipes import Recipe, get_recipe
-from job.report import spare_the_run
+from job.report import tolerate_drawing_errors
 from job.run.attempt import Attempt, open_attempt
 from job.run.checkpoint import Checkpoint, CheckpointStore, History
 from job.run.fingerprint import Fingerprint, require_same_run, take_fingerprint
@@ -53,9 +53,9 @@ from job.training.trainer import Trainer
 OpenDevices = Callable[[TrainConfig, Environment | None], Devices]
 LoadDataset = Callable[[TrainConfig], Dataset]
 
-# Besides those that make the run. Folders may be others on every worker.
+# In addition to the options that identify the run. Folders can differ between workers.
 _EQUAL_OPTIONS = ("epochs", "precision", "jit", "deterministic", "fresh")
-# For TensorFlow to connect the workers, once all are there; less where no call may take as long.
+# For TensorFlow to connect the workers once all are present; less if --stall-timeout is shorter.
 _CONNECT_SECONDS = 60.0
 
 
@@ -66,17 +66,17 @@ def train_as_worker(
     load: LoadDataset,
     observers: Sequence[Observer] = (),
 ) -> None:
-    """Train as one of several workers: the chief leads and writes, the others do as it does.
+    """Train as one of several workers. The chief decides and writes, the others follow it.
 
     A request to stop one of them stops all after the same step.
 
     Raises:
-        UserError: If the configuration, the data or a folder must be changed first, or the workers
-            differ in one of these.
+        UserError: If the user must change the configuration, the data or a folder first, or the
+            workers differ in one of these.
         GpuMissingError: If an expected or required GPU cannot be used.
-        LostWorkerError: If a worker does not come, or goes.
-        StoppedError: If one of them was asked to stop; the chief has saved the state.
-        JobError: If the loss is no finite number any more.
+        LostWorkerError: If a worker does not arrive or is lost.
+        StoppedError: If a stop of any worker was requested; the chief has saved the state.
+        JobError: If the loss becomes infinite or not a number.
     """
     watchdog = Watchdog(config.stall_timeout, stop.end_hung)
     connecting_seconds = min(_CONNECT_SECONDS, config.stall_timeout)
@@ -91,7 +91,7 @@ def train_as_worker(
     if not workers.is_chief:
         log.event(
             "following",
-            message=f"follows {spec.name(0)}, whose log tells how the run goes on",
+            message=f"follows {spec.name(0)}; its log reports the run's progress",
         )
         log.only_warnings()
     options = {**run_options(config), **{n: describe_config(config)[n] for n in _EQUAL_OPTIONS}}
@@ -104,8 +104,8 @@ def train_as_worker(
         elif workers.is_chief:
             write_finished(config, attempt)
     try:
-        # Were others to end earlier, nobody would be there for a chief that is started again. They
-        # wait here while it compiles and evaluates the saved model.
+        # The others wait here while the chief compiles and evaluates the saved model. If they ended
+        # earlier, a restarted chief would have no workers.
         with watchdog.watch("the wait for the other workers' end", compiling=True):
             workers.shutdown()
     except LostWorkerError:
@@ -117,24 +117,25 @@ def train_as_worker(
 def _announcing(
     seconds: float, connecting: contextlib.AbstractContextManager[None]
 ) -> Iterator[None]:
-    """Log what ends a connection to a worker that dies in it, as nothing can be logged then."""
+    """Log how the process ends if a worker dies while connecting: then it cannot log anything."""
     log.event(
         "connecting",
         timeout_seconds=seconds,
-        message=f"all workers are there; connecting them. If one ends now, the others end with "
-        f"exit code {int(ExitCode.DEFECT)} about {seconds + NATIVE_MARGIN_SECONDS:g} s later",
+        message=f"all workers are present; connecting them. If a worker dies while connecting, the "
+        f"others end with exit code {int(ExitCode.DEFECT)} about "
+        f"{seconds + NATIVE_MARGIN_SECONDS:g} s later",
     )
     with connecting:
         yield
 
 
 class _Beginning(msgspec.Struct):
-    """How the chief's attempt begins, for the others to begin alike.
+    """How the chief's attempt begins. The other workers begin in the same way.
 
     Attributes:
         fresh: Whether it starts over.
-        is_finished: Whether nothing is left to do.
-        step: Of the checkpoint that it resumes from; None if there is none.
+        is_finished: Whether the run is already finished.
+        step: Step of the checkpoint that it resumes from; None without a checkpoint.
     """
 
     fresh: bool
@@ -146,7 +147,7 @@ class _Beginning(msgspec.Struct):
 def _open_attempt_of_all(
     config: TrainConfig, stop: StopRequest, workers: Workers, watchdog: Watchdog
 ) -> Iterator[Attempt]:
-    """Open the chief's attempt, and on the others one that resumes from the same checkpoint.
+    """Open an attempt on the chief, and on the others one that resumes from the same checkpoint.
 
     Only the chief needs the output folder.
     """
@@ -186,7 +187,7 @@ def _follow(config: TrainConfig, stop: StopRequest, workers: Workers) -> Attempt
 
 
 class UnwrittenDir(OutputDir):
-    """The output folder of a worker that is not the chief: nothing is written or removed."""
+    """The output folder of a worker that is not the chief: it writes and removes nothing."""
 
     def _do_nothing(self, *_arguments: Any, **_keywords: Any) -> None: ...
 
@@ -201,21 +202,22 @@ def run_attempt(
     watchdog: Watchdog,
     observers: Sequence[Observer] = (),
 ) -> None:
-    """Train from where the attempt resumes to the end, and leave every artifact.
+    """Train from the step at which the attempt resumes to the end, and write every artifact.
 
     Args:
-        config: What to train and how.
-        attempt: The folder for its artifacts, and what an earlier attempt has done.
-        open_devices: Sets the devices up, with what the attempt before had resolved "auto" to.
+        config: The run's configuration.
+        attempt: The folder for the artifacts, and the state that an earlier attempt saved.
+        open_devices: Sets up the devices. It receives the environment of the previous attempt,
+            which contains what "auto" was resolved to.
         load: Loads the data set.
         watchdog: Ends the process if a call hangs.
-        observers: Watch the training.
+        observers: Observers of the training.
 
     Raises:
-        UserError: If the configuration, the data or a folder must be changed first.
+        UserError: If the user must change the configuration, the data or a folder first.
         GpuMissingError: If an expected or required GPU cannot be used.
-        StoppedError: If the run was asked to stop; its state is in a checkpoint.
-        JobError: If the loss is no finite number any more.
+        StoppedError: If a stop was requested; the state is in a checkpoint.
+        JobError: If the loss becomes infinite or not a number.
     """
     with _open_observers(config, attempt) as own_observers:
         checkpoint = attempt.checkpoint
@@ -223,17 +225,17 @@ def run_attempt(
         with watchdog.watch("the setup of the devices", compiling=True, native=True):
             devices = open_devices(config, previous)
         devices.rows_per_replica(config.batch_size)
-        # A download takes as long as the network needs, and ends if nothing comes.
+        # No time limit: a download takes as long as the network needs, and has its own timeouts.
         with watchdog.watch("the data", seconds=math.inf):
             dataset = load(config)
         with open_compile_cache(config, devices) as cache:
             observers = [*observers, *own_observers, *cache]
             _train_and_evaluate(config, attempt, devices, dataset, watchdog, observers)
-        # First, because the report tells how the run ended.
+        # Before the report, because the report contains how the run ended.
         attempt.manifest.finish("done")
-    # The textfile says done by now, as run.json does, whatever becomes of the report.
+    # Here the state in the textfile and in run.json is "done", even if drawing the report fails.
     if attempt.is_chief:
-        with watchdog.watch("the report"), spare_the_run("the report"):
+        with watchdog.watch("the report"), tolerate_drawing_errors("the report"):
             from job.report.page import write_report
 
             write_report(attempt.output)
@@ -241,7 +243,7 @@ def run_attempt(
 
 @contextlib.contextmanager
 def _open_observers(config: TrainConfig, attempt: Attempt) -> Iterator[list[Observer]]:
-    """The observers that the configuration asks for, all of which write files."""
+    """Open the observers that the configuration requests; all of them write files."""
     with contextlib.ExitStack() as stack:
         observers: list[Observer] = []
         if config.metrics_textfile and attempt.is_chief:
@@ -260,7 +262,7 @@ def _train_and_evaluate(
     watchdog: Watchdog,
     observers: Sequence[Observer],
 ) -> None:
-    """Train from where the attempt resumes; then the chief saves the model and evaluates that."""
+    """Train from the step at which the attempt resumes. The chief then saves and evaluates."""
     recipe = get_recipe(config.recipe)
     with _naming_batch_size(config.batch_size, devices.replicas):
         with watchdog.watch("the setup of the training", compiling=True):
@@ -278,7 +280,7 @@ def _train_and_evaluate(
     with watchdog.watch(EVALUATING, compiling=True):
         prepared = preparation.result()
         evaluate_saved(attempt.output, recipe, own_devices, dataset, config.seed, prepared)
-    # Without it the run is not finished. One that is there tells of an earlier end.
+    # A run counts as finished only with a report. An existing one describes an earlier end.
     attempt.output.remove([attempt.output.path / REPORT])
 
 
@@ -291,20 +293,20 @@ def _set_up(
     watchdog: Watchdog,
     observers: Sequence[Observer],
 ) -> tuple[Engine, Trainer, "_Preparation"]:
-    """Bring the training to where the attempt resumes, and put its start on the record."""
+    """Restore the state from which the attempt resumes, and record the start of the training."""
     plan = make_plan(config, len(dataset.train_images))
     engine = Engine(recipe, devices, dataset, plan, config.learning_rate)
     require_savable(engine.original, recipe)
     fingerprint = take_fingerprint(
         config, devices, dataset, engine.original, recipe, engine.fixed_weights
     )
-    # By these each worker computes its part of the same bits.
+    # These must be equal for all workers to compute the same bits.
     devices.workers.require_equal(
         {**fingerprint.run, "variables": fingerprint.environment.variables}
     )
     history = _resume(engine, fingerprint, attempt)
     _record_start(config, attempt, history, fingerprint, devices, dataset, plan)
-    # By the images as they are: several views of each would take as long as half an epoch.
+    # Without test-time augmentation: several views per image would take as long as half an epoch.
     evaluator = Evaluator(
         engine.model, recipe, devices, dataset.test_images, dataset.test_labels, with_tta=False
     )
@@ -319,14 +321,15 @@ def _set_up(
 
 
 class _Preparation(Observer):
-    """Prepares the end of a training in a thread, once an epoch was trained as a whole.
+    """Prepares the end of a training in a thread, after the first epoch trained from its start.
 
-    Then the training itself has nothing left to compile, and XLA can fail where two compilations
-    share a cache at the same time. What fails in the thread is done again at its place. The thread
-    takes the memory of an evaluation beside that of a training step.
+    By then the training itself has nothing left to compile. This matters because XLA can fail when
+    two compilations use a cache at the same time. If the preparation fails in the thread, the same
+    work is done at the end. The thread needs the memory of an evaluation in addition to that of a
+    training step.
 
     Args:
-        prepare: Is called in the thread.
+        prepare: The function to call in the thread.
     """
 
     def __init__(self, prepare: Callable[[], Evaluator | None]) -> None:
@@ -346,7 +349,7 @@ class _Preparation(Observer):
         thread.shutdown(wait=False)
 
     def result(self) -> Evaluator | None:
-        """What `prepare` has returned; None where it was not called, or has failed."""
+        """Return the result of `prepare`; None if it was not called or failed."""
         if self._future is None or self._future.exception():
             return None
         return self._future.result()
@@ -355,11 +358,12 @@ class _Preparation(Observer):
 def _prepare_end(
     original: keras.Model, recipe: Recipe, devices: Devices, dataset: Dataset
 ) -> Evaluator | None:
-    """Import and compile what a run would wait for after its last step.
+    """Import and compile in advance what a run needs after its last step.
 
     Returns:
-        For the saved model. None for several replicas, because what they exchange must come in the
-        same order on all of them, and where the training computes less exactly than the evaluation.
+        The evaluator for the saved model. None for several replicas, because all of them must
+        exchange tensors in the same order, and None where the training computes less exactly than
+        the evaluation.
     """
     importlib.import_module("job.report.page")
     if devices.replicas > 1 or tf.config.experimental.tensor_float_32_execution_enabled():
@@ -368,7 +372,7 @@ def _prepare_end(
 
 
 def make_plan(config: TrainConfig, examples: int) -> Plan:
-    """Work out the arithmetic of a run.
+    """Compute the arithmetic of a run.
 
     Raises:
         UserError: If a batch is larger than the training set.
@@ -385,33 +389,34 @@ def make_plan(config: TrainConfig, examples: int) -> Plan:
 
 @contextlib.contextmanager
 def _naming_batch_size(global_batch_size: int, replicas: int) -> Iterator[None]:
-    """Turn the body's running out of device memory into advice on the batch size."""
+    """If the body runs out of device memory, advise a smaller batch size."""
     try:
         yield
     except tf.errors.OpError as error:
-        # Inside of cuDNN, NCCL and XLA the same comes as other types.
+        # cuDNN, NCCL and XLA raise other error types for the same problem.
         signs = ("out of memory", "RESOURCE_EXHAUSTED", "OOM when allocating")
         exhausted = isinstance(error, tf.errors.ResourceExhaustedError)
         if not exhausted and not any(sign in str(error) for sign in signs):
             raise
         raise UserError(
             f"out of memory on the devices with --batch-size {global_batch_size} "
-            f"({log.plural(global_batch_size // replicas, 'image')} a replica); lower --batch-size"
+            f"({log.plural(global_batch_size // replicas, 'image')} per replica); "
+            f"lower --batch-size"
         ) from error
 
 
 def _resume(engine: Engine, fingerprint: Fingerprint, attempt: Attempt) -> History:
-    """Bring the engine to where the attempt resumes, and its files with it."""
+    """Restore the engine and the files of the run to the state from which the attempt resumes."""
     checkpoint = attempt.checkpoint
     history = History()
     if attempt.fresh:
         log.event(
             "fresh",
-            message=f"--fresh: starting over, without what was in {attempt.output.path}/",
+            message=f"--fresh: starting over; discarding the run in {attempt.output.path}/",
         )
         attempt.output.discard()
     elif checkpoint is None:
-        # Pictures and figures of a model that is no more.
+        # Artifacts of a model that no longer exists.
         attempt.output.remove([attempt.output.path / name for name in ARTIFACTS])
     else:
         require_same_run(checkpoint.fingerprint.run, fingerprint.run, attempt.output.path)
@@ -461,7 +466,7 @@ def _record_start(
             "changed",
             logging.WARNING,
             changes=changes,
-            message=f"goes on with other bits than an uninterrupted run, because of a change in "
+            message=f"resumes, but is no longer bit-identical to an uninterrupted run; changed: "
             f"{'; '.join(changes)}",
         )
 
@@ -489,5 +494,5 @@ def _log_start(plan: Plan, devices: Devices, dataset: Dataset, step: int) -> Non
         f"{log.plural(devices.replicas, f'{devices.kind.upper()} replica')} in "
         f"{devices.precision}; batch {plan.global_batch_size} = {devices.replicas} x {rows}; "
         f"{log.plural(plan.epochs, 'epoch')} of {log.plural(plan.steps_per_epoch, 'step')}"
-        + (f"; going on after step {step}" if step else ""),
+        + (f"; resuming after step {step}" if step else ""),
     )

@@ -1,4 +1,4 @@
-"""The epochs of a run: training, validation, and a state that survives whatever ends them."""
+"""The epochs of a run: training, validation, and a state that survives every interruption."""
 
 import math
 import time
@@ -20,16 +20,16 @@ from job.training.observer import Observer, Pace, Phase, Status
 
 
 class Trainer:
-    """Runs a run's epochs, each followed by a validation, and keeps its state safe.
+    """Trains the epochs of a run, each followed by a validation, and saves checkpoints.
 
     Args:
-        engine: What is trained, in the state that the history has led to.
-        evaluator: Validates it.
-        attempt: Receives checkpoints and metrics, and says when to stop.
-        history: What has been done before; brought up to date.
-        fingerprint: Goes into the checkpoints.
+        engine: The engine that trains, in the state at the end of the history.
+        evaluator: Validates the network.
+        attempt: Receives checkpoints and metrics, and contains the requests to stop.
+        history: The run's history so far; kept up to date.
+        fingerprint: Saved in the checkpoints.
         watchdog: Ends the process if a call hangs.
-        observers: Watch it.
+        observers: Observers of the training.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class Trainer:
         self._stop = attempt.stop
         self._elapsed_before = history.elapsed_seconds
         self._start = time.perf_counter()
-        # The first execution of an attempt is saved whatever the interval is: a folder that cannot
-        # hold a checkpoint is reported at once, and what saving takes is in memory before a
-        # scheduler's signals may end the process that mounts a container's files.
+        # The first execution of an attempt is always saved. So a folder that cannot hold a
+        # checkpoint is reported at once. And the code for saving is then in memory: later, a
+        # scheduler's signal can end the process that mounts a container's files.
         self._saved_at = -math.inf
         self._is_saved = attempt.checkpoint is not None
         self._has_trained = False
@@ -70,28 +70,28 @@ class Trainer:
         """Train until the run's last epoch is done and in a checkpoint.
 
         Args:
-            checkpoint_every_seconds: Least time between two checkpoints.
+            checkpoint_every_seconds: Minimum time between two checkpoints.
 
         Raises:
-            StoppedError: If the run was told to stop; its state is in a checkpoint.
-            JobError: If the loss or a variable is no finite number any more.
+            StoppedError: If a stop was requested; the state is in a checkpoint.
+            JobError: If the loss or a variable becomes infinite or not a number.
             UserError: If a file cannot be written.
         """
         while len(self._history.epochs) < self._plan.epochs:
             for _ in self._train_epoch():
                 self._save_if_due(checkpoint_every_seconds)
-                self._stop_if_asked()
+                self._stop_if_requested()
             self._finish_epoch(self._validate(), checkpoint_every_seconds)
-            self._stop_if_asked()
+            self._stop_if_requested()
         self._save_if_due(0.0)
         if self._workers.count > 1:
-            # The scheduler may end all workers with the first that ends.
+            # The scheduler can end all workers as soon as the first one ends.
             with self._watchdog.watch("the wait for the other workers' end"):
                 self._workers.barrier()
         self._stop.end_deferral()
 
     def _train_epoch(self) -> Iterator[None]:
-        """Train what is left of the epoch, handing control back after each execution."""
+        """Train the rest of the epoch, handing control back after each execution."""
         history = self._history
         epoch, seconds_before = len(history.epochs), history.epoch_seconds
         self._show("training" if self._has_trained else "compiling")
@@ -103,17 +103,17 @@ class Trainer:
             steps = progress.steps - history.progress.steps
             history.progress = progress
             self._require_finite("the training loss became", progress.loss)
-            self._keep_what_was_done()
+            self._mark_unsaved()
             seconds = seconds_before + time.perf_counter() - start
             self._pace.add_execution(steps, seconds - history.epoch_seconds)
             history.epoch_seconds = seconds
             self._show("training")
             paused = time.perf_counter()
             yield
-            start += time.perf_counter() - paused  # checkpoints are no training
+            start += time.perf_counter() - paused  # checkpoints do not count as training time
 
     def _watched(self, executions: Iterator[Progress]) -> Iterator[Progress]:
-        """Pass an epoch's executions on under the watchdog; a process's first one is compiled."""
+        """Yield an epoch's executions under the watchdog. The process's first one compiles."""
         while True:
             first = not self._has_trained
             with self._watchdog.watch("an execution of training steps", compiling=first):
@@ -135,11 +135,11 @@ class Trainer:
     def _finish_epoch(self, validation: Evaluation, checkpoint_every_seconds: float) -> None:
         line = self._epoch_line(validation)
         self._history.finish_epoch(line)
-        self._keep_what_was_done()
+        self._mark_unsaved()
         with self._watchdog.watch("the end of an epoch"):
             if self._workers.count > 1 and len(self._history.epochs) == self._plan.epochs:
                 self._require_same_state()
-            # First the checkpoint: an epoch that was reported is not trained again if it was due.
+            # The checkpoint first: if it is due, the reported epoch is never trained again.
             self._save_if_due(checkpoint_every_seconds)
             self._history.write_metrics(self._attempt.output)
             for observer in self._observers:
@@ -151,32 +151,33 @@ class Trainer:
         )
 
     def _require_same_state(self) -> None:
-        """Make sure, before the last checkpoint, that all workers have come to the same bits.
+        """Check, before the last checkpoint, that all workers have the same bits.
 
         Raises:
-            JobError: If not; what they then have is no data-parallel training.
+            JobError: If they differ, because the training was then not data-parallel.
         """
         spec = self._workers.spec
         digests = self._workers.gather(self._engine.digest())
         others = [spec.name(rank) for rank, one in enumerate(digests) if one != digests[0]]
         if others:
             error = JobError(
-                f"the variables of {', '.join(others)} are not those of {spec.name(0)}, expected "
-                f"the same bits on all workers; start all of them on machines of one kind"
+                f"the variables of {', '.join(others)} differ from those of {spec.name(0)}, "
+                f"expected the same bits on all workers; start all of them on machines of the same "
+                f"kind"
             )
             self._workers.end(error)
 
-    def _keep_what_was_done(self) -> None:
-        """From now on there is something to save, so no signal may end the process at once."""
+    def _mark_unsaved(self) -> None:
+        """Note that there is work to save, so that a signal no longer ends the process at once."""
         self._is_saved = False
         self._stop.defer()
 
-    def _stop_if_asked(self) -> None:
+    def _stop_if_requested(self) -> None:
         reason = self._reason_to_stop()
         if reason is None:
             return
         self._save_if_due(0.0)
-        # The scheduler may end all workers with the first.
+        # The scheduler can end all workers as soon as the first one ends.
         with self._watchdog.watch("the wait for the other workers' end"):
             self._workers.shutdown()
         raise StoppedError(
@@ -186,14 +187,14 @@ class Trainer:
         )
 
     def _reason_to_stop(self) -> str | None:
-        """Why to stop; with several workers as all of them know it, None until they do."""
+        """The reason to stop, or None. Several workers stop only once all have the request."""
         if self._workers.count == 1:
             return self._stop.reason
-        ranks = self._engine.asked_to_stop
+        ranks = self._engine.stopping_ranks
         if not ranks:
             return None
         others = ", ".join(map(self._workers.spec.name, ranks))
-        return self._stop.reason or f"{others} was told to stop"
+        return self._stop.reason or f"{others} received a stop request"
 
     def _save_if_due(self, checkpoint_every_seconds: float) -> None:
         start = time.perf_counter()
@@ -205,7 +206,7 @@ class Trainer:
         history.elapsed_seconds = self._elapsed_seconds
         with self._watchdog.watch("a checkpoint"):
             arrays = self._engine.state()
-            self._require_finite("a variable became", _worst(arrays), alike=False)
+            self._require_finite("a variable became", _worst(arrays), on_all_workers=False)
             checkpoint = Checkpoint(self.step, arrays, self._fingerprint, history)
             size = self._attempt.checkpoints.save(checkpoint)
             self._attempt.manifest.progress(self.step, history.best, history.elapsed_seconds)
@@ -220,11 +221,11 @@ class Trainer:
         )
 
     def _show(self, phase: Phase) -> None:
-        """Tell the observers where the training is."""
+        """Send the current status to the observers."""
         history, plan, pace = self._history, self._plan, self._pace
         progress, rate = history.progress, pace.steps_per_second
         images = progress.steps * plan.global_batch_size
-        # The saved model is evaluated too, after the last epoch.
+        # One more for the evaluation of the saved model after the last epoch.
         validations_left = plan.epochs - len(history.epochs) + 1
         status = Status(
             phase=phase,
@@ -241,18 +242,18 @@ class Trainer:
         for observer in self._observers:
             observer.show(status)
 
-    def _require_finite(self, what: str, value: float, *, alike: bool = True) -> None:
-        """Raise if a value is no finite number; `alike` says that all workers look at it."""
+    def _require_finite(self, what: str, value: float, *, on_all_workers: bool = True) -> None:
+        """Raise if a value is not finite; `on_all_workers` if all workers check the same value."""
         if math.isfinite(value):
             return
         latest = self._attempt.checkpoints.latest
         kept = f"the last good checkpoint is {latest}" if latest else "there is no checkpoint yet"
         error = JobError(
             f"{what} {value} in epoch {len(self._history.epochs) + 1}, by step "
-            f"{self.step}; {kept}; go on with --precision float32, or start over with "
+            f"{self.step}; {kept}; run again with --precision float32, or start over with "
             f"--fresh and a lower --learning-rate"
         )
-        if alike:
+        if on_all_workers:
             self._workers.end(error)
         raise error
 
@@ -275,7 +276,7 @@ class Trainer:
 
 
 def _worst(arrays: Arrays) -> float:
-    """A value that is no finite number, if the arrays have one; else 0."""
+    """Return the first value that is not finite, or 0 if all are."""
     for array in arrays.values():
         if not np.isfinite(array).all():
             return float(array[~np.isfinite(array)].flat[0])
@@ -283,7 +284,7 @@ def _worst(arrays: Arrays) -> float:
 
 
 def describe_epoch(line: EpochRecord, epochs: int) -> str:
-    """An epoch's figures in 70 columns: with the time before them they fit a terminal of 80."""
+    """Format an epoch's figures in 70 columns; with the time in front they fit in 80 columns."""
     return (
         f"epoch {line.epoch}/{epochs} loss {line.loss:.4f} acc {_percent(line.accuracy)} "
         f"val {line.val_loss:.4f} {_percent(line.val_accuracy)} {line.seconds:.1f} s "

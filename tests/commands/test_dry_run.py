@@ -188,7 +188,11 @@ def test_a_download_is_announced_but_not_started(
     ("size", "layer", "problem"),
     [
         (32, {"activation": "linear"}, "expected probabilities: none below 0, and rows that sum"),
-        (24, {"activation": "softmax"}, "has images of shape (32, 32, 3), expected (24, 24, 3), w"),
+        (
+            24,
+            {"activation": "softmax"},
+            "has images of shape (32, 32, 3), expected (24, 24, 3) for",
+        ),
         (
             32,
             {"activation": "softmax", "kernel_regularizer": lambda kernel: 0.1},

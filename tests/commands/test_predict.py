@@ -174,7 +174,7 @@ def test_a_model_of_grey_images_predicts_them(tmp_path: Path, make_devices: Make
     [
         ((24, 24, 4), r"requires images with 4 channels, expected 1 \(grey\) or 3 \(RGB\)"),
         ((None, None, 3), r"expected \(None, height, width, channels\); begin it with keras"),
-        ((7, 3), r"takes inputs of shape \(None, 7, 3\), expected \(None, height, width, channels"),
+        ((7, 3), r"has inputs of shape \(None, 7, 3\), expected \(None, height, width, channels"),
     ],
 )
 def test_a_model_of_other_inputs_is_rejected(
@@ -197,11 +197,11 @@ def classifier(*ends: Any) -> keras.Model:
         (lambda dense: classifier(dense(10)), "in rows that sum to"),
         (lambda dense: classifier(dense(10, "sigmoid")), "in rows that sum to"),
         (lambda dense: classifier(dense(10, "softmax", bias_initializer=NAN)), "from nan to nan"),
-        (lambda dense: classifier(dense(1, "sigmoid")), r"gives outputs of shape \(None, 1\)"),
+        (lambda dense: classifier(dense(1, "sigmoid")), r"has outputs of shape \(None, 1\)"),
         (lambda dense: classifier(dense(2), dense(3)), r"of shape \[\(None, 2\), \(None, 3\)\]"),
         (
             lambda dense: keras.Sequential([keras.Input((8, 8, 3)), dense(10, "softmax")]),
-            r"gives outputs of shape \(None, 8, 8, 10\)",
+            r"has outputs of shape \(None, 8, 8, 10\)",
         ),
     ],
     ids=["logits", "sigmoids", "nan", "one", "several", "map"],

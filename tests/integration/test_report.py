@@ -143,7 +143,7 @@ def test_the_attempts_need_no_scrolling_on_a_phone(browser: Browser, trained: Pa
     cell = table.locator("td[data-column=Outcome]").first
     assert cell.evaluate("cell => getComputedStyle(cell, '::before').content") != "none"
     # Still a table to a screen reader.
-    assert page.get_by_role("table", name="Every attempt at this run").get_by_role("row").count()
+    assert page.get_by_role("table", name="Every attempt of this run").get_by_role("row").count()
     page.close()
 
 

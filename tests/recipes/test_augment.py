@@ -56,11 +56,11 @@ def test_equals_image_data_generator(small_dataset: Dataset, compiled: bool) -> 
     transforms = _augment.affine_transforms(tf.constant(parameters), image_size=32)
     received = resample(tf.constant(images), transforms).numpy()
     np.testing.assert_allclose(received, expected, rtol=0, atol=1e-4)
-    # Had nothing been moved, everything above would hold as well.
+    # Make sure that the images were moved at all.
     assert np.abs(received - images).mean() > 0.05
 
 
-def test_parameters_follow_the_generators_distributions() -> None:
+def test_parameters_have_the_generators_distributions() -> None:
     ours = draw(steps=100, batch=100).reshape(-1, 7)
     generator = ImageDataGenerator(**GENERATOR_ARGUMENTS)
     np.random.seed(0)
@@ -76,18 +76,18 @@ def test_parameters_follow_the_generators_distributions() -> None:
         assert ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-4
     assert ours[:, _augment.FLIP].mean() == pytest.approx(0.5, abs=0.02)
     assert set(np.unique(ours[:, _augment.FLIP])) == {0.0, 1.0}
-    # The seven are independent of one another.
+    # The seven parameters are independent of each other.
     correlations = np.corrcoef(ours, rowvar=False) - np.eye(7)
     assert np.abs(correlations).max() < 0.05
 
 
-def test_parameters_depend_on_seed_and_epoch_alone() -> None:
+def test_parameters_depend_only_on_seed_and_epoch() -> None:
     np.testing.assert_array_equal(draw(), draw())
     assert not np.array_equal(draw(), draw(epoch=1))
     assert not np.array_equal(draw(), draw(seed=43))
 
 
-def test_nothing_is_drawn_from_empty_ranges() -> None:
+def test_empty_ranges_result_in_the_identity() -> None:
     parameters = _augment.draw_parameters(
         _augment.AffineRanges(), 42, tf.constant(0), 2, 8, image_size=32
     )

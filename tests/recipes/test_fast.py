@@ -42,14 +42,14 @@ def test_whitening_filters_equal_a_reference(small_dataset: Dataset) -> None:
     assert kernel.shape == (2, 2, 3, 24)
     assert kernel.dtype == np.float32
     filters, opposite = np.split(kernel.reshape(12, 24), 2, axis=1)
-    # Eigenvectors come in no order, and with either sign.
-    alike = np.abs(filters.T @ expected) / np.linalg.norm(expected, axis=0) ** 2
-    expected = expected[:, (alike > 0.99).argmax(axis=1)]
-    eigenvalues = eigenvalues[(alike > 0.99).argmax(axis=1)]
+    # Eigenvectors have no particular order or sign.
+    similarity = np.abs(filters.T @ expected) / np.linalg.norm(expected, axis=0) ** 2
+    expected = expected[:, (similarity > 0.99).argmax(axis=1)]
+    eigenvalues = eigenvalues[(similarity > 0.99).argmax(axis=1)]
     signs = np.sign((filters * expected).sum(axis=0))
     np.testing.assert_allclose(filters, expected * signs, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(opposite, -filters)
-    # What they are for: values of mean square 1 that do not correlate, but for the smallest.
+    # Their purpose: uncorrelated values with a mean square of 1, except for small eigenvalues.
     values = patches @ filters
     products = values.T @ values / len(values)
     strong = eigenvalues > 0.1
@@ -64,7 +64,7 @@ def test_only_the_first_5000_images_are_whitened(monkeypatch: pytest.MonkeyPatch
     assert (fast.whitening_weights(images[:39])["whitening/kernel"] != some).any()
 
 
-def test_a_symmetric_matrix_is_decomposed_also_where_eigenvalues_coincide() -> None:
+def test_a_symmetric_matrix_is_decomposed_even_if_eigenvalues_coincide() -> None:
     rng = np.random.default_rng(8)
     square = rng.normal(size=(12, 12))
     grey = np.repeat(np.repeat(square[:4, :4] @ square[:4, :4].T, 3, axis=0), 3, axis=1)
@@ -77,7 +77,7 @@ def test_a_symmetric_matrix_is_decomposed_also_where_eigenvalues_coincide() -> N
         np.testing.assert_allclose(np.sort(eigenvalues), np.linalg.eigvalsh(matrix), atol=1e-11)
 
 
-def test_whitening_has_the_same_bits_whatever_the_processor_s_library() -> None:
+def test_whitening_has_the_same_bits_with_every_kernel_of_the_math_library() -> None:
     code = (
         "from job.recipes import fast; import numpy as np, hashlib\n"
         "images = np.random.default_rng(1).integers(0, 256, (20, 32, 32, 1), np.uint8)\n"
@@ -100,7 +100,7 @@ def test_whitening_has_the_same_bits_whatever_the_processor_s_library() -> None:
     assert len(printed[0].split()) == 2
 
 
-def test_the_whitening_layer_gives_whitened_patches(small_dataset: Dataset) -> None:
+def test_the_whitening_layer_returns_whitened_patches(small_dataset: Dataset) -> None:
     images = small_dataset.train_images[:8]
     model = fast.build_model(1, 10)
     kernel = fast.whitening_weights(small_dataset.train_images)["whitening/kernel"]
@@ -108,7 +108,7 @@ def test_the_whitening_layer_gives_whitened_patches(small_dataset: Dataset) -> N
     part = keras.Sequential(model.layers[:2])
     received = part(images / np.float32(255)).numpy()
     assert received.shape == (8, 31, 31, 24)
-    corner = patches_of(normalized(images))[:8]  # of each image the patch above on the left
+    corner = patches_of(normalized(images))[:8]  # the upper left patch of each image
     np.testing.assert_allclose(received[:, 0, 0], corner @ kernel.reshape(12, 24), atol=1e-3)
 
 
@@ -145,7 +145,7 @@ def test_muons_update_equals_a_reference(shape: tuple[int, ...]) -> None:
         gradient = rng.normal(size=shape).astype(np.float32)
         optimizer.apply([tf.constant(gradient)])
         momentum = 0.6 * momentum + gradient
-        # A matrix a row a filter, as PyTorch has it.
+        # A matrix with one row per filter, as in PyTorch.
         filters = np.moveaxis(gradient + 0.6 * momentum, -1, 0)
         direction = orthogonalized(filters.reshape(shape[-1], -1)).reshape(filters.shape)
         value = value * np.sqrt(shape[-1]) / np.linalg.norm(value)
@@ -154,7 +154,7 @@ def test_muons_update_equals_a_reference(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_orthogonalized_singular_values_are_near_to_one(dtype: str) -> None:
+def test_orthogonalized_singular_values_are_close_to_one(dtype: str) -> None:
     rng = np.random.default_rng(3)
     left, _ = np.linalg.qr(rng.normal(size=(40, 16)))
     right, _ = np.linalg.qr(rng.normal(size=(16, 16)))
@@ -185,7 +185,7 @@ def test_biases_and_head_are_updated_by_nesterov_sgd_with_decay() -> None:
         gradients = {name: rng.normal(size=one).astype(np.float32) for name, one in shapes.items()}
         optimizer.apply([tf.constant(gradient) for gradient in gradients.values()])
         for name, gradient in gradients.items():
-            # As PyTorch's SGD; at 200 steps of 2,000 images the decay is 2e-6 * 2,000.
+            # As in PyTorch's SGD; at 200 steps of 2,000 images the decay is 2e-6 * 2,000.
             decay = 0.8 / total / rates[name]
             slope = gradient + decay * values[name]
             momentums[name] = 0.85 * momentums[name] + slope
@@ -196,7 +196,7 @@ def test_biases_and_head_are_updated_by_nesterov_sgd_with_decay() -> None:
             np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_optimizer_has_the_settings_of_its_configuration() -> None:
+def test_an_optimizer_can_be_created_from_its_configuration() -> None:
     config = fast.Muon(0.3, 50, dtype="float32").get_config()
     assert fast.Muon.from_config(config).get_config() == config
     assert float(fast.build_optimizer(0.3, 50).learning_rate) == pytest.approx(0.3)
@@ -225,7 +225,7 @@ def test_each_image_is_mirrored_in_exactly_every_second_epoch() -> None:
     assert (flips(8, 0, rows) != flips(7, 0, rows)).mean() == pytest.approx(0.5, abs=0.02)
 
 
-def test_shifts_reach_from_minus_two_to_two_alike() -> None:
+def test_shifts_from_minus_two_to_two_are_equally_frequent() -> None:
     rows = tf.reshape(tf.range(50_000, dtype=tf.int64), [25, 2_000])
     shifts = [RECIPE.draw(7, tf.constant(epoch), rows).numpy()[..., :2] for epoch in range(2)]
     assert (shifts[0] != shifts[1]).any(axis=-1).mean() == pytest.approx(1 - 1 / 25, abs=0.01)

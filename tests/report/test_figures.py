@@ -15,7 +15,7 @@ from job.training.evaluate import Evaluation
 from tests.run_folders import make_run
 
 
-def test_every_picture_is_a_png_and_says_what_it_shows(whole: OutputDir) -> None:
+def test_every_picture_is_a_png_with_an_alternative_text(whole: OutputDir) -> None:
     figures = draw_figures(RunRecord.load(whole.path))
     assert sorted(f"report/{name}.png" for name in figures) == sorted(REPORT_PICTURES)
     for figure in figures.values():
@@ -23,14 +23,14 @@ def test_every_picture_is_a_png_and_says_what_it_shows(whole: OutputDir) -> None
     alts = {name: figure.alt for name, figure in figures.items()}
     assert len(set(alts.values())) == 8
     assert all(len(alt) > 60 for alt in alts.values())
-    assert "in training it goes from 30.0% to 43.3%" in alts["accuracy"]
-    assert "in validation from 1.900 to 0.633" in alts["loss"]
+    assert "training goes from 30.0% to 43.3%" in alts["accuracy"]
+    assert "validation from 1.900 to 0.633" in alts["loss"]
     assert "median 502, lowest 501, highest 503" in alts["throughput"]
 
 
 def test_restarts_are_marked_at_their_time(whole: OutputDir) -> None:
     record = RunRecord.load(whole.path)
-    # The steps 15 and 30 lie in the middle of the second epoch and at the end of the third.
+    # Step 15 is in the middle of the second epoch, step 30 at the end of the third.
     assert record.restarts == [(15, 9.0), (30, 18.0)]
     few = replace(record, evaluation=None, predictions=None)
     marked = draw_figures(few)["throughput"]
@@ -40,7 +40,7 @@ def test_restarts_are_marked_at_their_time(whole: OutputDir) -> None:
     assert unmarked.png != marked.png
 
 
-def test_a_restart_in_an_unfinished_epoch_is_marked_behind_the_last_one(tmp_path: Path) -> None:
+def test_a_restart_in_an_unfinished_epoch_is_marked_after_the_last_epoch(tmp_path: Path) -> None:
     output = make_run(
         tmp_path / "run",
         ends=(("stopped", "SIGTERM"), ("failed", "a broken GPU"), ("stopped", "SIGTERM")),
@@ -50,13 +50,13 @@ def test_a_restart_in_an_unfinished_epoch_is_marked_behind_the_last_one(tmp_path
     assert "restarts at 9.0 s (step 15), 18.0 s (step 30)" in figure.alt
 
 
-def test_without_predictions_there_are_no_figures_of_them(whole: OutputDir) -> None:
+def test_without_predictions_their_figures_are_omitted(whole: OutputDir) -> None:
     record = replace(RunRecord.load(whole.path), predictions=None)
     names = {"accuracy", "loss", "throughput", "confusion", "classes"}
     assert draw_figures(record).keys() == names
 
 
-def test_a_model_without_a_mistake(whole: OutputDir) -> None:
+def test_figures_of_a_model_without_mistakes(whole: OutputDir) -> None:
     predictions = Predictions.load(whole.path)
     assert predictions is not None
     right = dataclasses.replace(
@@ -71,8 +71,8 @@ def test_a_model_without_a_mistake(whole: OutputDir) -> None:
     evaluation = Evaluation(0.1, confusion).record(names, "cifar10_model.h5", "0" * 64)
     whole.write_bytes("evaluation.json", encode(evaluation))
     figures = draw_figures(RunRecord.load(whole.path))
-    assert "of the mistakes there is none" in figures["confusion"].alt
+    assert "there are no mistakes" in figures["confusion"].alt
     assert "mistakes" not in figures
-    assert "There is none: every test image is classified correctly." in render(
+    assert "There are none: every test image is classified correctly." in render(
         RunRecord.load(whole.path), {}
     )

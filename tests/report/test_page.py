@@ -17,7 +17,7 @@ from job import log
 from job.commands.cli import evaluate, train
 from job.config import DeviceRequest, TrainConfig, UserError
 from job.environment import program
-from job.report import spare_the_run
+from job.report import tolerate_drawing_errors
 from job.report.page import (
     attempt_table,
     class_table,
@@ -67,7 +67,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of such a run with its report."""
+    """The folder of a whole run with its report."""
     output = make_whole_run(tmp_path_factory.mktemp("reported"))
     write_report(output)
     return output.path
@@ -80,7 +80,7 @@ def record(whole: OutputDir) -> RunRecord:
 
 @pytest.fixture
 def manifest(record: RunRecord) -> Manifest:
-    """That of the record, to be changed."""
+    """The manifest of the record, which a test can change."""
     assert record.manifest is not None
     return record.manifest
 
@@ -90,17 +90,17 @@ def written(folder: Path) -> Page:
 
 
 def without_pictures(folder: Path) -> Page:
-    """The page of a folder without the time that drawing takes."""
+    """The page of a folder without pictures, because drawing takes long."""
     return Page(render(RunRecord.load(folder), {}))
 
 
-def test_the_page_has_every_section_and_needs_nothing_else(reported: Path) -> None:
+def test_the_page_has_every_section_and_is_self_contained(reported: Path) -> None:
     page = written(reported)
     assert "Finished on 20" in page.text
     for heading in (
         *("Training", "Evaluation of the saved model", "Confusion matrix", "Precision and recall"),
         *("Calibration", "Most confident mistakes", "Augmented training images", "Attempts"),
-        *("How to run it again", "Configuration", "Devices", "Data", "Versions"),
+        *("Repeat this run", "Configuration", "Devices", "Data", "Versions"),
     ):
         assert heading in page.text
     assert f"{program()} train --output-dir out-again --epochs 3\n" in f"{page.text}\n"
@@ -115,7 +115,7 @@ def test_the_page_has_every_section_and_needs_nothing_else(reported: Path) -> No
     assert root["lang"] == "en"
 
 
-def test_the_page_has_the_pictures_that_lie_beside_it(reported: Path) -> None:
+def test_the_page_contains_the_pictures_in_the_folder(reported: Path) -> None:
     files = sorted(reported / name for name in REPORT_PICTURES)
     assert sorted((reported / "report").iterdir()) == files
     sources = [(image["src"] or "").split(",")[1] for image in written(reported).all("img")]
@@ -135,10 +135,10 @@ def test_the_calibration_error_is_that_of_the_predictions(reported: Path) -> Non
     predicted = predictions.probabilities.argmax(axis=1)
     confidence = predictions.probabilities.max(axis=1).mean()
     accuracy = (predicted == predictions.labels).mean()
-    assert f"the model is {confidence:.1%} confident and {accuracy:.1%} accurate" in alt
+    assert f"The mean confidence is {confidence:.1%}, the accuracy {accuracy:.1%}" in alt
 
 
-def test_what_anybody_named_is_text_and_nothing_else(tmp_path: Path) -> None:
+def test_names_from_users_are_escaped(tmp_path: Path) -> None:
     config = TrainConfig(output_dir=Path(HOSTILE), data_dir=Path(HOSTILE))
     output = make_run(tmp_path / "run", config, (("failed", HOSTILE),))
     add_evaluation(output, (HOSTILE_CLASS, "a$b$", "c'd"))
@@ -154,21 +154,21 @@ def test_what_anybody_named_is_text_and_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("outcome", "reason", "sentence"),
     [
-        ("stopped", "SIGTERM", r"it was stopped on .* UTC \(SIGTERM\); 2 of 3 epochs are done"),
-        ("failed", "a broken GPU", r"it failed on .* UTC \(a broken GPU\); 2 of 3 epochs"),
+        ("stopped", "SIGTERM", r"the run was stopped on .* UTC \(SIGTERM\); 2 of 3 epochs are d"),
+        ("failed", "a broken GPU", r"the run failed on .* UTC \(a broken GPU\); 2 of 3 epochs"),
     ],
 )
-def test_a_run_that_is_not_finished_says_so(
+def test_the_page_of_an_unfinished_run_reports_how_it_ended(
     tmp_path: Path, outcome: Outcome, reason: str, sentence: str
 ) -> None:
     output = make_run(tmp_path / "run", ends=((outcome, reason),), epochs=2)
     page = without_pictures(output.path)
     assert re.search(f"Not finished: {sentence}", page.text)
-    assert "There is no evaluation of the saved model yet" in page.text
+    assert "The saved model has not been evaluated yet" in page.text
     assert "Confusion matrix" not in page.text
 
 
-def test_a_run_of_which_little_is_left_gets_a_page_of_that(tmp_path: Path) -> None:
+def test_a_run_with_few_remaining_files_gets_a_page_from_them(tmp_path: Path) -> None:
     output = make_run(tmp_path / "run")
     (output.path / "metrics.jsonl").unlink()
     write_report(output)
@@ -176,18 +176,18 @@ def test_a_run_of_which_little_is_left_gets_a_page_of_that(tmp_path: Path) -> No
     (output.path / "run.json").unlink()
     add_evaluation(output)
     page = without_pictures(output.path)
-    assert "There is no run.json" in page.text
+    assert "The folder contains no run.json" in page.text
     assert "Confusion matrix" in page.text
-    assert "How to run it again" not in page.text
+    assert "Repeat this run" not in page.text
 
 
-def test_an_attempt_that_left_no_word_and_an_evaluation_of_an_earlier_model(
+def test_an_attempt_without_a_recorded_end_and_an_evaluation_of_an_earlier_model(
     whole: OutputDir,
 ) -> None:
     change(whole.path, outcome="running", end=None)
     page = without_pictures(whole.path)
-    assert "Not finished: its last attempt has left no word of its end" in page.text
-    assert "The evaluation is of the model that an earlier attempt saved" in page.text
+    assert "Not finished: the last attempt did not record how it ended" in page.text
+    assert "The evaluation belongs to the model that an earlier attempt saved" in page.text
 
 
 def test_a_folder_of_an_earlier_version_gets_a_report_without_predictions(
@@ -195,7 +195,7 @@ def test_a_folder_of_an_earlier_version_gets_a_report_without_predictions(
 ) -> None:
     (whole.path / "predictions.npz").unlink()
     page = without_pictures(whole.path)
-    assert "There is no predictions.npz in the folder" in page.text
+    assert "The folder contains no predictions.npz" in page.text
     assert f"{program()} evaluate --output-dir out" in page.text
     assert "Calibration" not in page.text
 
@@ -204,18 +204,18 @@ def tiles(page: Page) -> str:
     return " ".join(page.text.split("Sections")[0].split())
 
 
-def test_a_run_stopped_in_its_first_epoch_tells_how_far_it_is(tmp_path: Path) -> None:
+def test_a_run_stopped_in_its_first_epoch_shows_its_progress(tmp_path: Path) -> None:
     config = TrainConfig(output_dir=Path("out"), epochs=20, batch_size=100)
     output = make_run(tmp_path / "run", config, (("stopped", "SIGTERM"),), epochs=0)
     text = tiles(without_pictures(output.path))
-    # 2,560 training images are 25 steps an epoch.
+    # 2,560 training images are 25 steps per epoch.
     assert "Progressepoch 1 of 2015 of 500 steps" in text
     assert "Time9.0 s" in text
     assert "Restarts0" in text
     assert "Throughput" not in text
 
 
-def test_an_unfinished_run_tells_its_epoch_and_a_finished_one_its_epochs(
+def test_an_unfinished_run_shows_its_current_epoch_and_a_finished_one_its_epochs(
     tmp_path: Path, whole: OutputDir
 ) -> None:
     ends: tuple[tuple[Outcome, str], ...] = (("stopped", "SIGTERM"), ("stopped", "SIGTERM"))
@@ -224,7 +224,7 @@ def test_an_unfinished_run_tells_its_epoch_and_a_finished_one_its_epochs(
     assert "Epochs345 steps" in tiles(without_pictures(whole.path))
 
 
-def test_a_time_is_told_in_the_units_that_suit_it(record: RunRecord, manifest: Manifest) -> None:
+def test_a_time_is_shown_in_suitable_units(record: RunRecord, manifest: Manifest) -> None:
     for seconds, text in (
         *((0.0, "0.0 s"), (6.04, "6.0 s"), (59.4, "59.4 s"), (59.6, "1 min 0 s")),
         *((167.2, "2 min 47 s"), (3599.7, "1 h 0 min"), (90_061.0, "25 h 1 min")),
@@ -248,49 +248,49 @@ def test_the_confusion_matrix_has_the_classes_on_both_sides(record: RunRecord) -
     assert sum(int(cell) for row in table.rows for cell in row[1:]) == 200
 
 
-def test_an_undefined_precision_is_said(record: RunRecord) -> None:
+def test_an_undefined_precision_is_shown_as_undefined(record: RunRecord) -> None:
     assert record.evaluation is not None
     record.evaluation.classes["dog"] = ClassRecord(precision=None, recall=0.0, support=7)
     assert class_table(record).rows[1] == ("dog", "undefined", "0.0%", "7")
 
 
-def test_mistakes_are_listed_with_what_they_were_taken_for(record: RunRecord) -> None:
+def test_mistakes_are_listed_with_their_predicted_classes(record: RunRecord) -> None:
     table = mistake_table(record)
     assert len(table.rows) == 16
-    assert all(true != taken for _, true, taken, _ in table.rows)
+    assert all(true != predicted for _, true, predicted, _ in table.rows)
     assert mistake_table(msgspec.structs.replace(record, predictions=None)).rows == []
 
 
-def test_every_attempt_tells_its_steps_and_its_end(manifest: Manifest) -> None:
+def test_every_attempt_is_shown_with_its_steps_and_end(manifest: Manifest) -> None:
     second = manifest.attempts[1]
     second.first_step = second.end = None
     second.changes = ["threads: 1 -> 2"]
     rows = attempt_table(manifest).rows
     assert [row[3] for row in rows] == ["0 to 15", "none", "30 to 45"]
-    assert rows[1][1:3] == ("not known", "failed")
+    assert rows[1][1:3] == ("unknown", "failed")
     assert rows[1][5] == "a broken GPU; threads: 1 -> 2"
     assert attempt_table(None).rows == []
 
 
-def test_facts_are_told_with_units_and_words(manifest: Manifest) -> None:
+def test_facts_are_shown_with_units_and_explanations(manifest: Manifest) -> None:
     manifest.precision = "bfloat16"
-    told = {heading: dict(rows) for heading, _, rows in facts(manifest)}
-    assert told["Configuration"]["--batch-size"] == "256"
-    assert told["Devices"]["precision"].startswith("bfloat16, numbers of 16 bits with the range")
-    assert told["Devices"]["xla"] == "false"
-    assert told["Devices"]["device 1"] == "CPU:0, model a processor, memory 23.5 GiB"
-    assert told["Versions"]["recipe fingerprint"] == "ef" * 32
+    shown = {heading: dict(rows) for heading, _, rows in facts(manifest)}
+    assert shown["Configuration"]["--batch-size"] == "256"
+    assert shown["Devices"]["precision"].startswith("bfloat16 (16-bit numbers with the range")
+    assert shown["Devices"]["xla"] == "false"
+    assert shown["Devices"]["device 1"] == "CPU:0, model a processor, memory 23.5 GiB"
+    assert shown["Versions"]["recipe fingerprint"] == "ef" * 32
     manifest.precision = "float8"
     assert ("precision", "float8") in facts(manifest)[1][2]
 
 
-def test_a_run_that_never_trained_has_facts_too(manifest: Manifest) -> None:
+def test_facts_of_a_run_that_never_trained(manifest: Manifest) -> None:
     manifest.devices = manifest.data = manifest.precision = manifest.recipe_fingerprint = None
     headings = [heading for heading, _, _ in facts(manifest)]
     assert headings == ["Configuration", "Devices", "Data", "Versions"]
 
 
-# Every option that a run has in common over its attempts, and none at its default.
+# Every option that all attempts of a run share, none of them with its default value.
 EVERYTHING = TrainConfig(
     output_dir=Path("out put/$HOME; rm -rf 'x' \"y\" `z`"),
     data_dir=Path("-data\\dir\nwith a line"),
@@ -311,7 +311,7 @@ EVERYTHING = TrainConfig(
     checkpoint_every=1e6,
     tensorboard=True,
 )
-# As one attempt at it may have been started.
+# The same run with options that apply only to one attempt.
 ATTEMPT = replace(
     EVERYTHING,
     fresh=True,
@@ -323,7 +323,7 @@ ATTEMPT = replace(
 
 
 def parse(command: str) -> TrainConfig:
-    """The configuration that the program makes of a command line."""
+    """The configuration that the program reads from a command line."""
     words = shlex.split(command)
     assert words[:2] == [program(), "train"]
     options = train.make_context("train", words[2:]).params
@@ -336,16 +336,16 @@ def as_recorded(config: TrainConfig) -> TrainConfig:
 
 
 @pytest.mark.parametrize("config", [TrainConfig(), EVERYTHING], ids=["defaults", "everything"])
-def test_the_command_gives_the_runs_configuration_in_another_folder(config: TrainConfig) -> None:
+def test_the_command_has_the_runs_configuration_and_another_folder(config: TrainConfig) -> None:
     again = Path(f"{config.output_dir}-again")
     assert parse(rerun_command(as_recorded(config))) == replace(config, output_dir=again)
 
 
-def test_what_was_said_to_one_attempt_is_not_repeated() -> None:
+def test_options_of_a_single_attempt_are_not_repeated() -> None:
     assert rerun_command(as_recorded(ATTEMPT)) == rerun_command(as_recorded(EVERYTHING))
 
 
-def test_resuming_keeps_folder_name_and_textfile_and_does_not_start_over() -> None:
+def test_the_resume_command_keeps_folder_run_id_and_textfile_but_not_fresh() -> None:
     expected = replace(ATTEMPT, fresh=False, stop_after=None)
     assert parse(resume_command(as_recorded(ATTEMPT))) == expected
 
@@ -356,7 +356,7 @@ def test_only_the_folder_and_options_that_differ_from_the_defaults_are_named() -
         (TrainConfig(data_dir=Path("d")), "--output-dir output-again --data-dir d"),
         (TrainConfig(dataset="synthetic"), "--output-dir output-again --dataset synthetic"),
         (TrainConfig(output_dir=Path()), "--output-dir .-again"),
-        # Whatever the recipe's own defaults are, these were the run's.
+        # The values of the run, which can differ from the recipe's own defaults.
         (
             TrainConfig(recipe="fast"),
             "--output-dir output-again --recipe fast --epochs 50 --batch-size 256 "
@@ -366,7 +366,7 @@ def test_only_the_folder_and_options_that_differ_from_the_defaults_are_named() -
         assert rerun_command(as_recorded(config)) == f"{program()} train {options}"
 
 
-def test_the_command_of_another_version_leaves_out_what_this_one_does_not_know(
+def test_options_that_this_version_does_not_have_are_omitted_from_the_command(
     whole: OutputDir,
 ) -> None:
     document = json.loads((whole.path / "run.json").read_text())
@@ -376,18 +376,18 @@ def test_the_command_of_another_version_leaves_out_what_this_one_does_not_know(
     assert command == "cifar10-job train --output-dir out-again --epochs 3 --limit 77"
 
 
-def test_a_stopped_run_tells_first_how_to_resume_it(tmp_path: Path, whole: OutputDir) -> None:
+def test_a_stopped_run_shows_first_how_to_resume_it(tmp_path: Path, whole: OutputDir) -> None:
     config = TrainConfig(output_dir=Path("out"), epochs=3, fresh=True, run_id="mine")
     output = make_run(tmp_path / "stopped", config, (("stopped", "SIGTERM"),), epochs=1)
     text = without_pictures(output.path).text
     on = text.index("--output-dir out --epochs 3 --run-id mine\n")
     again = text.index("--output-dir out-again --epochs 3\n")
-    assert text.index("How to go on") < on < text.index("How to run it again") < again
+    assert text.index("Resume this run") < on < text.index("Repeat this run") < again
     assert "--fresh" not in text[on - 20 : again + 80]
-    assert "How to go on" not in without_pictures(whole.path).text
+    assert "Resume this run" not in without_pictures(whole.path).text
 
 
-def test_the_evaluation_is_of_the_runs_folder_and_data(tmp_path: Path) -> None:
+def test_the_evaluate_command_has_the_folder_and_data_of_the_run(tmp_path: Path) -> None:
     config = replace(EVERYTHING, data_dir=Path("da ta"))
     output = make_run(tmp_path / "run", config)
     add_evaluation(output)
@@ -398,20 +398,20 @@ def test_the_evaluation_is_of_the_runs_folder_and_data(tmp_path: Path) -> None:
     assert [options[name] for name in names] == [getattr(config, name) for name in names]
 
 
-def test_no_secret_of_an_address_gets_into_the_page(tmp_path: Path, whole: OutputDir) -> None:
+def test_the_page_contains_no_secret_of_an_address(tmp_path: Path, whole: OutputDir) -> None:
     url = "https://me:secret@mirror/c.tar.gz?token=secret"
     output = make_run(tmp_path / "mirror", TrainConfig(cifar10_url=url, epochs=3))
     assert "secret" not in (output.path / "run.json").read_text()
-    # As earlier versions have left it.
+    # As earlier versions wrote it.
     change(output.path, cifar10_url=url)
     page = render(RunRecord.load(output.path), {})
     assert "secret" not in page
     assert "--cifar10-url &#39;https://REMOVED@mirror/c.tar.gz?REMOVED&#39;" in page
-    assert "put them back where --cifar10-url has REMOVED" in page
+    assert "Put them back in place of REMOVED in --cifar10-url" in page
     assert "REMOVED" not in render(RunRecord.load(whole.path), {})
 
 
-def test_a_report_has_no_pictures_of_an_earlier_model(tmp_path: Path) -> None:
+def test_pictures_of_an_earlier_model_are_removed(tmp_path: Path) -> None:
     output = make_run(tmp_path / "run", ends=(("stopped", "SIGTERM"),))
     output.make_folder("report")
     output.write_text("report/mistakes.png", "of an earlier model")
@@ -421,7 +421,7 @@ def test_a_report_has_no_pictures_of_an_earlier_model(tmp_path: Path) -> None:
     assert (output.path / "report.html").read_text().count("<img") == 3
 
 
-def test_a_defect_of_drawing_is_told_and_spoils_nothing(
+def test_a_defect_in_drawing_is_logged_and_tolerated(
     whole: OutputDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*arguments: Any) -> None:
@@ -429,15 +429,15 @@ def test_a_defect_of_drawing_is_told_and_spoils_nothing(
 
     monkeypatch.setattr("job.report.page.draw_figures", broken)
     log.configure("json")
-    with spare_the_run("the report"):
+    with tolerate_drawing_errors("the report"):
         write_report(whole)
     (event,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (event["event"], event["level"]) == ("not_drawn", "warning")
     assert "ZeroDivisionError: a broken plot" in event["trace"]
-    assert "everything but the report is there" in event["message"]
+    assert "could not draw the report; all other artifacts are complete" in event["message"]
 
 
-def test_the_users_settings_of_matplotlib_decide_no_byte(
+def test_the_users_settings_of_matplotlib_change_no_byte(
     whole: OutputDir, run_job: RunJob, tmp_path: Path
 ) -> None:
     def content() -> dict[str, bytes]:
@@ -445,7 +445,7 @@ def test_the_users_settings_of_matplotlib_decide_no_byte(
 
     write_report(whole)
     before = content()
-    # The first of several files that matplotlib reads, and it would end at the second line.
+    # The first of several files that matplotlib reads; its second line would raise an error.
     (tmp_path / "matplotlibrc").write_bytes(b"text.usetex: True\n# gr\xf6\xdfer\nfont.size: 30\n")
     temporary = tmp_path / "temporary"
     temporary.mkdir()
@@ -461,12 +461,12 @@ def test_a_report_that_cannot_be_written_is_an_error(whole: OutputDir) -> None:
     (whole.path / "report").write_text("a file in its place")
     with (
         pytest.raises(UserError, match=r"cannot create the folder .*report: File exists"),
-        spare_the_run("it"),
+        tolerate_drawing_errors("it"),
     ):
         write_report(whole)
 
 
-def test_half_a_letter_in_a_runs_files_is_told_and_nothing_is_written(
+def test_half_a_character_in_a_runs_files_is_an_error_and_nothing_is_written(
     reported: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(reported, tmp_path / "run")
@@ -477,7 +477,7 @@ def test_half_a_letter_in_a_runs_files_is_told_and_nothing_is_written(
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_folder_without_a_run_is_refused_and_not_made(run_job: RunJob, tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused_and_not_created(run_job: RunJob, tmp_path: Path) -> None:
     result = run_job("report", "nowhere")
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
@@ -485,7 +485,7 @@ def test_a_folder_without_a_run_is_refused_and_not_made(run_job: RunJob, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_takes_the_folder_either_way_gives_the_same_bytes_and_loads_no_tensorflow(
+def test_the_command_accepts_the_folder_in_two_ways_and_does_not_import_tensorflow(
     run_job: RunJob, reported: Path, tmp_path: Path
 ) -> None:
     first = (reported / "report.html").read_bytes()
@@ -507,7 +507,7 @@ def test_the_command_takes_the_folder_either_way_gives_the_same_bytes_and_loads_
     assert (folder / "report.html").read_bytes() == first
 
 
-def test_a_folder_that_a_training_holds_is_left_alone(run_job: RunJob, whole: OutputDir) -> None:
+def test_a_folder_in_use_by_a_training_is_refused(run_job: RunJob, whole: OutputDir) -> None:
     with hold_output_dir(whole.path, StopRequest()):
         result = run_job("report", whole.path)
     assert result.returncode == 2

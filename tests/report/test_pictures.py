@@ -20,7 +20,7 @@ CLASSES = ["飛行機", "<b>$\\frac$", "a very long name of a class of images"]
 
 @pytest.fixture(autouse=True)
 def warnings_are_errors() -> Iterator[None]:
-    """They would stand in the log of a training."""
+    """In a training, they would be in the log."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -38,7 +38,7 @@ def near(pixels: npt.NDArray[np.float32], colour: tuple[int, int, int]) -> int:
 
 
 @pytest.mark.parametrize("epochs", [1, 3, 50])
-def test_both_curves_are_drawn_however_many_epochs(epochs: int) -> None:
+def test_both_curves_are_drawn_for_any_number_of_epochs(epochs: int) -> None:
     training = [1 / number for number in range(1, epochs + 1)]
     validation = [value + 0.5 for value in training]
     pixels = drawn(pictures.curves("Loss", "nats", training, validation))
@@ -61,7 +61,7 @@ def test_restarts_are_lines_at_their_times(monkeypatch: pytest.MonkeyPatch) -> N
     assert near(marked, (0xD5, 0x5E, 0x00)) > near(plain, (0xD5, 0x5E, 0x00)) + 500
 
 
-def test_any_class_name_is_drawn_as_it_is() -> None:
+def test_any_class_name_can_be_drawn() -> None:
     matrix = np.array([[5, 0, 1], [0, 0, 0], [2, 0, 9]])
     drawn(pictures.confusion(matrix, CLASSES))
     drawn(pictures.classes([0.5, None, 1.0], [0.5, None, 0.0], CLASSES))
@@ -98,7 +98,7 @@ def test_every_tick_is_an_epoch_of_the_run(epochs: int) -> None:
     assert axes.get_xlabel() == "Epoch"
 
 
-def test_letters_that_the_font_lacks_are_no_warning() -> None:
+def test_characters_missing_in_the_font_cause_no_warning() -> None:
     figure = Figure()
     figure.suptitle("飛行機 고양이")
     buffer = io.BytesIO()
@@ -106,7 +106,7 @@ def test_letters_that_the_font_lacks_are_no_warning() -> None:
     assert buffer.getvalue().startswith(b"\x89PNG")
 
 
-def test_prediction_picture_shows_the_image_and_a_bar_a_class(tmp_path: Path) -> None:
+def test_prediction_picture_shows_the_image_and_one_bar_per_class(tmp_path: Path) -> None:
     image = np.zeros((32, 32, 3), np.uint8)
     image[..., 0] = 255
     names = tuple(f"class {index}" for index in range(10))
@@ -137,7 +137,7 @@ def test_a_grey_image_is_drawn_grey(tmp_path: Path) -> None:
     )
     left = mpl_image.imread(tmp_path / "grey.png")[60:400, 50:400, :3]
     assert np.ptp(left, axis=-1).max() == 0
-    # Its values are the image's, not stretched to black and white.
+    # The values are those of the image, not stretched to black and white.
     assert set(np.rint(left[..., 0] * 255).astype(int).flat) >= {100, 200}
     assert left.min() * 255 > 90
 
@@ -158,7 +158,7 @@ def test_the_grid_shows_every_image_and_any_name(tmp_path: Path, images: int) ->
     assert 120**2 < area / images < 187**2
 
 
-def test_the_grid_tells_that_images_are_left_out(tmp_path: Path) -> None:
+def test_the_grid_has_a_title_if_images_are_left_out(tmp_path: Path) -> None:
     shown = [pictures.Captioned(np.zeros((32, 32, 3), np.uint8), "a.png", "cat", 0.5)] * 9
     heads = []
     for images in (9, 10):

@@ -5,7 +5,7 @@ import tensorflow as tf
 from job.training.carried_loop import run_steps
 
 
-def test_steps_read_what_the_one_before_has_assigned() -> None:
+def test_each_step_reads_the_values_that_the_previous_step_assigned() -> None:
     few = [keras.Variable(np.full(shape, 1.0, np.float32)) for shape in ((), (3,), (2, 2))]
     many = keras.Variable(np.ones(5000, np.float32))
     count = keras.Variable(np.int64(0), dtype="int64")
@@ -26,7 +26,7 @@ def test_steps_read_what_the_one_before_has_assigned() -> None:
 
     graph = run.get_concrete_function().graph
     (loop,) = (operation for operation in graph.get_operations() if "While" in operation.type)
-    # All that is small and float32 is one vector.
+    # All small float32 variables are one vector.
     shapes = [tuple(output.shape) for output in loop.outputs]
     assert [shape for shape in shapes if shape] == [(8,), (5000,)]
     run()

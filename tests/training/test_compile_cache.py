@@ -22,7 +22,7 @@ from job.training import compile_cache
 from job.training.compile_cache import CompileCache, Entry, Store, open_compile_cache
 from tests.conftest import REPOSITORY, MakeDevices
 
-# As messages of protobuf: a string, and an integer before it.
+# Protobuf messages: a string, and an integer followed by a string.
 KERNELS = b"\x0a\xc8\x01" + b"k" * 200
 AUTOTUNING = b"\x08\x03\x12\x04best"
 NEW = KERNELS + b"\x0a\x03new"
@@ -38,19 +38,19 @@ def config(tmp_path: Path) -> TrainConfig:
 
 @pytest.fixture
 def gpu(make_devices: MakeDevices) -> Devices:
-    """Devices that are compiled for as a single GPU is."""
+    """Devices with the compilation settings of a single GPU."""
     return make_devices(1, compilation=Compilation(network=True, elementwise=True, loops=True))
 
 
 def file_of(cache: CompileCache, flag: str) -> Path:
-    """The file that XLA is given by a flag."""
+    """The file in a flag for XLA."""
     found = re.search(rf"--{flag}=(\S+)", cache.flags)
     assert found
     return Path(found[1])
 
 
 def compile_all(cache: CompileCache, kernels: bytes, autotuning: bytes = AUTOTUNING) -> None:
-    """Write what XLA writes when it has compiled."""
+    """Write the files that XLA writes after compiling."""
     file_of(cache, "xla_gpu_kernel_cache_file").write_bytes(kernels)
     file_of(cache, "xla_gpu_dump_autotune_results_to").write_bytes(autotuning)
 
@@ -64,7 +64,7 @@ def opened(config: TrainConfig, devices: Devices) -> Iterator[CompileCache | Non
 
 
 def attempt(config: TrainConfig, devices: Devices, kernels: bytes) -> bytes | None:
-    """One attempt that compiles: the kernels that XLA finds; None without a cache."""
+    """Run an attempt that compiles. Return the kernels that XLA finds; None without a cache."""
     with opened(config, devices) as cache:
         if cache is None:
             return None
@@ -109,7 +109,7 @@ def of_another_version(path: Path) -> None:
 
 
 def link_to(path: Path) -> None:
-    """A link to a file as the job writes it."""
+    """Create a link to a file that the job wrote."""
     path.symlink_to(path.with_name("before"))
 
 
@@ -166,7 +166,7 @@ def test_an_unusable_folder_is_one_warning(
     assert capsys.readouterr().out.count("warning: compile cache: ") == 1
 
 
-def test_a_folder_that_cannot_be_made_is_one_warning(
+def test_a_folder_that_cannot_be_created_is_one_warning(
     config: TrainConfig, gpu: Devices, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = replace(config, compile_cache=Path("/proc/self/cache"))
@@ -174,7 +174,7 @@ def test_a_folder_that_cannot_be_made_is_one_warning(
     assert "warning: compile cache: cannot use /proc/self/cache: " in capsys.readouterr().out
 
 
-def test_a_folder_that_cannot_be_written_any_more_is_one_warning(
+def test_a_folder_that_becomes_unwritable_is_one_warning(
     config: TrainConfig, gpu: Devices, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with opened(config, gpu) as cache:
@@ -184,7 +184,7 @@ def test_a_folder_that_cannot_be_written_any_more_is_one_warning(
     assert capsys.readouterr().out.count("warning: compile cache: cannot write ") == 1
 
 
-def test_a_full_disk_is_one_warning_and_the_entry_before_stays(
+def test_a_full_disk_is_one_warning_and_the_previous_entry_is_kept(
     config: TrainConfig, gpu: Devices, capsys: pytest.CaptureFixture[str]
 ) -> None:
     attempt(config, gpu, KERNELS)
@@ -202,7 +202,7 @@ def test_a_full_disk_is_one_warning_and_the_entry_before_stays(
     assert attempt(config, gpu, KERNELS) == KERNELS
 
 
-def test_of_two_writers_at_once_the_last_leaves_a_whole_entry(
+def test_after_two_concurrent_writers_the_entry_of_the_last_is_complete(
     config: TrainConfig, gpu: Devices
 ) -> None:
     with opened(config, gpu) as last:
@@ -212,7 +212,7 @@ def test_of_two_writers_at_once_the_last_leaves_a_whole_entry(
     assert attempt(config, gpu, KERNELS) == KERNELS
 
 
-def test_a_stop_after_the_first_epoch_reads_nothing_that_xla_may_be_writing(
+def test_a_stop_after_the_first_epoch_does_not_read_files_that_xla_can_be_writing(
     config: TrainConfig, gpu: Devices
 ) -> None:
     with contextlib.suppress(StoppedError), opened(config, gpu) as cache:
@@ -224,7 +224,7 @@ def test_a_stop_after_the_first_epoch_reads_nothing_that_xla_may_be_writing(
     assert attempt(config, gpu, KERNELS) == KERNELS
 
 
-def test_the_first_epoch_is_kept_although_the_process_is_killed_later(
+def test_the_code_of_the_first_epoch_is_kept_if_the_process_is_killed_later(
     config: TrainConfig, gpu: Devices
 ) -> None:
     with opened(config, gpu) as cache:
@@ -234,7 +234,7 @@ def test_the_first_epoch_is_kept_although_the_process_is_killed_later(
         assert attempt(config, gpu, KERNELS) == KERNELS
 
 
-def test_a_stop_keeps_the_entry_and_only_an_unexplained_end_removes_it(
+def test_a_stop_keeps_the_entry_and_only_an_unknown_error_removes_it(
     config: TrainConfig, gpu: Devices
 ) -> None:
     with contextlib.suppress(StoppedError), opened(config, gpu) as cache:
@@ -256,7 +256,7 @@ def native_flags() -> str:
     return (getenv(b"XLA_FLAGS") or b"").decode()
 
 
-def test_only_native_code_gets_the_flags_and_the_users_come_last(
+def test_only_native_code_receives_the_flags_and_the_users_flags_are_last(
     config: TrainConfig, gpu: Devices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     users = "--xla_gpu_autotune_level=0"
@@ -283,7 +283,7 @@ def test_other_flags_and_devices_have_other_entries(
     assert attempt(config, gpu, KERNELS) == KERNELS
 
 
-def test_where_there_is_no_cache_no_folder_is_made(
+def test_without_a_cache_no_folder_is_created(
     config: TrainConfig, gpu: Devices, make_devices: MakeDevices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert attempt(config, make_devices(1), KERNELS) is None
@@ -292,7 +292,7 @@ def test_where_there_is_no_cache_no_folder_is_made(
     assert not config.output_dir.exists()
 
 
-def test_the_oldest_entries_make_room_and_other_files_stay(
+def test_the_oldest_entries_are_removed_and_other_files_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compile_cache, "MAX_BYTES", 1000)
@@ -344,7 +344,7 @@ with (
 
 
 @pytest.mark.slow
-def test_xla_takes_the_flags_and_a_run_with_a_damaged_entry_ends_well(tmp_path: Path) -> None:
+def test_xla_accepts_the_flags_and_a_run_with_a_damaged_entry_succeeds(tmp_path: Path) -> None:
     output, users_flags = tmp_path / "output", f"--xla_dump_to={tmp_path / 'dump'}"
     result = subprocess.run(
         [sys.executable, "-c", RUN, str(output)],

@@ -53,7 +53,7 @@ PLAIN = replace(
 
 
 def replica_values(engine: Engine) -> list[list[np.ndarray]]:
-    """For each model and optimizer variable the value that each replica holds."""
+    """Return the value of each replica for each model and optimizer variable."""
     variables = [*engine.model.variables, *engine._optimizer.variables]
     return [[component.numpy() for component in variable.value.values] for variable in variables]
 
@@ -66,7 +66,7 @@ def test_one_step_equals_keras(
     if optimizer == "sgd":
         recipe = replace(recipe, build_optimizer=lambda rate, steps: keras.optimizers.SGD(rate))
     learning_rate = 0.1 if optimizer == "sgd" else 1e-4
-    # Few images: see the network's tests for what rounding does to the gradient of max pooling.
+    # Few images, because rounding changes the gradient of max pooling (see test_network.py).
     batch = 16
     plan = Plan(batch, steps_per_epoch=1, epochs=2, seed=42)
     engine = Engine(recipe, make_devices(), small_dataset, plan, learning_rate)
@@ -92,7 +92,7 @@ def test_one_step_equals_keras(
         np.testing.assert_allclose(variable.numpy(), expected.numpy(), rtol=0, atol=1e-5)
     decided = [np.ones_like(weight, bool) for weight in before]
     if optimizer == "adam":
-        # Adam divides a gradient by its own size, down to those that are nothing but rounding.
+        # Adam divides a gradient by its own size, even if the gradient is only a rounding error.
         momentums = {
             id(variable): momentum.numpy()
             for variable, momentum in zip(
@@ -115,7 +115,7 @@ def test_one_step_equals_keras(
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_smoothed_labels_and_the_reduction_of_the_loss_decide_the_gradient(
+def test_gradients_with_label_smoothing_and_both_loss_reductions_equal_keras(
     small_dataset: Dataset, make_devices: MakeDevices, reduction: Any
 ) -> None:
     # With plain SGD at rate 1 a step moves each weight by its gradient.
@@ -142,7 +142,7 @@ def test_smoothed_labels_and_the_reduction_of_the_loss_decide_the_gradient(
         np.testing.assert_allclose(old - weight, gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_weights_taken_from_the_images_are_trained_by_nothing(
+def test_weights_computed_from_the_images_are_not_trained(
     small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
     kernel = np.random.default_rng(1).normal(size=(3, 3, 3, 8)).astype(np.float32)
@@ -153,7 +153,7 @@ def test_weights_taken_from_the_images_are_trained_by_nothing(
 
     plan = Plan(63, steps_per_epoch=2, epochs=1, seed=42)
     recipe = replace(PLAIN, fixed_weights=look)
-    # Their mean over three replicas would be rounded.
+    # With three replicas, averaging these weights would round them.
     engine = Engine(recipe, make_devices(3), small_dataset, plan, 0.1)
     before = engine.original.get_weights()
     list(engine.train_epoch(0))
@@ -207,11 +207,11 @@ def test_early_variables_have_no_gradient_in_later_epochs(
         for pair in pairwise(states)
     ]
     assert moved == [[True, True, True, True], [True, False, True, True]]
-    # Where it pays, a form of the step without this gradient.
+    # Without XLA for the network, there is a second form of the step without this gradient.
     assert engine._execute.experimental_get_tracing_count() == (1 if compilation else 2)
 
 
-def test_augmented_batch_is_the_same_bits_on_any_number_of_replicas(
+def test_an_augmented_batch_has_the_same_bits_on_any_number_of_replicas(
     small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
     batch = tf.constant(epoch_order(42, 0, 512)[:BATCH])
@@ -248,7 +248,7 @@ def test_summed_gradients_agree_for_any_number_of_replicas(
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
-def test_replicas_train_and_end_an_execution_alike_but_for_their_random_streams(
+def test_replicas_end_an_execution_in_the_same_state_except_for_random_streams(
     small_dataset: Dataset, make_devices: MakeDevices, replicas: int
 ) -> None:
     engine = make_engine(
@@ -264,7 +264,7 @@ def test_replicas_train_and_end_an_execution_alike_but_for_their_random_streams(
         assert len(values) == replicas
         for value in values[1:]:
             differing += not np.array_equal(value, values[0])
-    # The Dropout layer's random state is the one variable that differs.
+    # The Dropout layer's random state is the only variable that differs.
     assert differing == replicas - 1
 
 
@@ -286,7 +286,7 @@ def test_replicas_drop_different_units(small_dataset: Dataset, make_devices: Mak
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_same_run_gives_the_same_bits(
+def test_the_same_run_ends_with_the_same_bits(
     small_dataset: Dataset, make_devices: MakeDevices, precision: str
 ) -> None:
     weights = []
@@ -298,7 +298,7 @@ def test_the_same_run_gives_the_same_bits(
         np.testing.assert_array_equal(one, two)
 
 
-def test_an_epoch_is_handed_back_in_executions_that_cover_it(
+def test_an_epoch_yields_executions_that_cover_all_its_steps(
     small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
     dataset = small_dataset
@@ -332,9 +332,9 @@ def test_xla_compiles_the_network_to_the_same_steps(
 
 
 def penalized_model(seed: int, classes: int) -> keras.Model:
-    """All that a step assigns or adds to the loss besides weights; no max pooling.
+    """A network with everything besides weights that a step assigns or adds to the loss.
 
-    That one hands the gradient to another value where two differ by rounding.
+    It has no max pooling, whose gradient goes to another value if two differ only by rounding.
     """
     keras.utils.set_random_seed(seed)
     layers = keras.layers
@@ -354,7 +354,7 @@ def penalized_model(seed: int, classes: int) -> keras.Model:
     )
 
 
-def test_carried_variables_end_where_those_in_place_end_and_resume_to_the_same_bits(
+def test_carried_variables_equal_those_updated_in_place_and_resume_to_the_same_bits(
     small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
     recipe = replace(
@@ -381,7 +381,7 @@ def test_carried_variables_end_where_those_in_place_end_and_resume_to_the_same_b
     ends, expected_ends = carried.state(), in_place.state()
     assert ends.keys() == expected_ends.keys()
     assert int(ends["optimizer/0000"]) == plan.total_steps
-    # Set anew at each step, Dropout's random state is not carried.
+    # Dropout's random state is not carried, because each step sets it.
     (random,) = (
         name for name, variable in carried._variables() if "seed_generator" in variable.path
     )
@@ -397,7 +397,7 @@ def test_carried_variables_end_where_those_in_place_end_and_resume_to_the_same_b
 
 @keras.saving.register_keras_serializable()
 class BranchingSgd(keras.optimizers.SGD):  # type: ignore[misc]
-    """Assigns in a branch, whose tensors end with it."""
+    """An optimizer that assigns in a branch, whose tensors are not valid outside it."""
 
     def update_step(self, gradient: Any, variable: keras.Variable, learning_rate: Any) -> None:
         tf.cond(
@@ -407,7 +407,7 @@ class BranchingSgd(keras.optimizers.SGD):  # type: ignore[misc]
         )
 
 
-def test_an_optimizer_of_ones_own_updates_variables_in_place(
+def test_a_custom_optimizer_updates_variables_in_place(
     small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
     recipe = replace(PLAIN, build_optimizer=lambda rate, steps: BranchingSgd(rate))
@@ -423,7 +423,7 @@ def test_an_optimizer_of_ones_own_updates_variables_in_place(
         np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
 
 
-def test_a_schedule_in_the_optimizer_is_followed(
+def test_a_schedule_in_the_optimizer_is_applied(
     small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
     recipe = replace(
@@ -441,7 +441,7 @@ def test_a_schedule_in_the_optimizer_is_followed(
     assert engine.learning_rate == pytest.approx(0.0, abs=1e-9)
 
 
-def test_batch_must_divide_by_the_replicas(
+def test_the_batch_size_must_be_divisible_by_the_replicas(
     small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
     plan = Plan(global_batch_size=66, steps_per_epoch=1, epochs=1, seed=1)
@@ -449,7 +449,7 @@ def test_batch_must_divide_by_the_replicas(
         Engine(PLAIN, make_devices(4), small_dataset, plan, 1e-3)
 
 
-def test_epoch_order_is_a_permutation_of_its_own_for_each_epoch_and_seed() -> None:
+def test_epoch_order_is_a_different_permutation_for_each_epoch_and_seed() -> None:
     orders = [epoch_order(seed, epoch, 1_000) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
     for order in orders:
         np.testing.assert_array_equal(np.sort(order), np.arange(1_000))
@@ -457,7 +457,7 @@ def test_epoch_order_is_a_permutation_of_its_own_for_each_epoch_and_seed() -> No
     assert not np.array_equal(orders[0], orders[2])
 
 
-# Functions and their arguments have no kernels of their own.
+# The arguments and results of functions do not have kernels.
 NO_KERNEL_NEEDED = {"Placeholder", "_Arg", "_Retval"}
 
 
@@ -516,7 +516,8 @@ def test_every_op_of_the_training_step_has_a_gpu_kernel(
     assert sum(checked.values()) > 500
     assert (checked["XLA_GPU_JIT"] > 200) == compilation.network
     assert not missing
-    # Either would cut a step's CUDA graph in two. The larger network's patches would fill a GPU.
+    # A convolution or a variable op would split a step's CUDA graph in two. The recipe fast has
+    # convolutions, because its patches would fill a GPU's memory.
     assert any(op.startswith("Conv") for op in jit_ops) == (name == "fast" and bool(jit_ops))
     assert not {op for op in body_ops if op.endswith("VariableOp")}
     assert ("MatMul" in body_ops) == compilation.loops
@@ -530,7 +531,7 @@ def called_by(node: Any) -> set[str]:
 
 
 def functions_under_xla(graph: Any) -> set[str]:
-    """Names of the functions that XLA compiles, with all that they call."""
+    """Names of the functions that XLA compiles, including all functions that they call."""
     functions = {definition.signature.name: definition for definition in graph.library.function}
     pending = {
         name

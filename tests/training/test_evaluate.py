@@ -24,7 +24,7 @@ COMPILED = Compilation(True, True, loops=True)
     ],
     ids=lambda value: "compiled" if value is COMPILED else str(value),
 )
-def test_counts_each_example_once_whatever_the_split(
+def test_counts_each_example_once_for_any_split(
     model: keras.Model,
     small_dataset: Dataset,
     make_devices: MakeDevices,
@@ -45,7 +45,7 @@ def test_counts_each_example_once_whatever_the_split(
     np.testing.assert_array_equal(evaluation.confusion, expected)
     assert evaluation.examples == examples
     assert predicted.dtype == np.float32
-    # In the order of the examples, and the very ones that were counted.
+    # The probabilities are in the order of the examples, and are the ones that were counted.
     np.testing.assert_allclose(predicted, probabilities, atol=1e-5)
     np.testing.assert_array_equal(confusion_matrix(labels, predicted), evaluation.confusion)
     assert evaluator().loss == evaluation.loss
@@ -71,7 +71,7 @@ def test_views_are_averaged(
 
 
 @pytest.mark.parametrize("compilation", [None, COMPILED], ids=["plain", "compiled"])
-def test_weighted_views_equal_a_reference_beside_the_accuracy_without_them(
+def test_weighted_views_and_the_accuracy_without_them_equal_a_reference(
     model: keras.Model,
     small_dataset: Dataset,
     make_devices: MakeDevices,
@@ -84,13 +84,14 @@ def test_weighted_views_equal_a_reference_beside_the_accuracy_without_them(
         return images * 0.0
 
     last = model.layers[-1].kernel
-    last.assign(np.random.default_rng(1).normal(size=last.shape))  # else every image is alike to it
+    # Otherwise the network predicts nearly the same for every image.
+    last.assign(np.random.default_rng(1).normal(size=last.shape))
     images, labels = small_dataset.test_images[:299], small_dataset.test_labels[:299]
     scaled = images / np.float32(255)
     plain, flipped, dark = (
         model.predict(view, verbose=0) for view in (scaled, scaled[:, :, ::-1], scaled * 0)
     )
-    # Labels that the unchanged images give, so that the two accuracies differ.
+    # Labels that are the predictions for unchanged images, so that the two accuracies differ.
     labels = np.where(np.arange(299) % 4, plain.argmax(axis=1), labels).astype(np.int32)
     for views, expected in (
         ((unchanged, mirrored, black), 0.5 * plain + 0.2 * flipped + 0.3 * dark),
@@ -107,7 +108,7 @@ def test_weighted_views_equal_a_reference_beside_the_accuracy_without_them(
         assert evaluation.accuracy < accuracy
         record = evaluation.record(("a",) * 10, "model.h5", "")
         assert record.accuracy_without_tta == evaluation.accuracy_without_tta
-        # As a training validates.
+        # As in the validation of a training.
         evaluator = Evaluator(model, recipe, devices, images, labels, with_tta=False)
         evaluation, probabilities = evaluator.predict()
         np.testing.assert_allclose(probabilities, plain, atol=1e-6)

@@ -25,7 +25,7 @@ from job.training.network import build_network, training_network
 
 @pytest.fixture
 def images() -> np.ndarray:
-    """Noise: flat images would give BatchNormalization variances near zero to divide by."""
+    """Noise, because BatchNormalization would divide flat images by variances near zero."""
     return np.random.default_rng(0).random((128, 32, 32, 3), np.float32)
 
 
@@ -65,23 +65,23 @@ def with_lambda(seed: int, classes: int) -> keras.Model:
         ),
         (
             {"build_model": lambda seed, classes: small(seed, 7)},
-            "the network of job/recipes/mine.py gives float32 [4, 7] for 4 images, expected",
+            "the network of job/recipes/mine.py returns float32 [4, 7] for 4 images, expected",
         ),
-        ({"build_model": lambda *given: None}, "build_model gives None, expected a keras Model"),
+        ({"build_model": lambda *_: None}, "build_model returns None, expected a keras Model"),
         (
-            {"build_optimizer": lambda *given: "adam"},
-            "job/recipes/mine.py: TypeError: build_optimizer gives",
+            {"build_optimizer": lambda *_: "adam"},
+            "job/recipes/mine.py: TypeError: build_optimizer returns",
         ),
         ({"build_model": with_lambda}, "job/recipes/mine.py: ValueError: Requested the deserial"),
-        ({"loss": "CategoricalCrossentropy"}, "loss of job/recipes/mine.py gives float32 []"),
+        ({"loss": "CategoricalCrossentropy"}, "loss of job/recipes/mine.py returns float32 []"),
         ({"loss": "nothing"}, "job/recipes/mine.py: ValueError"),
         (
-            {"draw_augmentation": lambda *given: tf.zeros([8, 1])},
-            "draw_augmentation of job/recipes/mine.py gives float32 [8, 1] for 4 images, expected",
+            {"draw_augmentation": lambda *_: tf.zeros([8, 1])},
+            "draw_augmentation of job/recipes/mine.py returns float32 [8, 1] for 4 images, expect",
         ),
         (
             {"augment": lambda images, *_: images[:, 1:]},
-            "augment of job/recipes/mine.py gives float32 [4",
+            "augment of job/recipes/mine.py returns float32 [4",
         ),
         (
             {"augment": lambda images, *_: images if tf.reduce_sum(images) > 0 else -images},
@@ -89,7 +89,7 @@ def with_lambda(seed: int, classes: int) -> keras.Model:
         ),
         (
             {"tta_views": (lambda images: images.shape,)},
-            "tta_views of job/recipes/mine.py gives int32 [4]",
+            "tta_views of job/recipes/mine.py returns int32 [4]",
         ),
     ],
 )
@@ -151,7 +151,7 @@ TRAINED = "conv/kernel, conv/bias, norm/gamma, norm/beta, dense/kernel, dense/bi
         ),
     ],
 )
-def test_variables_that_a_recipe_names_wrongly_are_refused(
+def test_wrong_variable_names_and_values_in_a_recipe_are_refused(
     changes: dict[str, Any], problem: str
 ) -> None:
     recipe = mine(
@@ -171,7 +171,7 @@ def test_variables_that_a_recipe_names_wrongly_are_refused(
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"tta_views": ()}, "tta_views has no view, expected at least (unchanged,)"),
+        ({"tta_views": ()}, "tta_views is empty, expected at least (unchanged,)"),
         ({"tta_weights": (0.5, 0.5)}, "tta_weights received (0.5, 0.5), expected one number"),
         (
             {"tta_weights": (0.9,)},
@@ -195,13 +195,13 @@ def test_variables_that_a_recipe_names_wrongly_are_refused(
         ({"fixed_weights": lambda: {}}, "received fixed_weights(), expected fixed_weights(images)"),
     ],
 )
-def test_settings_out_of_their_range_are_refused(changes: dict[str, Any], problem: str) -> None:
+def test_settings_outside_their_range_are_refused(changes: dict[str, Any], problem: str) -> None:
     with pytest.raises((TypeError, ValueError), match=re.escape(problem)):
         dataclasses.replace(classic.RECIPE, **changes)
 
 
 def with_statistics(model: keras.Model) -> keras.Model:
-    """Give BatchNormalization statistics, scales and offsets that are not trivial."""
+    """Set non-trivial BatchNormalization statistics, scales and offsets."""
     rng = np.random.default_rng(0)
     for layer in model.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
@@ -247,7 +247,7 @@ def test_the_classic_network_is_rebuilt_in_its_fast_form(
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_moved_relu_and_elementwise_pooling_give_the_same_bits(
+def test_moved_relu_and_elementwise_pooling_compute_the_same_bits(
     original: keras.Model, images: np.ndarray, monkeypatch: pytest.MonkeyPatch, compiled: bool
 ) -> None:
     monkeypatch.setattr(FusedBatchNormalization, "can_replace", lambda layer: False)
@@ -268,11 +268,11 @@ def test_moved_relu_and_elementwise_pooling_give_the_same_bits(
 @pytest.mark.parametrize("jit", [True, False], ids=["xla", "plain"])
 @pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16], ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("size", [(8, 6), (5, 7)])
-def test_elementwise_pooling_equals_tensorflows_where_values_tie(
+def test_elementwise_pooling_equals_tensorflows_for_equal_values(
     size: tuple[int, int], dtype: tf.DType, jit: bool
 ) -> None:
     rng = np.random.default_rng(0)
-    # Few different values, so that most windows have several largest ones.
+    # Only a few different values, so that most windows have several largest ones.
     inputs = tf.cast(rng.integers(-2, 3, (16, *size, 4)), dtype)
     upstream = tf.cast(rng.normal(size=(16, size[0] // 2, size[1] // 2, 4)), dtype)
 
@@ -300,7 +300,7 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
-def test_layers_as_products_of_matrices_compute_what_keras_computes(
+def test_layers_as_matrix_products_equal_keras(
     options: dict[str, Any],
 ) -> None:
     layers = keras.layers
@@ -324,7 +324,7 @@ def test_layers_as_products_of_matrices_compute_what_keras_computes(
 
 
 @pytest.mark.parametrize(("groups", "values"), [(2, 288), (1, 287)], ids=["groups", "large"])
-def test_convolutions_that_no_patches_suit_are_left_to_keras(
+def test_grouped_and_large_convolutions_are_left_to_keras(
     monkeypatch: pytest.MonkeyPatch, groups: int, values: int
 ) -> None:
     monkeypatch.setattr(training_layers, "_PATCH_VALUES", values)
@@ -336,7 +336,7 @@ def test_convolutions_that_no_patches_suit_are_left_to_keras(
 
 
 def convolutions(model: keras.Model, images: np.ndarray) -> set[str]:
-    """Convolution ops of a network, forwards and backwards."""
+    """The convolution ops of a network, forward and backward."""
 
     @tf.function
     def compute() -> Any:
@@ -350,13 +350,11 @@ def convolutions(model: keras.Model, images: np.ndarray) -> set[str]:
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_fused_batch_normalization_computes_what_keras_computes(
-    images: np.ndarray, compiled: bool
-) -> None:
-    """Max pooling is left out here.
+def test_fused_batch_normalization_equals_keras(images: np.ndarray, compiled: bool) -> None:
+    """The network contains no max pooling.
 
-    It hands the gradient to the largest of four values, and where the two largest differ by no more
-    than rounding, any other order of adding things up hands it to another one.
+    Max pooling passes the gradient to the largest of four values. If the two largest differ only by
+    rounding, another order of summation passes it to another value.
     """
     layers = keras.layers
     keras.utils.set_random_seed(3)
@@ -382,7 +380,7 @@ def test_fused_batch_normalization_computes_what_keras_computes(
     for value, expected in zip(values, expected_values, strict=True):
         np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5)
         assert np.abs(expected).max() > 1e-3
-    # Those training calls have moved the statistics.
+    # The training calls above have changed the statistics.
     for weight, expected in zip(fast.get_weights(), original.get_weights(), strict=True):
         np.testing.assert_allclose(weight, expected, rtol=0, atol=1e-5)
     moved = fast.layers[2].moving_mean - with_statistics(original).layers[2].moving_mean
@@ -400,7 +398,7 @@ def test_bfloat16_network_keeps_float32_variables_and_outputs(
     np.testing.assert_allclose(outputs, original(images, training=False), atol=0.05)
 
 
-def test_other_layers_and_networks_are_left_as_they_are() -> None:
+def test_other_layers_and_networks_are_left_unchanged() -> None:
     inputs = keras.Input((8, 8, 3))
     shared = keras.layers.Conv2D(4, 3, activation="relu", name="shared")(inputs)
     pooled = keras.layers.MaxPooling2D(name="pooled")(shared)
@@ -418,13 +416,13 @@ def test_other_layers_and_networks_are_left_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_fused_batch_normalization_takes_any_epsilon_and_needs_no_scale(compiled: bool) -> None:
+def test_fused_batch_normalization_supports_any_epsilon_and_no_scale(compiled: bool) -> None:
     layers = keras.layers
     norm = layers.BatchNormalization(scale=False, momentum=0.6, epsilon=1e-12)
     original = keras.Sequential([keras.Input((4, 4, 3)), norm])
     fast = training_network(original, "float32", compiled)
     assert isinstance(fast.layers[0], FusedBatchNormalization)
-    # Beside their variance an epsilon of 1e-5 would be large.
+    # Compared to their variance, an epsilon of 1e-5 would be large.
     x = np.random.default_rng(0).normal(size=(8, 4, 4, 3)).astype(np.float32) * 1e-3
     outputs, values = gradients(fast, x)
     expected_outputs, expected_values = gradients(original, x)
@@ -437,7 +435,7 @@ def test_fused_batch_normalization_takes_any_epsilon_and_needs_no_scale(compiled
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_fused_gelu_and_its_gradient_are_keras_s(dtype: str) -> None:
+def test_fused_gelu_and_its_gradient_equal_keras(dtype: str) -> None:
     values = tf.cast(tf.linspace(-12.0, 12.0, 4001), dtype)
     exact = tf.cast(values, tf.float32)
     tolerances: Any = {"rtol": 1e-5, "atol": 2e-6}
@@ -467,7 +465,7 @@ def test_gelu_is_fused_where_xla_does_not_compile_the_network() -> None:
 
 @pytest.mark.parametrize("elementwise", [True, False])
 def test_fused_batch_normalization_keeps_the_biased_variance(elementwise: bool) -> None:
-    # Of eight values a channel, where the unbiased variance is a seventh larger.
+    # With eight values per channel, the unbiased variance is a seventh larger.
     x = np.random.default_rng(0).normal(size=(2, 2, 2, 3)).astype(np.float32)
     fused, stock = FusedBatchNormalization(elementwise), keras.layers.BatchNormalization()
     fused(x, training=True)

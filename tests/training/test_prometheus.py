@@ -68,7 +68,7 @@ def samples(path: Path) -> dict[str, float]:
     }
 
 
-def test_the_file_tells_where_the_run_is(config: TrainConfig, tmp_path: Path) -> None:
+def test_the_file_contains_the_progress_of_the_run(config: TrainConfig, tmp_path: Path) -> None:
     file = open_file(config)
     file.begin(Start("bfloat16", "2 x NVIDIA H200", 195, History([LINE], Progress(15))))
     before = samples(tmp_path / "job.prom")
@@ -113,7 +113,7 @@ def test_the_file_tells_where_the_run_is(config: TrainConfig, tmp_path: Path) ->
     assert {name: values[f"cifar10_job_{name}"] for name in expected} == expected
 
 
-def test_what_is_not_known_has_no_sample(config: TrainConfig, tmp_path: Path) -> None:
+def test_metrics_without_a_value_are_omitted(config: TrainConfig, tmp_path: Path) -> None:
     file = open_file(config)
     file.show(Status("compiling", 1, 5, 0, 195))
     assert set(samples(tmp_path / "job.prom")) == {
@@ -126,18 +126,18 @@ def test_what_is_not_known_has_no_sample(config: TrainConfig, tmp_path: Path) ->
     }
 
 
-def test_it_is_replaced_whole_and_is_never_unreadable_for_another_user(
+def test_the_file_is_replaced_atomically_and_always_readable_for_other_users(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes = []
     replace_file = Path.replace
 
-    def look(temporary: Path, target: Path) -> Path:
+    def note(temporary: Path, target: Path) -> Path:
         modes.append(stat.S_IMODE(temporary.stat().st_mode))
-        assert temporary.suffix != ".prom"  # or the node exporter would read it
+        assert temporary.suffix != ".prom"  # otherwise the node exporter reads it
         return replace_file(temporary, target)
 
-    monkeypatch.setattr(Path, "replace", look)
+    monkeypatch.setattr(Path, "replace", note)
     umask = os.umask(0o077)
     try:
         file = open_file(config)
@@ -152,7 +152,7 @@ def test_it_is_replaced_whole_and_is_never_unreadable_for_another_user(
     assert [path.name for path in tmp_path.iterdir()] == ["job.prom"]
 
 
-def test_what_a_killed_process_left_is_replaced_and_not_followed(
+def test_the_temporary_file_of_a_killed_process_is_replaced_without_following_links(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(temporary: Path, target: Path) -> Path:
@@ -171,20 +171,16 @@ def test_what_a_killed_process_left_is_replaced_and_not_followed(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["job.prom", "mine"]
 
 
-def test_a_write_that_fails_leaves_nothing_beside_the_file(
-    config: TrainConfig, tmp_path: Path
-) -> None:
+def test_a_failed_write_leaves_no_temporary_file(config: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "job.prom").mkdir()
     with pytest.raises(UserError, match="Is a directory"):
         open_file(config)
     assert [path.name for path in tmp_path.iterdir()] == ["job.prom"]
 
 
-def test_executions_do_not_write_more_often_than_anybody_reads(
-    config: TrainConfig, tmp_path: Path
-) -> None:
+def test_executions_do_not_update_the_file_too_often(config: TrainConfig, tmp_path: Path) -> None:
     file = open_file(config)
-    file.show(STATUS)  # another phase is always written
+    file.show(STATUS)  # a new phase is always written
     before = (tmp_path / "job.prom").read_bytes()
     file.show(replace(STATUS, steps=30))
     assert (tmp_path / "job.prom").read_bytes() == before
@@ -192,7 +188,7 @@ def test_executions_do_not_write_more_often_than_anybody_reads(
     assert samples(tmp_path / "job.prom")["cifar10_job_finished_steps"] == 225
 
 
-def test_every_phase_is_told_when_it_begins(config: TrainConfig, tmp_path: Path) -> None:
+def test_every_phase_is_written_when_it_begins(config: TrainConfig, tmp_path: Path) -> None:
     def phase() -> str:
         values = samples(tmp_path / "job.prom")
         (name,) = [name for name, value in values.items() if "_phase" in name and value == 1]
@@ -210,7 +206,7 @@ def test_every_phase_is_told_when_it_begins(config: TrainConfig, tmp_path: Path)
     assert phase() == "evaluating"
 
 
-def test_a_write_that_fails_later_is_one_warning(
+def test_writes_that_fail_later_are_a_single_warning(
     config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log.configure("text")
@@ -244,7 +240,7 @@ def test_a_file_that_cannot_be_written_at_the_start_is_refused(
     ("error", "state"),
     [(None, "done"), (StoppedError("SIGTERM"), "stopped"), (RuntimeError("broken"), "failed")],
 )
-def test_the_end_is_reported(
+def test_the_end_of_the_attempt_is_written(
     config: TrainConfig, tmp_path: Path, error: Exception | None, state: str
 ) -> None:
     path, stop = tmp_path / "job.prom", StopRequest()
@@ -283,7 +279,7 @@ with open_attempt(config, stop) as attempt, open_textfile(
 @pytest.mark.parametrize(
     ("code", "state"), [(ExitCode.RUN_AGAIN, "stopped"), (ExitCode.DEFECT, "failed")]
 )
-def test_the_end_of_a_process_that_is_ended_at_once_is_reported(
+def test_the_end_is_written_if_the_process_ends_at_once(
     tmp_path: Path, code: ExitCode, state: str
 ) -> None:
     result = subprocess.run(
@@ -295,12 +291,12 @@ def test_the_end_of_a_process_that_is_ended_at_once_is_reported(
     assert samples(tmp_path / "job.prom")[f"cifar10_job_state{state}"] == 1
 
 
-def test_a_run_without_a_textfile_needs_no_library_for_it() -> None:
+def test_a_run_without_a_textfile_does_not_import_the_library() -> None:
     code = "import sys, job.training.train; assert 'prometheus_client' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
-def test_whoever_lost_the_run_does_not_write_over_its_successor(
+def test_an_attempt_that_lost_the_run_does_not_overwrite_the_file_of_its_successor(
     config: TrainConfig, tmp_path: Path
 ) -> None:
     def check() -> None:
@@ -315,7 +311,7 @@ def test_whoever_lost_the_run_does_not_write_over_its_successor(
 
 @pytest.fixture
 def finished(tmp_path: Path) -> TrainConfig:
-    """A run of three epochs that is finished, and its textfile as a killed process leaves it."""
+    """A finished run of three epochs, configured to write a textfile."""
     config = TrainConfig(output_dir=tmp_path / "output", epochs=3)
     with open_attempt(config, StopRequest()) as attempt:
         attempt.manifest.start_training(config, TRAINING, 0, [])
@@ -342,7 +338,7 @@ def train(config: TrainConfig, *options: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_a_finished_run_says_so_and_nothing_else(finished: TrainConfig, tmp_path: Path) -> None:
+def test_a_finished_run_is_reported_and_not_changed(finished: TrainConfig, tmp_path: Path) -> None:
     before = (finished.output_dir / "run.json").read_bytes()
     (event,) = train(finished)
     assert event["event"] == "finished"
@@ -351,7 +347,7 @@ def test_a_finished_run_says_so_and_nothing_else(finished: TrainConfig, tmp_path
     assert list(tmp_path.glob("*.prom")) == []
 
 
-def test_its_textfile_says_done_with_the_runs_figures(finished: TrainConfig) -> None:
+def test_the_textfile_of_a_finished_run_has_the_state_done(finished: TrainConfig) -> None:
     path = finished.metrics_textfile
     assert path
     path.write_text("what a killed process left")
@@ -363,7 +359,7 @@ def test_its_textfile_says_done_with_the_runs_figures(finished: TrainConfig) -> 
     assert values["cifar10_job_validation_accuracy_ratio"] == pytest.approx(0.5)
     assert values["cifar10_job_remaining_seconds"] == 0
     assert 'devices="1 x a processor"' in path.read_text()
-    # It needs no checkpoint to say done.
+    # Without a checkpoint, the state is still "done".
     for checkpoint in (finished.output_dir / "checkpoints").iterdir():
         checkpoint.unlink()
     train(finished, "--metrics-textfile", str(path))

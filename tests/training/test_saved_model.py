@@ -32,7 +32,7 @@ from tests.conftest import MakeDevices
 from tests.run_folders import TRAINING
 
 
-def test_the_model_file_restores_every_variable_bit_for_bit_and_trains_on(
+def test_a_loaded_model_has_the_same_bits_and_can_be_trained_further(
     tmp_path: Path, small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
     plan = Plan(global_batch_size=64, steps_per_epoch=4, epochs=1, seed=42)
@@ -69,9 +69,9 @@ def test_something_else_in_place_of_a_model_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "notes.txt")
     assert str(error.value) == (
         f"received {tmp_path}/notes.txt, which cannot be used as a model (Unable to synchronously "
-        f"open file (file signature not found)), expected an HDF5 file as train leaves it "
-        f"(cifar10_model.h5); name such a one, or its --output-dir; if that of a run is damaged, "
-        f"its train command writes it anew"
+        f"open file (file signature not found)), expected an HDF5 file that train wrote "
+        f"(cifar10_model.h5); use such a file, or the --output-dir that contains one; if the model "
+        f"file of a run is damaged, run its train command again to rewrite it"
     )
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["values"] = [1, 2]
@@ -82,7 +82,7 @@ def test_something_else_in_place_of_a_model_is_refused(tmp_path: Path) -> None:
 def test_a_volume_that_refuses_locks_does_not_matter(model_output: OutputDir) -> None:
     path = model_output.path / MODEL
     with path.open("rb") as holder:
-        # Another's lock, which HDF5 would not get past either.
+        # A lock of another process also stops HDF5, like a volume that refuses locks.
         fcntl.flock(holder, fcntl.LOCK_EX)
         load_model(path)
 
@@ -104,7 +104,7 @@ def test_a_volume_that_refuses_locks_does_not_matter(model_output: OutputDir) ->
         ("loop", "Too many levels of symbolic links; fix the volume, or use another path"),
     ],
 )
-def test_an_error_of_the_system_is_no_damage(
+def test_a_system_error_is_not_reported_as_damage(
     tmp_path: Path, name: str, read: Callable[[Path], object], target: str, cause: str
 ) -> None:
     (tmp_path / "loop").symlink_to("loop")
@@ -127,7 +127,7 @@ def test_a_path_that_cannot_be_is_no_model(tmp_path: Path) -> None:
 
 @pytest.fixture
 def trained(model_output: OutputDir, small_dataset: Dataset) -> TrainConfig:
-    """What a run on the small data set leaves, with a model that knows nothing."""
+    """The folder of a run on the small data set, with an untrained model."""
     config = TrainConfig(output_dir=model_output.path, dataset="synthetic", epochs=3)
     data = DataRecord(small_dataset.name, small_dataset.fingerprint, small_dataset.test_fingerprint)
     manifest = RunManifest(model_output, RunIdentity(None))
@@ -137,7 +137,7 @@ def trained(model_output: OutputDir, small_dataset: Dataset) -> TrainConfig:
     return config
 
 
-def test_only_the_data_that_the_run_was_validated_on_judge_its_model(
+def test_a_model_is_evaluated_only_on_the_data_of_its_run(
     trained: TrainConfig, small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
     devices, watchdog = make_devices(1), Watchdog(600, lambda: None)
@@ -150,17 +150,17 @@ def test_only_the_data_that_the_run_was_validated_on_judge_its_model(
     before = path.read_bytes()
     reversed_images = small_dataset.test_images[::-1]
     other = dataclasses.replace(small_dataset, test_images=reversed_images)
-    with pytest.raises(UserError, match=r"expected those that the run in .* was validated on"):
+    with pytest.raises(UserError, match=r"received other test images of synthetic, expected"):
         evaluate(trained, lambda config: other)
     other_recipe = dataclasses.replace(trained, recipe="fast")
-    with pytest.raises(UserError, match=r"--recipe received fast, expected classic, which .*; add"):
+    with pytest.raises(UserError, match=r"--recipe received fast, expected classic, which .*; pas"):
         evaluate(other_recipe, lambda config: small_dataset)
     with pytest.raises(UserError, match="received cifar10, expected synthetic"):
         evaluate(
             dataclasses.replace(trained, dataset="cifar10"),
             lambda config: pytest.fail("it was loaded"),
         )
-    # Nothing but the model tells what it takes.
+    # Without run.json, only the model itself shows which images it accepts.
     (trained.output_dir / "run.json").unlink()
     grey = dataclasses.replace(
         small_dataset,
@@ -202,7 +202,7 @@ def test_an_evaluation_compiled_ahead_evaluates_the_file(
 
     expected, _ = evaluate(None)
     prepared = prepare(model)
-    assert prepared.predict()[0].loss != json.loads(expected)["loss"]  # it has weights of its own
+    assert prepared.predict()[0].loss != json.loads(expected)["loss"]  # it has its own weights
     assert evaluate(prepared) == (expected, [prepared.model])
     layers = [*model.layers[:-1], keras.layers.Dense(10, "sigmoid")]
     other = prepare(keras.Sequential([keras.Input((32, 32, 3)), *layers]))
@@ -211,7 +211,7 @@ def test_an_evaluation_compiled_ahead_evaluates_the_file(
     assert evaluated != [other.model]
 
 
-def test_a_picture_that_cannot_be_drawn_costs_no_evaluation(
+def test_a_picture_that_cannot_be_drawn_does_not_prevent_the_evaluation(
     trained: TrainConfig,
     small_dataset: Dataset,
     make_devices: MakeDevices,
@@ -236,10 +236,10 @@ def test_a_picture_that_cannot_be_drawn_costs_no_evaluation(
 
 
 class Own(keras.optimizers.SGD):  # type: ignore[misc]
-    """An optimizer that Keras does not have."""
+    """A custom optimizer, which Keras cannot load."""
 
 
-def test_an_optimizer_of_ones_own_keeps_nobody_from_loading_the_file(
+def test_stock_keras_loads_the_file_of_a_model_with_a_custom_optimizer(
     tmp_path: Path, small_dataset: Dataset
 ) -> None:
     recipe = dataclasses.replace(
@@ -248,7 +248,7 @@ def test_an_optimizer_of_ones_own_keeps_nobody_from_loading_the_file(
     weights = {"conv1/kernel": np.ones((3, 3, 3, 32), np.float32)}
     recipe = dataclasses.replace(recipe, fixed_weights=lambda images: weights)
     model, _ = build_network(recipe, 1, 10, 0.1, 5, small_dataset)
-    # The optimizer leaves fixed weights alone; in the file they have their place among the others.
+    # The optimizer has no variables for fixed weights, but the file contains the fixed weights.
     assert len(model.optimizer.variables) == 2 + len(model.trainable_variables) - 1
     save_model(model, OutputDir(tmp_path), "model.h5")
     loaded = keras.models.load_model(tmp_path / "model.h5")
@@ -259,13 +259,13 @@ def test_an_optimizer_of_ones_own_keeps_nobody_from_loading_the_file(
     )
     assert type(loaded.optimizer) is keras.optimizers.SGD
     np.testing.assert_array_equal(loaded.layers[0].kernel, weights["conv1/kernel"])
-    # Nothing is left of the momentums.
+    # The file does not contain the momentums.
     assert (tmp_path / "model.h5").stat().st_size < 1.1 * 4 * model.count_params()
     with pytest.raises(UserError, match=r"model.h5 has no optimizer state, because its optimizer"):
         load_model(tmp_path / "model.h5")
 
 
-def test_the_augmented_sample_is_drawn_as_a_training_draws_it(small_dataset: Dataset) -> None:
+def test_the_augmented_sample_equals_the_augmentation_of_a_training(small_dataset: Dataset) -> None:
     images, recipe = small_dataset.train_images[:4], classic.RECIPE
     sample = saved_model.augmented_sample(recipe, images, 9, 5)
     for epoch in range(5):

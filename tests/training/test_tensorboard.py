@@ -63,16 +63,16 @@ def test_every_epoch_is_a_point_of_every_curve(tmp_path: Path) -> None:
     assert [later - times[0] for later in times] == pytest.approx([0.0, 10.0, 20.0])
 
 
-def test_an_attempt_leaves_no_point_that_it_will_contradict(tmp_path: Path) -> None:
+def test_an_attempt_removes_points_of_epochs_that_it_trains_again(tmp_path: Path) -> None:
     output = OutputDir(tmp_path)
     killed = begin(output)
     for epoch in (1, 2, 3):
         killed.finish_epoch(line(epoch))
-    # Its last checkpoint was that of the second epoch.
+    # The last checkpoint of the killed attempt was that of the second epoch.
     later = begin(output, 1, 2)
     later.finish_epoch(line(3, loss=9.0))
     old, new = files(output)
-    # A reader that is at the old file goes on from it to the file of the next name.
+    # A reader of the old file moves on to the file with the next name.
     assert old.name < new.name
     assert "tfevents" in new.name
     assert old.read_bytes() == b""
@@ -83,7 +83,7 @@ def test_an_attempt_leaves_no_point_that_it_will_contradict(tmp_path: Path) -> N
     assert len(curve(files(output)[-1], "loss/train")) == 4
 
 
-def test_a_file_cut_off_anywhere_is_read_up_to_its_last_whole_epoch(tmp_path: Path) -> None:
+def test_a_file_truncated_anywhere_is_read_up_to_its_last_complete_epoch(tmp_path: Path) -> None:
     output = OutputDir(tmp_path)
     event_file = begin(output, 1)
     (path,) = files(output)
@@ -99,7 +99,7 @@ def test_a_file_cut_off_anywhere_is_read_up_to_its_last_whole_epoch(tmp_path: Pa
         except tf.errors.DataLossError:
             pass
         assert seen == [0, 0, 20]
-    # The next attempt makes it good.
+    # The next attempt writes a complete file.
     begin(output, 1, 2)
     assert len(curve(files(output)[-1], "loss/train")) == 2
 
@@ -121,7 +121,7 @@ def test_an_attempt_that_lost_the_folder_writes_nothing(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in files(OutputDir(tmp_path))} == before
 
 
-def test_a_file_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
+def test_a_deleted_file_is_an_error_and_not_created_again(tmp_path: Path) -> None:
     output = OutputDir(tmp_path)
     event_file = begin(output)
     files(output)[0].unlink()
@@ -130,14 +130,14 @@ def test_a_file_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
     assert files(output) == []
 
 
-def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("mine")
     with pytest.raises(UserError, match="tensorboard"):
         begin(OutputDir(tmp_path))
     assert (tmp_path / "tensorboard").read_text() == "mine"
 
 
-def test_event_files_of_others_are_left_alone(tmp_path: Path) -> None:
+def test_event_files_of_other_programs_are_kept(tmp_path: Path) -> None:
     output = OutputDir(tmp_path)
     output.make_folder("tensorboard")
     other = tmp_path / "tensorboard" / "events.out.tfevents.1700000000.host"
@@ -149,7 +149,7 @@ def test_event_files_of_others_are_left_alone(tmp_path: Path) -> None:
     assert other.read_text() == "not this job's"
 
 
-def test_starting_over_discards_it_and_a_kill_leaves_nothing_to_tidy(tmp_path: Path) -> None:
+def test_starting_over_discards_the_event_files_and_the_remains_of_a_kill(tmp_path: Path) -> None:
     output = OutputDir(tmp_path)
     begin(output, 1)
     half = tmp_path / "tensorboard" / ".events.out.tfevents.1234.partial.000002"

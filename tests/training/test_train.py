@@ -60,7 +60,7 @@ Run = Callable[..., None]
 
 
 class Failing(Observer):
-    """Fails when the training begins."""
+    """An observer that fails when the training begins."""
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
@@ -86,8 +86,8 @@ def make_config(folder: Path) -> TrainConfig:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def two_executions_an_epoch() -> Iterator[None]:
-    """Of equal length, so that an attempt compiles a single one."""
+def two_executions_per_epoch() -> Iterator[None]:
+    """Both have the same length, so an attempt compiles only one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("job.training.engine.STEPS_PER_EXECUTION", 2)
         yield
@@ -95,7 +95,7 @@ def two_executions_an_epoch() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def run(small_dataset: Dataset, make_devices: MakeDevices) -> Run:
-    """Run an attempt on two replicas and little data."""
+    """A function that runs an attempt on two replicas and little data."""
 
     def run(
         config: TrainConfig,
@@ -119,7 +119,7 @@ def run(small_dataset: Dataset, make_devices: MakeDevices) -> Run:
 
 
 def fail_at(phase: str, error: BaseException, check: Callable[[], None] = lambda: None) -> Watchdog:
-    """A watchdog that ends the run where a phase begins, as a signal or a full disk would."""
+    """Create a watchdog that ends the run when a phase begins, like a signal or a full disk."""
 
     def begin(what: str) -> None:
         if what == phase:
@@ -162,7 +162,7 @@ def visible(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class WholeRun:
-    """A run with every option that adds something, and what it told on its way."""
+    """A run with every option that adds output, and the output while it ran."""
 
     config: TrainConfig
     watchdog: RecordingWatchdog
@@ -172,21 +172,21 @@ class WholeRun:
 
 @pytest.fixture(scope="module")
 def whole_run(run: Run, tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
-    """One for all tests; nobody changes it."""
+    """One run for all tests; no test changes it."""
     folder = tmp_path_factory.mktemp("whole")
     config = replace(
         make_config(folder), metrics_textfile=folder / "job.prom", checkpoint_every=1e-9
     )
     phases = []
 
-    def look(what: str) -> None:
+    def note_phase(what: str) -> None:
         if what == "a pause between two calls":
             return  # the attempt has not begun
         values = samples(folder / "job.prom")
         (phase,) = [name for name, value in values.items() if "_phase" in name and value == 1]
         phases.append(phase.removeprefix("cifar10_job_phase"))
 
-    watchdog = RecordingWatchdog(look)
+    watchdog = RecordingWatchdog(note_phase)
     log.configure("json")
     with contextlib.redirect_stdout(io.StringIO()) as stdout:
         run(config, watchdog=watchdog)
@@ -197,12 +197,12 @@ def whole_run(run: Run, tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
 
 @pytest.fixture
 def finished(config: TrainConfig, whole_run: WholeRun) -> TrainConfig:
-    """A whole run, to be changed."""
+    """A copy of the whole run, which a test can change."""
     shutil.copytree(whole_run.config.output_dir, config.output_dir)
     return config
 
 
-def test_a_whole_run_leaves_every_artifact(whole_run: WholeRun, small_dataset: Dataset) -> None:
+def test_a_whole_run_writes_every_artifact(whole_run: WholeRun, small_dataset: Dataset) -> None:
     config = whole_run.config
     assert visible(config.output_dir) == [
         "checkpoints",
@@ -223,7 +223,7 @@ def test_a_whole_run_leaves_every_artifact(whole_run: WholeRun, small_dataset: D
 
     evaluation = evaluation_of(config)
     assert evaluation.examples == 300
-    # The file holds the network that was last validated.
+    # The file contains the network of the last validation.
     assert evaluation.accuracy == pytest.approx(last.val_accuracy)
     assert evaluation.loss == pytest.approx(last.val_loss, abs=1e-5)
     assert list(evaluation.classes) == list(small_dataset.class_names)
@@ -242,14 +242,14 @@ def test_a_whole_run_leaves_every_artifact(whole_run: WholeRun, small_dataset: D
     assert {"epoch", "step", "loss", "accuracy", "images_per_second"} <= whole_run.events[4].keys()
 
 
-def test_the_textfile_tells_every_phase(whole_run: WholeRun) -> None:
+def test_the_textfile_shows_every_phase(whole_run: WholeRun) -> None:
     assert [phase for phase, _ in itertools.groupby(whole_run.textfile_phases)] == [
         *("starting", "compiling", "training", "validating", "training", "validating"),
         "evaluating",
     ]
 
 
-def test_the_predictions_are_those_that_the_evaluation_counts(
+def test_the_saved_predictions_are_those_of_the_evaluation(
     finished: TrainConfig, small_dataset: Dataset, make_devices: MakeDevices
 ) -> None:
     def evaluate_again() -> None:
@@ -270,17 +270,17 @@ def test_the_predictions_are_those_that_the_evaluation_counts(
     chosen = kept.probabilities[np.arange(300), kept.labels]
     assert -np.log(chosen).mean() == pytest.approx(evaluation.loss, abs=1e-5)
     np.testing.assert_array_equal(kept.mistake_images, small_dataset.test_images[kept.mistakes])
-    # One of each class, as its augmentation in the run draws it.
+    # One image of each class, augmented as in the run.
     assert kept.original_labels.tolist() == list(range(6))
     seed_7 = saved_model.augmented_sample(classic.RECIPE, kept.originals, 7, finished.epochs)
     assert kept.augmented.shape == (6, finished.epochs, 32, 32, 3)
     assert (seed_7 != kept.augmented).mean() > 0.5
 
-    # Evaluated again, the model has the same figures and the same picture.
+    # A second evaluation has the same figures and the same picture.
     path, picture = finished.output_dir / "evaluation.json", finished.output_dir / "prediction.png"
     pixels = picture.read_bytes()
     path.unlink()
-    # Evaluated from another seed, the sample stays that of the run.
+    # The sample is augmented from the seed in run.json, not from the seed of the evaluation.
     run_json = finished.output_dir / "run.json"
     document = json.loads(run_json.read_text())
     document["config"]["seed"] = 7
@@ -294,9 +294,9 @@ def test_the_predictions_are_those_that_the_evaluation_counts(
 
 
 def test_every_phase_runs_under_the_watchdog(whole_run: WholeRun) -> None:
-    """A call that hangs would otherwise hold the machine for as long as its reservation lasts."""
+    """Otherwise a call that hangs keeps the machine busy until its reservation ends."""
     watchdog = whole_run.watchdog
-    # With the time for compilation, each first one of its kind.
+    # The first of each kind has extra time for compilation.
     assert list(dict.fromkeys(watchdog.watched)) == [
         ("a pause between two calls", False),
         ("the setup of the devices", True),
@@ -317,10 +317,10 @@ def test_every_phase_runs_under_the_watchdog(whole_run: WholeRun) -> None:
     assert unwatched < 0.05 * sum(seconds.values())
 
 
-def test_the_report_is_the_last_artifact_and_one_that_is_missing_is_made_up_for(
+def test_the_report_is_the_last_artifact_and_is_written_by_the_next_attempt_if_missing(
     finished: TrainConfig, run: Run, tmp_path: Path
 ) -> None:
-    """The error is told, and whoever looks at run.json or the textfile sees a finished training."""
+    """An error in the report is raised, but run.json and the textfile show a finished training."""
     textfile = tmp_path / "job.prom"
     config = replace(finished, metrics_textfile=textfile)
     page = config.output_dir / "report.html"
@@ -349,7 +349,7 @@ def test_the_report_is_the_last_artifact_and_one_that_is_missing_is_made_up_for(
         assert attempt.is_finished
 
 
-def test_a_report_of_an_earlier_end_does_not_pass_for_the_last_one(
+def test_a_report_of_an_earlier_end_does_not_count_as_the_last_one(
     finished: TrainConfig, run: Run
 ) -> None:
     class KilledError(BaseException):
@@ -361,11 +361,11 @@ def test_a_report_of_an_earlier_end_does_not_pass_for_the_last_one(
     with open_attempt(longer, StopRequest()) as attempt:
         assert not attempt.is_finished
     run(longer)
-    assert visible(finished.output_dir.parent) == ["output"]  # no textfile that nobody asked for
+    assert visible(finished.output_dir.parent) == ["output"]  # no textfile without the option
     assert f"over {longer.epochs} epochs" in (finished.output_dir / "report.html").read_text()
 
 
-def test_a_new_run_keeps_nothing_of_a_model_that_is_no_more(config: TrainConfig, run: Run) -> None:
+def test_a_new_run_removes_the_artifacts_of_an_old_model(config: TrainConfig, run: Run) -> None:
     output = OutputDir(config.output_dir)
     config.output_dir.mkdir()
     output.make_folder("report")
@@ -396,20 +396,20 @@ def test_a_defect_is_recorded_as_the_runs_outcome(config: TrainConfig, run: Run)
     "error",
     [
         tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor"),
-        # Inside of a library it is of another type.
+        # Libraries raise other types.
         tf.errors.InternalError(None, None, "cuDNN: CUDA_ERROR_OUT_OF_MEMORY: out of memory"),
         tf.errors.UnknownError(None, None, "RESOURCE_EXHAUSTED: Out of memory"),
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_memory_running_out_names_the_batch_size(
+def test_the_error_for_exhausted_memory_names_the_batch_size(
     config: TrainConfig, run: Run, error: Exception
 ) -> None:
-    with pytest.raises(UserError, match=r"--batch-size 128 \(64 images a replica\); lower"):
+    with pytest.raises(UserError, match=r"--batch-size 128 \(64 images per replica\); l"):
         run(config, observers=[Failing(error)])
 
 
-def test_one_replica_evaluates_the_saved_model_by_what_was_compiled_meanwhile(
+def test_one_replica_evaluates_the_saved_model_with_the_evaluator_compiled_in_advance(
     config: TrainConfig, run: Run, make_devices: MakeDevices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluators = []
@@ -426,22 +426,22 @@ def test_one_replica_evaluates_the_saved_model_by_what_was_compiled_meanwhile(
     assert evaluator.predict()[0].loss == evaluation_of(config).loss
 
 
-def test_a_loss_that_is_no_number_ends_the_run(config: TrainConfig, run: Run) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run(config: TrainConfig, run: Run) -> None:
     with pytest.raises(JobError, match=r"the training loss became (nan|inf) in epoch \d") as error:
         run(replace(config, learning_rate=1e300))
     assert error.value.exit_code == 1
-    assert "there is no checkpoint yet; go on with --precision float32" in str(error.value)
+    assert "there is no checkpoint yet; run again with --precision float32" in str(error.value)
     assert manifest_of(config).outcome == "failed"
     assert not (config.output_dir / "cifar10_model.h5").exists()
 
 
 @pytest.mark.slow
-def test_a_run_stopped_wherever_it_can_be_ends_with_the_same_bits(
+def test_a_run_stopped_at_every_possible_point_ends_with_the_same_bits(
     config: TrainConfig, run: Run, whole_run: WholeRun, tmp_path: Path
 ) -> None:
     prom = tmp_path / "job.prom"
     stopped = replace(config, tensorboard=True, metrics_textfile=prom)
-    # Within an epoch, before its validation and after it, and again within the next.
+    # Within an epoch, before and after its validation, and within the next epoch.
     for step in (2, 4, 4, 6):
         with pytest.raises(StoppedError, match=f"everything up to step {step} of 8 is in"):
             run(replace(stopped, stop_after=1e-9))
@@ -459,7 +459,7 @@ def test_a_run_stopped_wherever_it_can_be_ends_with_the_same_bits(
     best = max(metrics(whole_run.config), key=lambda line: line.val_accuracy)
     assert manifest.best
     assert (manifest.best.epoch, manifest.best.val_accuracy) == (best.epoch, best.val_accuracy)
-    # Epochs of earlier attempts are on the curves, each once.
+    # The curves contain the epochs of earlier attempts exactly once.
     event_file = max((stopped.output_dir / "tensorboard").iterdir())
     for tag, key in TAGS.items():
         expected = [(line.step, pytest.approx(getattr(line, key))) for line in metrics(stopped)]
@@ -473,7 +473,7 @@ def test_a_run_stopped_wherever_it_can_be_ends_with_the_same_bits(
     assert elapsed[0] >= metrics(stopped)[0].seconds
 
 
-def test_another_environment_is_a_warning_and_on_the_record(
+def test_a_changed_environment_is_logged_as_a_warning_and_recorded(
     finished: TrainConfig, run: Run, make_devices: MakeDevices, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log.configure("json")
@@ -502,7 +502,7 @@ def test_a_worker_that_is_not_the_chief_changes_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "run.json").read_text() == "the chief's"
 
 
-def test_the_end_is_prepared_in_a_thread_after_a_whole_epoch_and_may_fail() -> None:
+def test_the_end_is_prepared_in_a_thread_after_a_whole_epoch_and_can_fail() -> None:
     threads = []
 
     def prepare() -> None:

@@ -32,7 +32,7 @@ VALIDATION = Evaluation(1.0, np.eye(10, dtype=np.int64))
 LINE = EpochRecord(50, 500, 0.12345, 0.62496, 1.98766, 0.06674, 1e-4, 0.4321, 123456.7, 90.0)
 
 
-def test_the_line_of_an_epoch_has_every_figure() -> None:
+def test_the_line_of_an_epoch_contains_every_figure() -> None:
     assert describe_epoch(LINE, 50) == (
         "epoch 50/50 loss 0.1235 acc 62.5% val 1.9877 6.7% 0.4 s 123,457 img/s"
     )
@@ -46,13 +46,13 @@ def test_the_line_of_an_epoch_has_every_figure() -> None:
         {"seconds": 123.4, "images_per_second": 9_999.4, "val_accuracy": 0.1},
     ],
 )
-def test_the_line_of_an_epoch_fits_behind_the_time_in_79_columns(figures: dict[str, Any]) -> None:
+def test_the_line_of_an_epoch_fits_in_79_columns_after_the_time(figures: dict[str, Any]) -> None:
     line = describe_epoch(msgspec.structs.replace(LINE, **figures), 50)
     assert len("12:00:00 " + line) <= 79
     assert re.fullmatch(r"epoch 50/50 loss \S+ acc \S+% val \S+ \S+% \S+ s \S+ img/s", line)
 
 
-def test_the_first_execution_of_each_length_is_compiled_and_does_not_count() -> None:
+def test_the_first_execution_of_each_length_compiles_and_does_not_count() -> None:
     pace = Pace()
     pace.add_execution(15, 60.0)
     assert pace.seconds_left(1, 0) is None
@@ -63,14 +63,14 @@ def test_the_first_execution_of_each_length_is_compiled_and_does_not_count() -> 
     assert pace.steps_per_second == pytest.approx(19 / 3.8)
 
 
-def test_the_pace_follows_the_last_executions() -> None:
+def test_the_pace_is_that_of_the_last_executions() -> None:
     pace = Pace()
     for seconds in [1.0] * 50 + [4.0] * 50:
         pace.add_execution(20, seconds)
     assert pace.steps_per_second == 5.0
 
 
-def test_the_time_left_is_that_of_steps_and_measured_validations() -> None:
+def test_the_time_left_contains_the_steps_and_measured_validations() -> None:
     assert Pace().seconds_left(100, 3) is None
     pace = Pace()
     pace.add_execution(10, 9.0)
@@ -87,10 +87,10 @@ def test_a_status_counts_the_steps_of_the_run() -> None:
 
 
 class RecordingWatchdog(Watchdog):
-    """Keeps what is watched, and for how long; it ends nothing.
+    """A watchdog that records the names and times of the bodies, and never ends the process.
 
     Args:
-        begin: Called with the name of each body before that begins.
+        begin: Called with the name of each body before it begins.
     """
 
     def __init__(self, begin: Callable[[str], None] = lambda what: None) -> None:
@@ -99,7 +99,8 @@ class RecordingWatchdog(Watchdog):
         self._open = ["outside"]
         self._since = time.process_time()
         self.watched: list[tuple[str, bool]] = []
-        # Computing is what takes long here, and counts the same on a machine that has others to do.
+        # CPU time, because computing takes most of the time here, and other processes on the
+        # machine do not change it.
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -129,7 +130,7 @@ class RecordingWatchdog(Watchdog):
         self._since = now
 
     def compiling(self, phase: str) -> list[bool]:
-        """For each body of this name whether it may compile."""
+        """For each body with this name, whether its time includes compilation."""
         return [compiling for what, compiling in self.watched if what == phase]
 
 
@@ -139,16 +140,16 @@ def make_fingerprint(config: TrainConfig) -> Fingerprint:
 
 
 class InstantEngine:
-    """Stands in for the engine, with epochs of two executions that take no time."""
+    """Replaces the engine, with epochs of two executions that take no time."""
 
-    workers, asked_to_stop, learning_rate = Workers(ALONE), (), 1e-3
+    workers, stopping_ranks, learning_rate = Workers(ALONE), (), 1e-3
 
     def __init__(self, loss: float, variable: float) -> None:
         self.plan = Plan(global_batch_size=2, steps_per_epoch=10, epochs=EPOCHS, seed=42)
         self._loss, self._variable = loss, variable
 
     def train_epoch(
-        self, epoch: int, done: Progress, is_told_to_stop: Callable[[], bool]
+        self, epoch: int, done: Progress, stop_requested: Callable[[], bool]
     ) -> Iterator[Progress]:
         for steps in range(done.steps + 5, 11, 5):
             yield Progress(steps, steps * self._loss, steps)
@@ -207,11 +208,11 @@ def test_checkpoints_are_written_when_they_are_due(
     steps = [event["step"] for event in events if event["event"] == "checkpoint"]
     # After each execution, and after each validation.
     assert steps == [5, 10, 10, 15, 20, 20]
-    # An epoch is reported once it cannot be lost any more.
+    # An epoch is reported only when it can no longer be lost.
     assert [event["event"] for event in events[:4]] == [*["checkpoint"] * 3, "epoch"]
     train(replace(config, output_dir=tmp_path / "seldom"))
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    # However seldom, the first execution is saved, and the end of the training.
+    # The first execution and the end of the training are saved even with a long interval.
     assert [event["event"] for event in events] == ["checkpoint", "epoch", "epoch", "checkpoint"]
 
 
@@ -228,17 +229,17 @@ def test_checkpoints_are_written_when_they_are_due(
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_bad_number_keeps_and_names_the_last_good_checkpoint(
+def test_a_number_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(
     stopped: TrainConfig, bad: dict[str, Any], what: str, step: int
 ) -> None:
     with pytest.raises(JobError) as caught:
         train(stopped, **bad)
     good = max(checkpoints(stopped))
     assert f"-step-{step:08d}-" in good.name
-    assert f"{what}; the last good checkpoint is {good}; go on with" in str(caught.value)
+    assert f"{what}; the last good checkpoint is {good}; run again with" in str(caught.value)
 
 
-def test_an_attempt_that_begins_with_a_validation_keeps_it_and_then_compiles(
+def test_an_attempt_that_begins_with_a_validation_saves_it_and_then_compiles(
     stopped: TrainConfig,
 ) -> None:
     class Stop(StopRequest):
@@ -257,7 +258,7 @@ def test_an_attempt_that_begins_with_a_validation_keeps_it_and_then_compiles(
     stop, deferred, watchdog = Stop(), list[bool](), RecordingWatchdog()
     train(stopped, stop=stop, watchdog=watchdog, observers=[EndOfEpoch()])
     assert deferred == [True, True]
-    # Nothing left of one epoch, then the first execution, another, and nothing left.
+    # No execution left in the first epoch. Then the first execution, another one, and no more.
     executions = watchdog.compiling("an execution of training steps")
     assert executions == [True, True, False, False]
     assert watchdog.compiling("a validation") == [True, False]
