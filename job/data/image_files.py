@@ -49,7 +49,7 @@ _FOREIGN_SUFFIX = re.compile(
     r"|raw|rw[2lz]|sr[2fw]|x3f)"
 )
 # JPEGs are decoded at an eighth, a quarter or half of their size if that leaves at least this many
-# times the requested pixels in each direction. This makes photographs three times as fast.
+# times the requested pixels in each direction: a photograph is decoded three times as fast.
 _DRAFT_FACTOR = 4
 # An image with more pixels than the first number is converted in strips of about the second number
 # of pixels. It then needs little more memory than its decoded pixels.

@@ -130,7 +130,7 @@ def throughput(
     figure, axes = _figure(3.8)
     axes.plot(elapsed, rates, "-", color=BLUE, marker="o", ms=4, label="mean over an epoch")
     for number, time in enumerate(restarts):
-        label = f"restart ({len(restarts)} in all)" if number == 0 else None
+        label = f"restart ({len(restarts)} in total)" if number == 0 else None
         axes.axvline(time, color=VERMILION, linestyle="--", linewidth=1.4, label=label)
     axes.set(
         title="Throughput over time",

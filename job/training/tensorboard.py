@@ -55,7 +55,7 @@ class EventFile(Observer):
         self._name = f"{TENSORBOARD}/{_NAME}{number:06d}"
         events = [
             tf.compat.v1.Event(file_version="brain.Event:2"),
-            # Tells it to discard what it has read from earlier files.
+            # Makes a reader discard what it has read from earlier files.
             tf.compat.v1.Event(step=0, session_log=tf.compat.v1.SessionLog(status="START")),
             *(self._event(line) for line in history.epochs),
         ]

@@ -82,10 +82,10 @@ def train_as_worker(
     connecting_seconds = min(_CONNECT_SECONDS, config.stall_timeout)
     connecting = _announcing(
         connecting_seconds,
-        watchdog.watch("the connection of the workers", seconds=connecting_seconds, native=True),
+        watchdog.watch("connecting the workers", seconds=connecting_seconds, native=True),
     )
     seconds = config.join_timeout + connecting_seconds
-    with watchdog.watch("the wait for the other workers", seconds=seconds):
+    with watchdog.watch("waiting for the other workers", seconds=seconds):
         devices = open_devices_of_all(config, spec, connecting)
     workers = devices.workers
     if not workers.is_chief:
@@ -95,7 +95,7 @@ def train_as_worker(
         )
         log.only_warnings()
     options = {**run_options(config), **{n: describe_config(config)[n] for n in _EQUAL_OPTIONS}}
-    with watchdog.watch("the comparison of the workers' options"):
+    with watchdog.watch("comparing the options of the workers"):
         workers.require_equal({**options, "versions": versions()})
     with _open_attempt_of_all(config, stop, workers, watchdog) as attempt:
         if not attempt.is_finished:
@@ -106,7 +106,7 @@ def train_as_worker(
     try:
         # The others wait here while the chief compiles and evaluates the saved model. If they ended
         # earlier, a restarted chief would have no workers.
-        with watchdog.watch("the wait for the other workers' end", compiling=True):
+        with watchdog.watch("waiting for the other workers to end", compiling=True):
             workers.shutdown()
     except LostWorkerError:
         if not workers.is_chief:
@@ -151,7 +151,7 @@ def _open_attempt_of_all(
 
     Only the chief needs the output folder.
     """
-    waiting = watchdog.watch("the exchange of the checkpoint", compiling=True)
+    waiting = watchdog.watch("exchanging the checkpoint", compiling=True)
     if not workers.is_chief:
         with waiting:
             attempt = _follow(config, stop, workers)
@@ -222,7 +222,7 @@ def run_attempt(
     with _open_observers(config, attempt) as own_observers:
         checkpoint = attempt.checkpoint
         previous = checkpoint.fingerprint.environment if checkpoint else None
-        with watchdog.watch("the setup of the devices", compiling=True, native=True):
+        with watchdog.watch("setting up the devices", compiling=True, native=True):
             devices = open_devices(config, previous)
         devices.rows_per_replica(config.batch_size)
         # No time limit: a download takes as long as the network needs, and has its own timeouts.
@@ -265,7 +265,7 @@ def _train_and_evaluate(
     """Train from the step at which the attempt resumes. The chief then saves and evaluates."""
     recipe = get_recipe(config.recipe)
     with _naming_batch_size(config.batch_size, devices.replicas):
-        with watchdog.watch("the setup of the training", compiling=True):
+        with watchdog.watch("setting up the training", compiling=True):
             engine, trainer, preparation = _set_up(
                 config, attempt, recipe, devices, dataset, watchdog, observers
             )
@@ -274,7 +274,7 @@ def _train_and_evaluate(
         return
     for observer in observers:
         observer.evaluate()
-    with watchdog.watch("the saving of the model"):
+    with watchdog.watch("saving the model"):
         save_model(engine.export(), attempt.output, MODEL)
     own_devices = devices.without_other_workers()
     with watchdog.watch(EVALUATING, compiling=True):

@@ -86,7 +86,7 @@ class Trainer:
         self._save_if_due(0.0)
         if self._workers.count > 1:
             # The scheduler can end all workers as soon as the first one ends.
-            with self._watchdog.watch("the wait for the other workers' end"):
+            with self._watchdog.watch("waiting for the other workers to end"):
                 self._workers.barrier()
         self._stop.end_deferral()
 
@@ -178,7 +178,7 @@ class Trainer:
             return
         self._save_if_due(0.0)
         # The scheduler can end all workers as soon as the first one ends.
-        with self._watchdog.watch("the wait for the other workers' end"):
+        with self._watchdog.watch("waiting for the other workers to end"):
             self._workers.shutdown()
         raise StoppedError(
             f"{reason}; everything up to step {self.step} of {self._plan.total_steps} is in "

@@ -299,16 +299,16 @@ def test_every_phase_runs_under_the_watchdog(whole_run: WholeRun) -> None:
     # The first of each kind has extra time for compilation.
     assert list(dict.fromkeys(watchdog.watched)) == [
         ("a pause between two calls", False),
-        ("the setup of the devices", True),
+        ("setting up the devices", True),
         ("the data", False),
-        ("the setup of the training", True),
+        ("setting up the training", True),
         ("an execution of training steps", True),
         ("a checkpoint", False),
         ("an execution of training steps", False),
         ("a validation", True),
         ("the end of an epoch", False),
         ("a validation", False),
-        ("the saving of the model", False),
+        ("saving the model", False),
         ("the evaluation of the saved model", True),
         ("the report", False),
     ]
