@@ -209,7 +209,7 @@ def test_site_sh_can_prepare_each_node(
 
 
 def test_each_node_selects_its_own_gpus_for_a_step(cluster: Cluster, base: dict[str, str]) -> None:
-    """The script, which runs on the first node, cannot know the GPU numbers of other nodes."""
+    """The script, which runs on the first node, cannot read the GPU numbers of other nodes."""
     first = cluster.submit(
         *("--nodelist=n1", "slurm/train.sh"), **{**base, "JOB_STUB": "sleep 100"}
     )

@@ -162,8 +162,8 @@ def test_a_signal_to_any_worker_stops_all_at_the_same_step(
             assert "Traceback" not in errors
         attempt = manifest(tmp_path / "output")["attempts"][-1]
         assert attempt["outcome"] == "stopped"
-        told = "SIGTERM" if rank == 0 else f"worker 1 ({team.addresses[1]}) received a stop request"
-        assert told in attempt["reason"]
+        reason = "SIGTERM" if rank == 0 else f"worker 1 ({team.addresses[1]}) received a stop request"
+        assert reason in attempt["reason"]
         steps.append(attempt["last_step"])
         for errors in team.errors.values():
             assert f"everything up to step {steps[-1]} of 60" in errors

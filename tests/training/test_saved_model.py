@@ -61,7 +61,7 @@ def test_a_loaded_model_has_the_same_bits_and_can_be_trained_further(
         np.testing.assert_allclose(one.numpy(), two.numpy(), rtol=0, atol=1e-7)
 
 
-def test_something_else_in_place_of_a_model_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no model file"):
         load_model(tmp_path / "model.h5")
     (tmp_path / "notes.txt").write_bytes(b"no HDF5")
@@ -99,7 +99,7 @@ def test_a_volume_that_refuses_locks_does_not_matter(model_output: OutputDir) ->
 @pytest.mark.parametrize(
     ("target", "cause"),
     [
-        # Nothing is mapped where its reading begins.
+        # Reading from the start of this file is an input/output error: nothing is mapped there.
         ("/proc/self/mem", "Input/output error; fix the volume"),
         ("loop", "Too many levels of symbolic links; fix the volume, or use another path"),
     ],
@@ -120,7 +120,7 @@ def test_the_name_of_a_model_file_does_not_matter(tmp_path: Path, model: keras.M
         np.testing.assert_array_equal(one.numpy(), two.numpy())
 
 
-def test_a_path_that_cannot_be_is_no_model(tmp_path: Path) -> None:
+def test_an_impossible_path_is_reported_as_a_missing_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no model file"):
         load_model(tmp_path / ("x" * 300))
 
