@@ -162,7 +162,9 @@ def test_a_signal_to_any_worker_stops_all_at_the_same_step(
             assert "Traceback" not in errors
         attempt = manifest(tmp_path / "output")["attempts"][-1]
         assert attempt["outcome"] == "stopped"
-        reason = "SIGTERM" if rank == 0 else f"worker 1 ({team.addresses[1]}) received a stop request"
+        reason = (
+            "SIGTERM" if rank == 0 else f"worker 1 ({team.addresses[1]}) received a stop request"
+        )
         assert reason in attempt["reason"]
         steps.append(attempt["last_step"])
         for errors in team.errors.values():

@@ -57,7 +57,7 @@ def with_lambda(seed: int, classes: int) -> keras.Model:
     [
         (
             {"build_model": lambda seed, classes: small(seed, classes, None)},
-            "expected probabilities",
+            "the network of job/recipes/mine.py returns values from",
         ),
         (
             {"build_model": lambda seed, classes: small(seed, classes, "sigmoid")},
