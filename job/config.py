@@ -97,7 +97,7 @@ def list_recipes() -> tuple[str, ...]:
 
 
 def list_datasets() -> tuple[str, ...]:
-    """Names of the data sets: the same for ``job/data``, except for `job.data.image_files`."""
+    """Names of the data sets: the modules of ``job/data`` that are not private, except one."""
     return tuple(name for name in _list_modules("data") if name != "image_files")
 
 
@@ -189,11 +189,12 @@ class TrainConfig:
     fresh: bool = _option(False, "Start over: discard the run in the output folder.")
     run_id: str | None = _option(
         None,
-        "Name of the run, the same for all its attempts; by default that of the scheduler's job. "
+        "Name of the run, the same for all its attempts; by default the ID of the scheduler's "
+        "job. "
         "A later attempt takes over the output folder from an earlier one.",
     )
     compile_cache: Path | None = _option(
-        None, "Folder for code that XLA compiles for a single GPU; by default in --output-dir."
+        None, "Folder for code that XLA compiles for a single GPU; by default one in --output-dir."
     )
     tensorboard: bool = _option(False, "Write an event file for TensorBoard to the output folder.")
     metrics_textfile: Path | None = _option(

@@ -51,7 +51,8 @@ _MESSAGE_PATTERNS = {
 # OpenBLAS, interrupts the process.
 _MIN_MEMORY = 4 * 2**30
 _THREADS_PER_PROCESSOR, _OTHER_THREADS = 5, 18
-# With more processors, a variable such as TF_NUM_INTRAOP_THREADS can limit the threads.
+# Threads for more processors than this are not checked: a variable such as TF_NUM_INTRAOP_THREADS
+# can limit them, so the check could refuse a machine that works.
 _MAX_PROCESSORS = 32
 
 

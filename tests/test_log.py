@@ -20,7 +20,7 @@ def test_a_json_line_contains_time_level_event_and_fields(
     assert line["time"].endswith("Z")
 
 
-def test_text_shows_the_message_or_else_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_shows_the_message_or_otherwise_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("text")
     log.event("epoch", epoch=3, message="epoch 3 of 5")
     log.event("retry", logging.WARNING, count=2)

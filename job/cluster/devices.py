@@ -29,7 +29,7 @@ from job.cluster.workers import Workers, rendezvous
 from job.config import Switch, TrainConfig, UserError
 
 graph_function = functools.partial(tf.function, autograph=False)
-"""`tf.function` that does not translate Python's control flow: on tensors it is `tf.while_loop`.
+"""`tf.function` without AutoGraph: control flow on tensors must use `tf.cond` and `tf.while_loop`.
 
 AutoGraph writes a file into ``TMPDIR`` for each function that it translates. A process that is
 killed, or that skips the interpreter's cleanup as this job does, leaves these files behind.

@@ -20,7 +20,7 @@ from job.log import plural
 DRIVER_LIBRARY = "libcuda.so.1"
 """Part of the host's driver; a container has it if it was started with a GPU."""
 
-# What TensorFlow 2.21, built for CUDA 12.5 and cuDNN 9, opens at start-up.
+# Libraries that TensorFlow 2.21, built for CUDA 12.5 and cuDNN 9, opens at start-up.
 CUDA_LIBRARIES = (
     DRIVER_LIBRARY,
     "libcudart.so.12",

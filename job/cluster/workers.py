@@ -106,7 +106,7 @@ def _lost(spec: ClusterSpec, text: str) -> str:
         named = re.findall(r"/job:worker/(?:replica:0/)?task:(\d+)", text)
         ranks = sorted({int(rank) for rank in named} - {spec.index})
     names = ", ".join(map(spec.name, ranks)) or "one of the other workers"
-    # After the first line follow the remote end's own details about the connection.
+    # The lines after the first one are the remote end's details about the connection.
     first = (text.partition(_ABORTED)[2] or text).partition("\nAdditional GRPC")[0]
     reason = re.sub(r"\s+", " ", first).strip(" :by")[:160]
     if suspended := suspended_seconds():
@@ -231,7 +231,7 @@ _SHUTDOWN_POLL_SECONDS = 0.02
 
 
 class Workers:
-    """All workers of a run, for one of them.
+    """The workers of a run, as used by one of them.
 
     Args:
         spec: The workers. If there are several, `rendezvous` must have connected them.
@@ -316,7 +316,7 @@ class Workers:
             LostWorkerError: If one of them is lost.
         """
         size = self.gather(len(content))[0]
-        # The others add zeros to it.
+        # The other workers add zeros.
         words = _as_words(content if self.is_chief else b"", size)
         words = self._call(tf.raw_ops.CollectiveReduceV2, words, merge_op="Add", final_op="Id")
         return words.tobytes()[:size]

@@ -115,7 +115,8 @@ def train(
             from job.data import load_ahead
 
             load = load_ahead(config, download_bar)
-            # Only the chief reads the checkpoint, and only after all workers have connected.
+            # The checkpoint's oneDNN setting is not known yet: only the chief reads the checkpoint,
+            # and only after all workers have connected.
             load_tensorflow(onednn=None)
             from job.training.train import train_as_worker
 
@@ -154,7 +155,7 @@ def _train_alone(
 
         load = load_ahead(config, download_bar)
         onednn: str | None = "1"
-        if attempt.checkpoint:  # its bits depend on oneDNN
+        if attempt.checkpoint:  # a resumed run keeps its setting: its bits depend on it
             onednn = attempt.checkpoint.fingerprint.environment.variables.get(ONEDNN)
         with watchdog.watch("the import of TensorFlow", compiling=True, native=True):
             load_tensorflow(onednn=onednn)
@@ -312,7 +313,11 @@ def main(stop: StopRequest, stderr: TextIO | None = None) -> NoReturn:
 
     def report_exit(exit_code: ExitCode, reason: str) -> None:
         stopped = exit_code == ExitCode.RUN_AGAIN
-        advice = stop.advice if stopped else "start it again; if it fails again, report it"
+        advice = (
+            stop.advice
+            if stopped
+            else "run the same command again; if it fails again, report the error"
+        )
         _report(f"{reason}; {advice}", exit_code, stderr)
 
     with stop.on_exit(report_exit):

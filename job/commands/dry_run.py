@@ -135,7 +135,7 @@ def _preview_output(found: Preview, config: TrainConfig, stop: StopRequest) -> A
     if attempt.is_finished:
         state, text = "finished", "contains this run, which is finished"
     elif attempt.fresh:
-        state, text = "fresh", "would be cleared of its run, if any; a new run would begin"
+        state, text = "fresh", "its run, if any, would be discarded; a new run would begin"
     elif checkpoint:
         state, text = "resume", f"contains this run: it would resume at step {step}"
     else:
@@ -225,7 +225,11 @@ def _preview_data(
         f"{log.plural(plan.global_batch_size, 'image')} per step = "
         f"{log.plural(devices.replicas, 'replica')} x {rows}",
         f"{log.plural(plan.steps_per_epoch, 'step')} per epoch"
-        + (f", {log.plural(left_out, 'image')} left out, others in each epoch" if left_out else ""),
+        + (
+            f", {log.plural(left_out, 'image')} left out, different ones in each epoch"
+            if left_out
+            else ""
+        ),
         f"{log.plural(plan.epochs, 'epoch')} = {log.plural(plan.total_steps, 'step')}",
     )
     return dataset, plan

@@ -209,8 +209,8 @@ log_format_option = option(
 def warn_about_misspelt_variables(command: click.Command, environ: Mapping[str, str]) -> None:
     """Warn about environment variables whose names resemble the variables of a command's options.
 
-    Other variables with the same prefix are accepted, because schedulers use it too. The warning
-    goes to stderr because some commands write only results to stdout.
+    Other variables with the same prefix cause no warning, because schedulers use the prefix too.
+    The warning goes to stderr because some commands write only results to stdout.
     """
     known = [str(parameter.envvar) for parameter in command.params if parameter.envvar]
     for name in sorted(environ.keys() - {*known}):

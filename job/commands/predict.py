@@ -123,7 +123,7 @@ def load_predictor(path: Path, devices: Devices, rows: int = ROWS_PER_REPLICA) -
     weights: tuple[float, ...] = ()
     if evaluation is None or evaluation.model_sha256 != sha256_of(path) or len(names) != classes:
         print_message(
-            f"no {EVALUATION} of this model is next to {path}; its classes are shown as numbers"
+            f"no {EVALUATION} for this model next to {path}; its classes are shown as numbers"
         )
         names = tuple(f"class {label}" for label in range(classes))
     else:

@@ -56,7 +56,7 @@ class Dataset:
             if not len(images) or labels.shape != (len(images),) or labels.dtype.kind not in "iu":
                 raise ValueError(
                     f"received {part} labels {labels.dtype} {labels.shape} for {len(images)} "
-                    f"images, expected an integer for each of one or more images"
+                    f"images, expected at least one image, and one integer label per image"
                 )
             if labels.min() < 0 or labels.max() >= classes:
                 raise ValueError(

@@ -22,9 +22,9 @@ def requested_wait(error: requests.RequestException) -> int:
 
 
 def explain(error: requests.RequestException) -> tuple[str, bool]:
-    """The reason of a failed download, without the address, and whether the error can pass."""
+    """The reason for a failed download, without the address, and whether the error can pass."""
     if isinstance(error, requests.TooManyRedirects):
-        return "it redirects without end", False
+        return "too many redirects", False
     cause = _innermost(error)
     proxy = "the proxy: " if isinstance(error, requests.exceptions.ProxyError) else ""
     tunnel = re.search(r"Tunnel connection failed: (\d+)", str(cause))
@@ -33,8 +33,8 @@ def explain(error: requests.RequestException) -> tuple[str, bool]:
         return f"{proxy}HTTP {status}", status >= 500 or status in _PASSING_STATUS
     if isinstance(cause, ssl.SSLCertVerificationError):
         return (
-            f"{proxy}its certificate is not trusted: {cause.verify_message}; to trust others, set "
-            f"REQUESTS_CA_BUNDLE to a file of certificates",
+            f"{proxy}its certificate is not trusted: {cause.verify_message}; set "
+            f"REQUESTS_CA_BUNDLE to a file with the certificates to trust",
             False,
         )
     if isinstance(error, requests.exceptions.InvalidSchema):

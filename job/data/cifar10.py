@@ -121,7 +121,7 @@ def locate(data_dir: Path) -> Path:
     """Return the folder or archive with the data. Without data, return the path of the download.
 
     Raises:
-        UserError: If there is only something that looks like the data, or the data several times.
+        UserError: If the folder has only something that looks like the data, or the data twice.
         OSError: If the folder cannot be read.
     """
     if data_dir.is_file():

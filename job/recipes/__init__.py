@@ -46,8 +46,8 @@ class Recipe:
         augment: From (images, draws, resample) to augmented images, both
             [batch, height, width, channels] float32, 0 to 1. The draws are the images' rows of
             the result of `draw_augmentation`.
-        tta_views: The views of each image whose mean probability the saved model's evaluation and
-            predictions use.
+        tta_views: The views of each image. Evaluation and predictions of the saved model use the
+            mean probability over them.
         tta_weights: The weight of each view in that mean; they sum to 1. Empty means equal weights.
         label_smoothing: The share of each one-hot label, 0 to 1, that a training spreads evenly
             over the classes. Evaluations use the labels as they are.

@@ -380,6 +380,7 @@ RECIPE = Recipe(
     loss_reduction="sum",
     fixed_weights=whitening_weights,
     early_variables={"whitening/bias": WHITENING_BIAS_SHARE},
-    # On two CPU cores a step takes four seconds, and a scheduler can give a run only thirty.
+    # On two CPU cores a step takes four seconds, and a scheduler can give a run only thirty to
+    # stop.
     steps_per_execution=5,
 )

@@ -66,6 +66,6 @@ def tolerate_drawing_errors(what: str) -> Iterator[None]:
             logging.WARNING,
             what=what,
             trace=trace,
-            message=f"could not draw {what}; all other artifacts are complete. This is a defect of "
-            f"the job: please report this trace\n{trace}",
+            message=f"could not draw {what}; all other artifacts are complete; this is a defect in "
+            f"the job; report this traceback\n{trace}",
         )

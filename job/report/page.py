@@ -235,7 +235,11 @@ def facts(manifest: Manifest) -> list[tuple[str, str, list[tuple[str, str]]]]:
         ("Configuration", "Every option of train", _rows(options)),
         ("Devices", "The devices, and the values chosen for auto", _rows(computed)),
         ("Data", "The data set, with the SHA-256 of its content", _rows(data)),
-        ("Versions", "The job and everything that its results depend on", _rows(versions)),
+        (
+            "Versions",
+            "Versions of the job and of the software that its results depend on",
+            _rows(versions),
+        ),
     ]
 
 

@@ -1,1 +1,1 @@
-"""The files of one attempt at a run. No module of this package needs TensorFlow."""
+"""One attempt at a run: its files, lease and stop. No module of this package needs TensorFlow."""

@@ -247,8 +247,8 @@ def _fresh_already_applied(
         return False
     log.event(
         "fresh",
-        message=f"an earlier attempt of {identity.name} already applied --fresh; resuming from its "
-        f"checkpoint",
+        message=f"an earlier attempt of {identity.name} already applied --fresh; not starting over "
+        f"again",
     )
     return True
 

@@ -129,8 +129,8 @@ class Lease:
             )
         if latest < self._generation:
             raise UserError(
-                f"the lease {path} is missing, expected it to exist as long as the run; check "
-                f"whether the volume was unmounted, mount it again, and run again"
+                f"the lease {path} is missing, expected it to exist while the run lasts; check "
+                f"whether the volume is mounted, then run again"
             )
 
     def release(self) -> None:
@@ -155,7 +155,7 @@ class Lease:
                 renewed = running_seconds()
                 request = stop_request_path(self._folder, self._generation)
                 if request.exists() and (name := request.read_text("utf-8")):
-                    reason = f"{name} has requested {self._folder.parent}"
+                    reason = f"{name} has requested the folder {self._folder.parent}"
                     self._stop.request_handover(reason, "that attempt resumes the run")
             except LeaseLostError as error:
                 self._stop.request(str(error))

@@ -1,4 +1,4 @@
-"""The writer of ``run.json``: what ran, on which devices, in which attempts with which ends."""
+"""The writer of ``run.json``: what ran, on which devices, in which attempts, and how each ended."""
 
 import copy
 import logging

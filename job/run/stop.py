@@ -34,7 +34,7 @@ OnExit = Callable[[ExitCode, str], None]
 class StopRequest:
     """Whether and why this process must stop.
 
-    As long as it has nothing to save, a request ends the process immediately. The training loop
+    As long as the process has nothing to save, a request ends it immediately. The training loop
     defers that: it checks `reason` between two calls, saves its work and ends by itself.
 
     Attributes:

@@ -5,8 +5,9 @@ damaged or cannot be written, the call that uses it fails. And XLA runs any code
 a file. So it receives files in this process's memory, which nothing else can damage or fill. They
 are loaded from the folder only after the entry there was verified completely.
 
-If two compilations run at the same time, one of them also fails. So there is a cache only where a
-whole loop is one program, which is the case on a single GPU; several replicas compile in parallel.
+If two compilations use these files at the same time, one of them can fail too. So there is a cache
+only where a whole loop is one program, which is the case on a single GPU; several replicas compile
+in parallel.
 For CPUs, XLA's only cache is a folder that XLA manages, and calls also fail on damaged entries in
 it.
 

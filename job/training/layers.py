@@ -56,7 +56,7 @@ def product_with_bias(rows: tf.Tensor, kernel: tf.Tensor, bias: keras.Variable |
     """Multiply two matrices and add the bias, as a single product.
 
     The bias becomes a row of the kernel, multiplied by a column of ones. So its gradient is part of
-    the kernel's gradient, and no separate GPU kernels must add up rows.
+    the kernel's gradient, and no separate GPU kernels are needed to add up rows.
 
     Args:
         rows: [rows, values].

@@ -46,7 +46,7 @@ class MetricsTextfile(Observer):
     """Keeps a textfile up to date with a run, replacing it atomically.
 
     Metrics without a value yet are omitted. If a write fails while the run trains, there is a
-    single warning: the run is worth more than its metrics.
+    single warning: metrics must not stop the run.
 
     Args:
         path: The file, in the folder that the node exporter reads.

@@ -494,5 +494,5 @@ def _log_start(plan: Plan, devices: Devices, dataset: Dataset, step: int) -> Non
         f"{log.plural(devices.replicas, f'{devices.kind.upper()} replica')} in "
         f"{devices.precision}; batch {plan.global_batch_size} = {devices.replicas} x {rows}; "
         f"{log.plural(plan.epochs, 'epoch')} of {log.plural(plan.steps_per_epoch, 'step')}"
-        + (f"; resuming after step {step}" if step else ""),
+        + (f"; resuming at step {step}" if step else ""),
     )

@@ -247,10 +247,14 @@ class Trainer:
         if math.isfinite(value):
             return
         latest = self._attempt.checkpoints.latest
-        kept = f"the last good checkpoint is {latest}" if latest else "there is no checkpoint yet"
+        kept = (
+            f"the last good checkpoint is {latest}"
+            if latest
+            else "no checkpoint has been saved yet"
+        )
         error = JobError(
             f"{what} {value} in epoch {len(self._history.epochs) + 1}, by step "
-            f"{self.step}; {kept}; run again with --precision float32, or start over with "
+            f"{self.step}; {kept}; resume with --precision float32, or start over with "
             f"--fresh and a lower --learning-rate"
         )
         if on_all_workers:

@@ -44,7 +44,7 @@ class Cifar10(NamedTuple):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches per epoch. The remaining images, others in each epoch, are skipped."""
+        """Whole batches per epoch; the others are skipped, different ones in each epoch."""
         return len(self.train_images) // BATCH_SIZE
 
 

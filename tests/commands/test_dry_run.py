@@ -112,10 +112,9 @@ def test_a_run_that_the_recipe_cannot_resume_is_a_problem(config: TrainConfig, f
     found = find(config)
     (problem,) = map(str, found.problems)
     assert (
-        "contains another run: the optimizer's beta_1 (--epochs can set its schedule) rec"
-        in problem
-    )
-    assert "received 0.9, expected 0.5; resume that run with its own settings" in problem
+        "contains another run: the optimizer's beta_1 (--epochs can set its schedule) received "
+        "0.9, expected 0.5; resume that run with its own settings"
+    ) in problem
     assert found.report["output"]["step"] == 5
 
 
@@ -286,7 +285,10 @@ def test_the_command_exits_with_the_code_of_the_training_and_writes_nothing(
     first, *lines = good.stdout.splitlines()
     assert first == "Dry run      no problems found; nothing was written"
     assert sum(line.startswith("Devices      CPU:") for line in lines) == 2
-    assert "Batch        195 steps per epoch, 80 images left out, others in each epoch" in lines
+    assert (
+        "Batch        195 steps per epoch, 80 images left out, different ones in each epoch"
+        in lines
+    )
     assert f"Config       {program()} train --output-dir output --devices cpu:2" in lines
     missing = run_job("train", "--dry-run", env={"SLURM_GPUS_ON_NODE": "99"})
     assert missing.returncode == 3

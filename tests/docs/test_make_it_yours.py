@@ -1,4 +1,4 @@
-"""The page about own images and own networks is followed to the letter."""
+"""The page about one's own images and networks, executed exactly as written."""
 
 import json
 import re
@@ -192,7 +192,7 @@ def test_all_settings_of_a_recipe_train(copy: Path) -> None:
     assert evaluation["accuracy_without_tta"] is not None
     kernel = keras.models.load_model(output / "cifar10_model.h5").get_layer("conv1").kernel
     assert np.unique(kernel).size == 1
-    # The dry run finds what the training would.
+    # The dry run detects the same problem as the training.
     code = OWN.replace("conv1/bias", "conv1/bais")
     (copy / "job" / "recipes" / "own.py").write_text(code)
     looked = job(copy, *words.split(), "--fresh", "--dry-run")
@@ -205,7 +205,7 @@ def test_all_settings_of_a_recipe_train(copy: Path) -> None:
 RECIPE, DATA = Path("job/recipes/leafnet.py"), Path("job/data/leaves.py")
 OAK = Path("data/leaves/test/oak")
 
-# How each mistake of the page's last table is made: in which file, what is replaced, and by what.
+# The edit that causes each mistake of the page's last table: file, old text, new text.
 CODE_MISTAKES = {
     "a misspelt name": (RECIPE, 'MaxPooling2D(name="pool1")', 'MaxPool(name="pool1")'),
     "no `activation": (RECIPE, ', activation="softmax"', ""),

@@ -1,4 +1,4 @@
-"""The pages are executed and compared with the program, so that they cannot rot."""
+"""The pages are executed and compared with the program, so that they stay correct."""
 
 import json
 import os
@@ -41,12 +41,12 @@ def first_column(text: str) -> list[str]:
     return re.findall(r"^\| `([^`]+)`", text, re.MULTILINE)
 
 
-def test_the_readme_is_read_in_five_minutes() -> None:
+def test_the_readme_has_at_most_200_lines() -> None:
     assert len(README.splitlines()) <= 200
 
 
-# The table's text where the default is not a text or number.
-NO_VALUE = {"all", "never", "none", "the scheduler's job", "that of `--output-dir`"}
+# The table's text if the default is not a text or number.
+NO_VALUE = {"all", "never", "none", "the scheduler's job", "the one in `--output-dir`"}
 
 
 def documented_default(option: click.Option) -> set[str]:
@@ -179,7 +179,7 @@ def test_every_make_target_named_exists() -> None:
 
 
 def anchors(page: str) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """The anchors of a page's headings, as GitHub generates them."""
     headings = re.findall(
         r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE
     )
@@ -197,7 +197,7 @@ def test_every_file_and_heading_named_exists(name: str) -> None:
             assert anchor in anchors(target.read_text()), f"{link}#{anchor}"
 
 
-# Files that a page has its reader make.
+# Files that the reader creates by following a page.
 MADE = {"job/data/leaves.py", "job/recipes/leafnet.py", "slurm/site.sh"}
 
 
@@ -211,16 +211,16 @@ def test_every_overlay_is_documented() -> None:
     assert first_column(section(PAGES["docs/kubernetes.md"], "Overlays")) == overlays
 
 
-def test_the_map_of_the_code_names_every_package_in_the_order_of_its_layers() -> None:
+def test_the_map_of_the_code_names_every_package() -> None:
     text = section(README, "Map of the code")
     packages = [path.parent.name for path in (REPOSITORY / "job").glob("*/__init__.py")]
-    assert sorted(first_column(text)) == sorted(f"{package}/" for package in packages)
+    assert set(first_column(text)) == {*(f"{package}/" for package in packages), "*.py"}
     for module in re.findall(r"`(\w+/\w+\.py)`", text):
         assert (REPOSITORY / "job" / module).exists(), module
 
 
-# The file that runs each command of the pages, by the command's first words, and the call in that
-# file. Stand-ins replace GPUs, clusters and package sources where the gate has none.
+# For the first words of each documented command: the file that runs it, and the call in that file.
+# Stubs replace GPUs, clusters and package sources that the gate does not have.
 RUN_BY = {
     "make demo": (".ci/run", "make demo"),
     "make train": ("tests/docs/test_pages.py", '"make", "train"'),
@@ -259,12 +259,12 @@ def every_command(pages: list[str]) -> list[str]:
     return [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
 
 
-# The other two have tests of their own.
+# The other two pages have their own tests.
 COMMAND_PAGES = [name for name in PAGES if name not in ("docs/make-it-yours.md", "slurm/README.md")]
 
 
 def commands() -> list[str]:
-    """The program's commands, in the order of the pages: the README's need a demo alone."""
+    """The program's commands in the order of the pages; those of the README need only the demo."""
     lines = every_command(COMMAND_PAGES)
     return [line for line in lines if line.startswith(".venv/bin/cifar10-job")]
 
@@ -300,7 +300,7 @@ def test_make_train_is_the_real_job(tmp_path: Path) -> None:
 
 
 def run_make(folder: Path, *arguments: str, script: str = "") -> subprocess.CompletedProcess[str]:
-    """Run make with a stand-in for the installed program, and only the programs of a shell."""
+    """Run make with a stand-in for the installed program, and with only basic programs on PATH."""
     for name in ("venv/bin", "bin"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for lock in ("cpu", "gpu"):

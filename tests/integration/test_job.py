@@ -307,4 +307,4 @@ def test_a_hanging_call_is_ended_logged_with_stacks_and_recorded(
     assert line == f"cifar10-job: error: {error['message']}"
     manifest = read(tmp_path / "output" / "run.json")
     assert manifest["outcome"] == manifest["attempts"][0]["outcome"] == "failed"
-    assert error["message"].startswith(f"{manifest['error']}; start it again")
+    assert error["message"].startswith(f"{manifest['error']}; run the same command again")

@@ -154,7 +154,7 @@ def test_names_from_users_are_escaped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("outcome", "reason", "sentence"),
     [
-        ("stopped", "SIGTERM", r"the run was stopped on .* UTC \(SIGTERM\); 2 of 3 epochs are d"),
+        ("stopped", "SIGTERM", r"the run was stopped on .* UTC \(SIGTERM\); 2 of 3 epochs are"),
         ("failed", "a broken GPU", r"the run failed on .* UTC \(a broken GPU\); 2 of 3 epochs"),
     ],
 )

@@ -77,7 +77,8 @@ def with_lambda(seed: int, classes: int) -> keras.Model:
         ({"loss": "nothing"}, "job/recipes/mine.py: ValueError"),
         (
             {"draw_augmentation": lambda *_: tf.zeros([8, 1])},
-            "draw_augmentation of job/recipes/mine.py returns float32 [8, 1] for 4 images, expect",
+            "draw_augmentation of job/recipes/mine.py returns float32 [8, 1] for 4 images, "
+            "expected",
         ),
         (
             {"augment": lambda images, *_: images[:, 1:]},
@@ -126,11 +127,13 @@ TRAINED = "conv/kernel, conv/bias, norm/gamma, norm/beta, dense/kernel, dense/bi
         ),
         (
             {"fixed_weights": lambda images: {"conv9/kernel": KERNEL}},
-            f"ValueError: fixed_weights has 'conv9/kernel', expected some of {TRAINED}; fix the",
+            f"ValueError: fixed_weights has 'conv9/kernel', expected some of {TRAINED}; "
+            "fix the file",
         ),
         (
             {"fixed_weights": lambda images: {"norm/moving_mean": KERNEL}},
-            f"ValueError: fixed_weights has 'norm/moving_mean', expected some of {TRAINED}; fix",
+            f"ValueError: fixed_weights has 'norm/moving_mean', expected some of {TRAINED}; "
+            "fix the file",
         ),
         (
             {"fixed_weights": lambda images: {"conv/kernel": KERNEL[0]}},
@@ -147,7 +150,8 @@ TRAINED = "conv/kernel, conv/bias, norm/gamma, norm/beta, dense/kernel, dense/bi
         ),
         (
             {"early_variables": {"conv/weights": 0.5}},
-            f"ValueError: early_variables has 'conv/weights', expected some of {TRAINED}; fix",
+            f"ValueError: early_variables has 'conv/weights', expected some of {TRAINED}; "
+            "fix the file",
         ),
     ],
 )

@@ -405,7 +405,7 @@ def test_a_defect_is_recorded_as_the_runs_outcome(config: TrainConfig, run: Run)
 def test_the_error_for_exhausted_memory_names_the_batch_size(
     config: TrainConfig, run: Run, error: Exception
 ) -> None:
-    with pytest.raises(UserError, match=r"--batch-size 128 \(64 images per replica\); l"):
+    with pytest.raises(UserError, match=r"--batch-size 128 \(64 images per replica\); lower"):
         run(config, observers=[Failing(error)])
 
 
@@ -430,7 +430,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(config: TrainConfig, run: Run) -
     with pytest.raises(JobError, match=r"the training loss became (nan|inf) in epoch \d") as error:
         run(replace(config, learning_rate=1e300))
     assert error.value.exit_code == 1
-    assert "there is no checkpoint yet; run again with --precision float32" in str(error.value)
+    assert "no checkpoint has been saved yet; resume with --precision float32" in str(error.value)
     assert manifest_of(config).outcome == "failed"
     assert not (config.output_dir / "cifar10_model.h5").exists()
 

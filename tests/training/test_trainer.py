@@ -236,7 +236,7 @@ def test_a_number_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkp
         train(stopped, **bad)
     good = max(checkpoints(stopped))
     assert f"-step-{step:08d}-" in good.name
-    assert f"{what}; the last good checkpoint is {good}; run again with" in str(caught.value)
+    assert f"{what}; the last good checkpoint is {good}; resume with" in str(caught.value)
 
 
 def test_an_attempt_that_begins_with_a_validation_saves_it_and_then_compiles(
