@@ -91,7 +91,7 @@ def trained(cluster: Cluster) -> Path:
     job = cluster.submit("--nodes=2", *TRAIN, JOB_DEVICES="cpu:1")
     assert cluster.wait(job) == "COMPLETED", cluster.log(job)
     log = cluster.log(job)
-    assert re.search(r"all 2 workers are there", log)
+    assert re.search(r"all 2 workers are connected", log)
     assert "worker 1: follows worker 0 (n1:" in log
     assert log.count("epoch 3/3") == 1
     return cluster.checkout / "output" / "slurm"
