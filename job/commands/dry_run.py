@@ -135,7 +135,7 @@ def _preview_output(found: Preview, config: TrainConfig, stop: StopRequest) -> A
     if attempt.is_finished:
         state, text = "finished", "contains this run, which is finished"
     elif attempt.fresh:
-        state, text = "fresh", "its run, if any, would be discarded; a new run would begin"
+        state, text = "fresh", "would receive a new run; an earlier one would be discarded"
     elif checkpoint:
         state, text = "resume", f"contains this run: it would resume at step {step}"
     else:

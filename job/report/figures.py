@@ -46,7 +46,7 @@ def _curves(record: RunRecord) -> Iterator[Figure]:
     for name, factor, unit, form, caption in (
         (
             *("accuracy", 100, "Accuracy (%)", "{:.1f}%"),
-            "Training: augmented images, with the recipe's Dropout and label smoothing. "
+            "Training: augmented images, with Dropout, and label smoothing if the recipe uses it. "
             "Validation: all test images as they are.",
         ),
         ("loss", 1, "Cross-entropy (nats)", "{:.3f}", "Lower is better."),

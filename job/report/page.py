@@ -275,10 +275,12 @@ def _key_figures(record: RunRecord, calibration_error: float | None) -> list[tup
             figures.append(("Accuracy, one view", f"{plain:.2%}", "each image as it is"))
         figures.append(("Test loss", f"{record.evaluation.loss:.4f}", "nats per test image"))
     if calibration_error is not None:
-        figures.append(("Calibration error", f"{calibration_error:.2%}", "expected; 0% is best"))
+        figures.append(("Calibration error", f"{calibration_error:.2%}", "0% is best"))
     if record.epochs:
         best = max(record.epochs, key=lambda line: line.val_accuracy)
-        figures.append(("Best validation", f"{best.val_accuracy:.2%}", f"in epoch {best.epoch}"))
+        figures.append(
+            ("Best validation", f"{best.val_accuracy:.2%}", f"epoch {best.epoch}, on test images")
+        )
     if record.steps:
         elapsed = _duration(record.elapsed_seconds)
         figures += [_progress(record), ("Time", elapsed, "in training and validation")]
@@ -305,6 +307,6 @@ def _progress(record: RunRecord) -> tuple[str, str, str]:
     if record.manifest is None or record.is_done or per_epoch is None:
         return ("Epochs", f"{len(record.epochs):,}", plural(steps, "step"))
     epochs = record.manifest.config.epochs
-    epoch = min(steps // per_epoch + 1, epochs)
+    epoch = min(len(record.epochs) + 1, epochs)  # until it is validated, also at its last step
     done = f"{steps:,} of {plural(epochs * per_epoch, 'step')}"
     return ("Progress", f"epoch {epoch:,} of {epochs:,}", done)

@@ -222,9 +222,9 @@ def evaluate_output_dir(
         dataset = load(config)
     if trained_on and trained_on.test_fingerprint != dataset.test_fingerprint:
         raise UserError(
-            f"received other test images of {dataset.name}, expected the same images that the run "
-            f"in {output.path} was validated on ({trained_on.name}); pass that run's --dataset, "
-            f"--data-dir and --seed"
+            f"received test images of {dataset.name} that differ from those of the run in "
+            f"{output.path}, expected the same; pass that run's --data-dir and --seed, or restore "
+            f"the images"
         )
     with watchdog.watch(EVALUATING, compiling=True):
         evaluate_saved(output, get_recipe(config.recipe), devices, dataset, config.seed)

@@ -246,16 +246,16 @@ class Trainer:
         """Raise if a value is not finite; `on_all_workers` if all workers check the same value."""
         if math.isfinite(value):
             return
-        latest = self._attempt.checkpoints.latest
-        kept = (
-            f"the last good checkpoint is {latest}"
-            if latest
-            else "no checkpoint has been saved yet"
+        advice = (
+            f"the last good checkpoint is {latest}; resume with --precision float32, or start over "
+            f"with --fresh and a lower --learning-rate"
+            if (latest := self._attempt.checkpoints.latest)
+            else "no checkpoint has been saved yet; run again with --precision float32 or a lower "
+            "--learning-rate"
         )
         error = JobError(
-            f"{what} {value} in epoch {len(self._history.epochs) + 1}, by step "
-            f"{self.step}; {kept}; resume with --precision float32, or start over with "
-            f"--fresh and a lower --learning-rate"
+            f"{what} {value} in epoch {len(self._history.epochs) + 1}, by step {self.step}; "
+            f"{advice}"
         )
         if on_all_workers:
             self._workers.end(error)

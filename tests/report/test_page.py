@@ -220,7 +220,7 @@ def test_an_unfinished_run_shows_its_current_epoch_and_a_finished_one_its_epochs
 ) -> None:
     ends: tuple[tuple[Outcome, str], ...] = (("stopped", "SIGTERM"), ("stopped", "SIGTERM"))
     output = make_run(tmp_path / "two", TrainConfig(epochs=5), ends, epochs=2)
-    assert "Progressepoch 4 of 530 of 50 steps" in tiles(without_pictures(output.path))
+    assert "Progressepoch 3 of 530 of 50 steps" in tiles(without_pictures(output.path))
     assert "Epochs345 steps" in tiles(without_pictures(whole.path))
 
 

@@ -150,7 +150,7 @@ def test_a_model_is_evaluated_only_on_the_data_of_its_run(
     before = path.read_bytes()
     reversed_images = small_dataset.test_images[::-1]
     other = dataclasses.replace(small_dataset, test_images=reversed_images)
-    with pytest.raises(UserError, match=r"received other test images of synthetic, expected"):
+    with pytest.raises(UserError, match=r"received test images of synthetic that differ"):
         evaluate(trained, lambda config: other)
     other_recipe = dataclasses.replace(trained, recipe="fast")
     advice = "--recipe received fast, expected classic, which .*; pass --recipe classic"

@@ -430,7 +430,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(config: TrainConfig, run: Run) -
     with pytest.raises(JobError, match=r"the training loss became (nan|inf) in epoch \d") as error:
         run(replace(config, learning_rate=1e300))
     assert error.value.exit_code == 1
-    assert "no checkpoint has been saved yet; resume with --precision float32" in str(error.value)
+    assert "no checkpoint has been saved yet; run again with --precision float32" in str(
+        error.value
+    )
     assert manifest_of(config).outcome == "failed"
     assert not (config.output_dir / "cifar10_model.h5").exists()
 
