@@ -25,7 +25,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the program with the page's two files, and pictures of leaves."""
     folder = tmp_path_factory.mktemp("copy")
     shutil.copytree(REPOSITORY / "job", folder / "job")
-    names = re.findall(r"Save it as `(job/\w+/\w+\.py)`", PAGE)
+    names = re.findall(r"Save (?:it|the code) as `(job/\w+/\w+\.py)`", PAGE)
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert names == ["job/data/leaves.py", "job/recipes/leafnet.py"]
     for name, code in zip(names, blocks, strict=True):
