@@ -29,8 +29,8 @@ FETCH_DIR ?= output/k8s
 LOCK := $(if $(wildcard /dev/nvidia[0-9]*),gpu,cpu)
 BIN := $(VENV)/bin
 
-# Without this check, make would ignore EPOCHS=3 and train for 50 epochs. make exports JOB_EPOCHS=3, so that form works.
-# The option names come from the tables in docs/options.md and docs/predict.md; two of them are also variables of this file.
+# Without this check, make would ignore EPOCHS=3 and train for 50 epochs. JOB_EPOCHS=3 works, because make exports it.
+# The tables in docs/options.md and docs/predict.md name the options; two of them are also variables of this file.
 OPTIONS := $(filter-out DATA_DIR OUTPUT_DIR,$(shell \
   sed -n 's/^| `--[a-z0-9-]*` | `JOB_\([A-Z0-9_]*\)` .*/\1 \L\1/p' docs/options.md docs/predict.md))
 $(foreach name,$(OPTIONS),$(if $(filter command,$(origin $(name))),\

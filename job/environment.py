@@ -68,7 +68,7 @@ def program() -> str:
 
 def remedy(error: OSError) -> str:
     """Return advice on an error of the operating system."""
-    advice = _REMEDIES.get(error.errno or 0, f"{_VOLUME}, or use another path")
+    advice = _REMEDIES.get(error.errno or 0, "fix the path or the volume")
     return advice.format(user=os.getuid())
 
 

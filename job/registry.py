@@ -47,8 +47,8 @@ def load_member(package: str, name: str, member: str, kind: type[_Member]) -> _M
         if found is not None:
             problem = f"defines {member} as {type(found).__name__}"
         raise UserError(
-            f"{_shown(path)} {problem}, expected {kind.__name__}; define it as one, or start the "
-            f"name of a helper module with _"
+            f"{_shown(path)} {problem}, expected {kind.__name__}; define {member} there, or start "
+            f"the name of a helper module with _"
         )
     return found
 

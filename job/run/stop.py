@@ -151,8 +151,8 @@ def _acknowledge(reason: str) -> None:
             "stopping",
             logging.WARNING,
             reason=reason,
-            message=f"{reason}: the run stops after the current call and saves a checkpoint"
-            + ("; a second Ctrl-C stops it without saving" if reason == "SIGINT" else ""),
+            message=f"{reason}: the run finishes its current computation, saves a checkpoint and "
+            "stops" + ("; a second Ctrl-C stops it without saving" if reason == "SIGINT" else ""),
         )
 
 

@@ -59,7 +59,7 @@ def build_network(
         model = recipe.build_model(seed, classes)
         if is_user_module(path):
             _require_kind("build_model", model, keras.Model)
-            require_classifier(model, _name_network(recipe))
+            require_classifier(model, _part(recipe, "the network"))
             optimizer = recipe.build_optimizer(learning_rate, total_steps)
             _require_kind("build_optimizer", optimizer, keras.optimizers.Optimizer)
         fixed_weights: Weights = {}
@@ -155,7 +155,7 @@ def _try_recipe(recipe: Recipe, model: keras.Model, seed: int, classes: int) -> 
     probabilities = model(images, training=False)
     _require_shape(recipe, "the network", probabilities, (_TRIED_IMAGES, classes))
     # As close as float32 allows: two untrained sigmoids almost sum to 1.
-    require_probabilities(probabilities.numpy(), _name_network(recipe), tolerance=1e-4)
+    require_probabilities(probabilities.numpy(), _part(recipe, "the network"), tolerance=1e-4)
     truth = tf.one_hot(np.arange(_TRIED_IMAGES) % classes, classes)
     losses = keras.losses.get(recipe.loss)(truth, probabilities)
     _require_shape(recipe, "loss", losses, (_TRIED_IMAGES,))
@@ -180,13 +180,13 @@ def _require_shape(recipe: Recipe, what: str, values: Any, shape: tuple[int, ...
         received = f"{values.dtype.name} {list(values.shape)}"
     if received != f"float32 {list(shape)}":
         raise UserError(
-            f"{what} of job/recipes/{recipe.name}.py returns {received} for {_TRIED_IMAGES} "
-            f"images, expected float32 {list(shape)}; fix that file"
+            f"{_part(recipe, what)} returns {received} for {_TRIED_IMAGES} images, expected "
+            f"float32 {list(shape)}; fix that file"
         )
 
 
-def _name_network(recipe: Recipe) -> str:
-    return f"the network of job/recipes/{recipe.name}.py"
+def _part(recipe: Recipe, what: str) -> str:
+    return f"{what} of job/recipes/{recipe.name}.py"
 
 
 def require_classifier(model: keras.Model, what: str) -> None:

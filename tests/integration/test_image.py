@@ -219,26 +219,36 @@ ORDINARY_USER = """
 id() { echo 42424; }
 mkdir() { setpriv --reuid 42424 --regid 42424 --clear-groups mkdir "$@"; }
 docker() {
-  [[ "$*" == "run --rm --gpus all "* ]] || exit 99
-  shift 4
-  podman run --rm --env JOB_REQUIRE_GPUS=0 --env JOB_DATASET=synthetic --env JOB_EPOCHS=1 \
-    --env JOB_LIMIT=256 "$@"
+  local arguments=()
+  for word; do [[ $word == --gpus || $word == all ]] || arguments+=("$word"); done
+  podman "$1" --env JOB_REQUIRE_GPUS=0 --env JOB_DATASET=synthetic --env JOB_EPOCHS=1 \
+    --env JOB_LIMIT=256 "${arguments[@]:1}"
 }
 set -e
 """
 
 
-def test_output_files_of_the_readme_command_belong_to_the_user(
+def docker_blocks(page: str) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / page).read_text(), re.DOTALL)
+    return [block for block in blocks if "docker run" in block]
+
+
+def test_the_documented_commands_leave_files_that_belong_to_the_user(
     image: str, make_folder: MakeFolder
 ) -> None:
-    blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    command = next(block for block in blocks if "docker run" in block)
-    published = f" cifar10-job:{__version__}\n"
-    assert published in command
+    first, others = docker_blocks("docs/container.md")
+    assert docker_blocks("README.md") == [first]
+    script = ORDINARY_USER + first + others
+    published = f" cifar10-job:{__version__}"
+    assert script.count(published) == 3
     folder = make_folder(42_424)
-    result = shell(ORDINARY_USER + command.replace(published, f" {image}\n"), folder)
+    result = shell(script.replace(published, f" {image}"), folder)
     assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in (folder / "output").iterdir()) == ARTIFACTS
+    assert "convolution on CPU:0" in result.stdout
+    assert sorted(path.name for path in (folder / "output").iterdir()) == sorted(
+        [*ARTIFACTS, "cpu"]
+    )
+    assert sorted(path.name for path in (folder / "output/cpu").iterdir()) == ARTIFACTS
     assert {path.stat().st_uid for path in folder.rglob("*")} == {42_424}
 
 

@@ -108,7 +108,7 @@ def test_each_error_of_the_system_has_its_own_advice(tmp_path: Path) -> None:
         (errno.EROFS, "mount the volume writable, then"),
         (errno.EACCES, f"give user {os.getuid()} access, or run as"),
         (errno.EIO, "fix the volume, then"),
-        (errno.EINVAL, "fix the volume, or use another path, then"),
+        (errno.EINVAL, "fix the path or the volume, then"),
     ):
         error = refused("write", tmp_path, OSError(number, os.strerror(number)))
         assert str(error).startswith(f"cannot write {tmp_path}: {os.strerror(number)}; {advice}")

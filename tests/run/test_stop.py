@@ -105,7 +105,9 @@ def test_a_signal_is_left_to_a_loop_that_has_work_to_save(name: str) -> None:
         output, _ = process.communicate()
     assert process.returncode == 75
     assert f"saving because of {name}\n" in output
-    assert f"{name}: the run stops after the current call and saves a checkpoint" in output
+    assert (
+        f"{name}: the run finishes its current computation, saves a checkpoint and stops" in output
+    )
     assert ("a second Ctrl-C stops it without saving" in output) == (name == "SIGINT")
 
 

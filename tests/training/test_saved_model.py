@@ -101,7 +101,7 @@ def test_a_volume_that_refuses_locks_does_not_matter(model_output: OutputDir) ->
     [
         # Reading from the start of this file is an input/output error: nothing is mapped there.
         ("/proc/self/mem", "Input/output error; fix the volume"),
-        ("loop", "Too many levels of symbolic links; fix the volume, or use another path"),
+        ("loop", "Too many levels of symbolic links; fix the path or the volume"),
     ],
 )
 def test_a_system_error_is_not_reported_as_damage(
